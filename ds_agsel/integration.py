@@ -1,0 +1,212 @@
+"""`initialize`: `deepspeed.initialize` that honours the ``adagrad_select`` section of the ds_config."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from ds_agsel import policies
+from ds_agsel.blocks import Block, find_blocks, resolve_names
+from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
+from ds_agsel.errors import ConfigError
+from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
+from ds_agsel.selection import Lottery, Selection
+from ds_agsel.zero import compat
+from ds_agsel.zero.engine import SelectiveEngine
+from ds_agsel.zero.stage12 import restrict
+from ds_agsel.zero.support import refuse_unsupported
+
+logger = logging.getLogger("ds_agsel")
+
+ADAM_CLASSES = (torch.optim.AdamW, torch.optim.Adam, compat.DeepSpeedCPUAdam, compat.FusedAdam)
+ADAM_NAMES = ("adam", "adamw")
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`: its arguments, its result (engine, optimizer, dataloader, scheduler).
+
+    Where the ds_config (``config``, ``config_params`` or ``args.deepspeed_config``; dict, path or base64) has no
+    ``adagrad_select`` section, or a disabled one, the call is passed on as it is. Otherwise the engine updates the
+    selected blocks at each step and has a `selection` (`ds_agsel.selection.Selection`). The caller's dict, groups
+    and optimizer are not edited; the optimizer's param groups go on being followed, so that a scheduler made on it
+    works. Raises ConfigError, before DeepSpeed does anything, for what can't work.
+    """
+    call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
+    ds_config = _read_config(call.arguments)
+    section = None if ds_config is None else find_section(ds_config)
+    if ds_config is None or section is None:
+        return deepspeed.initialize(*args, **kwargs)
+    config = parse_section(section)
+    if not config.enabled:
+        return deepspeed.initialize(*args, **kwargs)
+    return _initialize_selective(call.arguments, ds_config, config)
+
+
+def _read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ds_config as `deepspeed.initialize` will find it (deepspeed/__init__.py:514); None where it will complain."""
+    config = arguments.get("config")
+    if config is None:
+        config = arguments.get("config_params")
+    if config is None:
+        config = getattr(arguments.get("args"), "deepspeed_config", None)
+    if config is None or isinstance(config, Mapping):
+        return config
+    return compat.load_ds_config(config)
+
+
+def _initialize_selective(
+    arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
+) -> tuple[Any, Any, Any, Any]:
+    model = arguments["model"]
+    refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
+    user_optimizer = _user_optimizer(arguments, ds_config)
+    user_groups = (
+        as_param_groups(arguments.get("model_parameters"), model)
+        if user_optimizer is None
+        else user_optimizer.param_groups
+    )
+    blocks = find_blocks(model, config.blocks)
+    named = dict(model.named_parameters())
+    split = split_param_groups(user_groups, {named[name]: b.index for b in blocks for name in b.parameter_names})
+    if not split.groups:
+        raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
+    lottery = _lottery(blocks, split, config)
+    policy = _policy(blocks, lottery, config, arguments.get("training_data"), ds_config)
+
+    engine, optimizer, dataloader, scheduler = deepspeed.initialize(
+        **{**arguments, **_split_arguments(arguments, user_optimizer, split)}
+    )
+
+    selection = Selection(blocks, policy, lottery, config, named)
+    link = HyperparameterLink(user_groups, split.parents)
+    compat.swap_class(engine, SelectiveEngine)
+    engine.optimizer = restrict(optimizer, selection, split.blocks, link)
+    engine.selection = selection
+    if compat.is_newer_than_known():
+        logger.warning(
+            "ds_agsel knows deepspeed %s to %s; %s is newer and not tried yet.",
+            compat.OLDEST_KNOWN, compat.NEWEST_KNOWN, deepspeed.__version__,
+        )  # fmt: skip
+    return engine, engine.optimizer, dataloader, scheduler
+
+
+def _user_optimizer(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer object the caller gave, or made by the callable that he gave; None: the ds_config names one."""
+    optimizer = arguments.get("optimizer")
+    if optimizer is None:
+        name = str(ds_config.get("optimizer", {}).get("type", ""))
+        if name.lower() not in ADAM_NAMES:
+            raise ConfigError(
+                f"optimizer.type={name!r} can't be used with adagrad_select. Adam and AdamW are allowed, in the "
+                "ds_config's optimizer section or as an object given to initialize."
+            )
+        return None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        parameters = arguments.get("model_parameters")
+        optimizer = optimizer([p for p in arguments["model"].parameters()] if parameters is None else parameters)
+    if type(optimizer) not in ADAM_CLASSES:
+        raise ConfigError(
+            f"optimizer={type(optimizer).__module__}.{type(optimizer).__qualname__} can't be used with adagrad_select. "
+            f"{', '.join(cls.__name__ for cls in ADAM_CLASSES)} are allowed."
+        )
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ConfigError("optimizer amsgrad=True can't be used with adagrad_select. Set amsgrad=False.")
+    return optimizer
+
+
+def _split_arguments(
+    arguments: Mapping[str, Any], user_optimizer: torch.optim.Optimizer | None, split: SplitGroups
+) -> dict[str, Any]:
+    """What to hand DeepSpeed instead of the caller's optimizer, parameters and scheduler factory."""
+    if user_optimizer is None:
+        return {"model_parameters": split.groups}
+    changed: dict[str, Any] = {"optimizer": _same_optimizer(user_optimizer, split.groups), "model_parameters": None}
+    scheduler = arguments.get("lr_scheduler")
+    if callable(scheduler) and not hasattr(scheduler, "step"):
+        changed["lr_scheduler"] = lambda _: scheduler(user_optimizer)
+    if all(p.grad is None for group in user_optimizer.param_groups for p in group["params"]):
+        # Without gradients this changes nothing but torch's note that the optimizer has stepped, in whose absence
+        # a scheduler made on it warns at each run that it was called too early.
+        user_optimizer.step()
+    return changed
+
+
+def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> torch.optim.Optimizer:
+    """An optimizer of the same class over ``groups``, which carry every hyperparameter themselves."""
+    if isinstance(optimizer, compat.DeepSpeedCPUAdam):
+        return compat.DeepSpeedCPUAdam(
+            groups, adamw_mode=optimizer.adam_w_mode, fp32_optimizer_states=optimizer.fp32_optimizer_states
+        )
+    if isinstance(optimizer, compat.FusedAdam):
+        return compat.FusedAdam(
+            groups, adam_w_mode=bool(optimizer.adam_w_mode), set_grad_none=optimizer.set_grad_none
+        )
+    adam: Any = type(optimizer)
+    return adam(groups)
+
+
+def _lottery(blocks: tuple[Block, ...], split: SplitGroups, config: SelectionConfig) -> Lottery:
+    always = resolve_names(blocks, config.always_select, "always_select")
+    never = resolve_names(blocks, config.never_select, "never_select")
+    both = sorted(set(always) & set(never))
+    if both:
+        raise ConfigError(
+            f"adagrad_select.always_select and never_select both name {blocks[both[0]].name!r}. Take it out of one."
+        )
+    unoptimized = set(range(len(blocks))) - set(split.blocks)
+    for index in sorted(unoptimized & set(always)):
+        raise ConfigError(
+            f"adagrad_select.always_select names {blocks[index].name!r}, of which the optimizer has no parameter. "
+            "Give the optimizer its parameters, or take the name out."
+        )
+    outside = set(always) | set(never) | unoptimized
+    drawn = tuple(block.index for block in blocks if block.index not in outside)
+    if not drawn:
+        raise ConfigError(
+            f"adagrad_select.always_select and never_select leave none of the {len(blocks)} blocks to choose from. "
+            "Leave at least one out of both, or remove the section."
+        )
+    return Lottery(drawn, tuple(sorted(always)), tuple(sorted(set(never) | unoptimized)))
+
+
+def _policy(
+    blocks: tuple[Block, ...],
+    lottery: Lottery,
+    config: SelectionConfig,
+    training_data: Any,
+    ds_config: Mapping[str, Any],
+) -> policies.Policy:
+    num_drawn = len(lottery.drawn)
+    return policies.create(
+        policies.PolicyContext(
+            config=config,
+            num_blocks=num_drawn,
+            num_selected=policies.num_selected(config.select_percent, num_drawn),
+            block_names=tuple(blocks[index].name for index in lottery.drawn),
+            steps_per_epoch=config.steps_per_epoch or _steps_per_epoch(training_data, ds_config),
+        )
+    )
+
+
+def _steps_per_epoch(training_data: Any, ds_config: Mapping[str, Any]) -> int | None:
+    """Optimizer steps that one pass over ``training_data`` takes; None where its length can't be known."""
+    if not isinstance(training_data, Sized):
+        return None
+    batch = ds_config.get("train_batch_size")
+    if batch is None:
+        micro = ds_config.get("train_micro_batch_size_per_gpu")
+        if micro is None:
+            return None
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * deepspeed.comm.get_world_size()
+    return max(1, math.ceil(len(training_data) / batch))
+
+
+__all__ = ["SECTION", "initialize"]

@@ -1,0 +1,15 @@
+"""Which blocks a step updates: pure choices from step, scores and counts, behind one interface, by name."""
+
+from ds_agsel.policies import (  # noqa: F401  (importing a policy's module registers it)
+    adagrad_select,
+    all,
+    cyclic,
+    fixed,
+    gradient_topk,
+    random,
+    replay,
+)
+from ds_agsel.policies.base import Policy, PolicyContext, num_selected
+from ds_agsel.policies.registry import create, policy_class, register
+
+__all__ = ["Policy", "PolicyContext", "create", "num_selected", "policy_class", "register"]

@@ -1,0 +1,134 @@
+"""What a policy is: a pure choice of blocks from the step, the scores and the record of past updates."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ds_agsel.config import SECTION, SelectionConfig
+from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
+from ds_agsel.policies.sampling import top_k
+
+logger = logging.getLogger("ds_agsel")
+
+# Absorbs the rounding of percent · B / 100, so that 29 % of 100 is 29; far below a block for any real B.
+_FLOOR_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class PolicyContext:
+    """What a policy is told about the run, once. ``always_select`` and ``never_select`` are not counted.
+
+    Attributes:
+        num_blocks: B, the blocks in the lottery; a policy names them 0 … B-1.
+        num_selected: k, the blocks per step.
+        block_names: (num_blocks,), for messages and for policies that are told names.
+        steps_per_epoch: optimizer steps in epoch 1; None where it is not known.
+    """
+
+    config: SelectionConfig
+    num_blocks: int
+    num_selected: int
+    block_names: tuple[str, ...]
+    steps_per_epoch: int | None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_selected <= self.num_blocks or len(self.block_names) != self.num_blocks:
+            raise ValueError(
+                f"num_selected={self.num_selected}, num_blocks={self.num_blocks} and {len(self.block_names)}"
+                " names do not fit: 1 <= num_selected <= num_blocks = number of names."
+            )
+
+
+class Policy(ABC):
+    """Chooses the blocks of each step. Pure: the same arguments give the same answer, on every rank.
+
+    Steps are numbered from 0 and count applied optimizer steps. A subclass gives `plan`, and `choose` only
+    where its explore steps take something else than the highest scores.
+    """
+
+    name: ClassVar[str]
+    needs_steps_per_epoch: ClassVar[bool] = False
+
+    def __init__(self, context: PolicyContext) -> None:
+        self.context = context
+
+    @classmethod
+    def create(cls, context: PolicyContext) -> Policy:
+        """A policy for this run. Raises ConfigError where the context lacks what the policy needs."""
+        return cls(context)
+
+    @abstractmethod
+    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
+        """The blocks of ``step``, ascending; None for an explore step, whose choice needs the scores.
+
+        Args:
+            update_counts: f, how many applied steps updated each block so far, (num_blocks,).
+        """
+
+    def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
+        """The k blocks with the highest scores, ascending; ties to the lower index.
+
+        Algorithm 1 of arXiv:2512.15764. Only for steps whose plan is None. Raises TrainingError for NaN.
+
+        Args:
+            scores: (num_blocks,), non-negative.
+        """
+        self._check_length("scores", scores)
+        for name, score in zip(self.context.block_names, scores, strict=True):
+            if math.isnan(score):
+                raise TrainingError(
+                    f'The gradient of block "{name}" is NaN at step {step}. Such a step must be skipped, not'
+                    " chosen from; lower the learning rate or check the data."
+                )
+        return top_k(scores, self.context.num_selected)
+
+    def explore_probability(self, step: int) -> float:
+        """ε_t, the probability that ``step`` explores."""
+        return 0.0
+
+    def _check_length(self, what: str, values: Sequence[float]) -> None:
+        if len(values) != self.context.num_blocks:
+            raise ValueError(
+                f"{len(values)} {what} for the {self.context.num_blocks} blocks that a policy chooses from."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs beyond step and counts, as JSON. The policies here need nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state from `state_dict`. Raises CheckpointError for a state of another policy."""
+        if state:
+            raise CheckpointError(
+                f'Policy "{self.name}" keeps no state, and the checkpoint has {sorted(state)} for it. Resume'
+                " with the policy that wrote the checkpoint."
+            )
+
+
+def num_selected(select_percent: float, num_blocks: int) -> int:
+    """k = max(1, floor(select_percent / 100 · num_blocks)), the blocks updated per step.
+
+    Warns where select_percent is less than one block, as the paper's rule then still updates one.
+    Raises ConfigError where no block is left to choose from.
+    """
+    if num_blocks < 1:
+        raise ConfigError(
+            f"{SECTION}.always_select and {SECTION}.never_select name every block, so that none is left to"
+            ' choose from. Leave some out, or use policy "all" with always_select=[].'
+        )
+    blocks = math.floor(select_percent * num_blocks / 100 + _FLOOR_TOLERANCE)
+    if blocks < 1:
+        logger.warning(
+            "%s.select_percent=%g is less than one of the %d blocks: each step updates one, which is"
+            " %.4g %%.",
+            SECTION,
+            select_percent,
+            num_blocks,
+            100 / num_blocks,
+        )
+    return max(1, blocks)

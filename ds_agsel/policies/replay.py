@@ -1,0 +1,75 @@
+"""The selections of an earlier run, step by step, for clean ablations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ds_agsel.config import SECTION
+from ds_agsel.errors import ConfigError
+from ds_agsel.policies.base import Policy, PolicyContext
+from ds_agsel.policies.registry import register
+
+
+@register("replay")
+class Replay(Policy):
+    """The blocks that ``replay_file``, a selection.jsonl, has for each step, known before the forward."""
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self._path = context.config.replay_file or ""
+        self._selections = _read(self._path, context.num_blocks)
+
+    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
+        if step not in self._selections:
+            raise ConfigError(
+                f"{_setting(self._path)} has no step {step}; its steps are {min(self._selections)} to "
+                f"{max(self._selections)}. Train no further than the run that wrote it."
+            )
+        return self._selections[step]
+
+
+def _read(path: str, num_blocks: int) -> dict[int, tuple[int, ...]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{_setting(path)} can't be read: {error}. Use the path of an earlier run's selection.jsonl."
+        ) from error
+    selections: dict[int, tuple[int, ...]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            step, blocks = _record(json.loads(line), num_blocks)
+            if selections.setdefault(step, blocks) != blocks:
+                raise ValueError(f"step {step} stands in an earlier line with other blocks")
+        except ValueError as error:
+            raise ConfigError(
+                f'{_setting(path)}, line {number}: {error}. A line is {{"step": 0, "phase": "exploit",'
+                ' "blocks": [3, 7]}.'
+            ) from None
+    if not selections:
+        raise ConfigError(f"{_setting(path)} is empty. Use the selection.jsonl of a run that took a step.")
+    return selections
+
+
+def _record(record: Any, num_blocks: int) -> tuple[int, tuple[int, ...]]:
+    if not isinstance(record, dict) or "step" not in record or "blocks" not in record:
+        raise ValueError('it is not an object with "step" and "blocks"')
+    step, blocks = record["step"], record["blocks"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f'"step" is {step!r}, not an integer from 0 on')
+    if not isinstance(blocks, list) or not blocks or any(type(block) is not int for block in blocks):
+        raise ValueError(f'"blocks" is {blocks!r}, not a list of block indices')
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(f'"blocks" is {blocks!r}, which names a block twice')
+    if not 0 <= min(blocks) <= max(blocks) < num_blocks:
+        raise ValueError(f'"blocks" is {blocks!r}, and this model has blocks 0 to {num_blocks - 1}')
+    return step, tuple(sorted(blocks))
+
+
+def _setting(path: str) -> str:
+    return f"{SECTION}.replay_file={json.dumps(path)}"

@@ -1,0 +1,49 @@
+"""Random draws in log space: a probability that would underflow to 0 still has its place in the order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+_TINY = float(np.finfo(np.float64).tiny)
+# Below this, an exponential variate divided by alpha would overflow to inf and lose its order.
+_SMALLEST_ALPHA = 1e-300
+
+
+def generator(seed: int, step: int) -> np.random.Generator:
+    """The generator of one step's draws: equal on all ranks, independent of any global state."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step])))
+
+
+def log_dirichlet(alpha: npt.ArrayLike, rng: np.random.Generator) -> Floats:
+    """log p with p ~ Dirichlet(alpha), (n,); finite for any positive alpha.
+
+    Gamma(a) = Gamma(a + 1) · U^(1/a) in distribution (Marsaglia and Tsang, 2000, section 6), whose logarithm
+    does not underflow: with a = 1e-6 a plain Gamma variate is almost always 0.
+    """
+    a = np.maximum(np.asarray(alpha, dtype=np.float64), _SMALLEST_ALPHA)
+    log_gamma = np.log(np.maximum(rng.standard_gamma(a + 1.0), _TINY)) - rng.standard_exponential(a.shape) / a
+    shifted = log_gamma - log_gamma.max()
+    log_p: Floats = shifted - np.log(np.exp(shifted).sum())
+    return log_p
+
+
+def gumbel_top_k(log_p: npt.ArrayLike, k: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """k distinct indices, ascending, drawn without replacement in proportion to exp(log_p).
+
+    The largest k of log_p plus Gumbel noise are such a draw (Kool, van Hoof, Welling, arXiv:1903.06059).
+    log_p need not be normalized.
+    """
+    keys = np.asarray(log_p, dtype=np.float64)
+    gumbel = -np.log(np.maximum(rng.standard_exponential(keys.shape), _TINY))
+    return top_k(keys + gumbel, k)
+
+
+def top_k(keys: Sequence[float] | Floats, k: int) -> tuple[int, ...]:
+    """The indices of the k largest keys, ascending; of equal keys the one with the lower index goes first."""
+    descending = np.argsort(-np.asarray(keys, dtype=np.float64), kind="stable")
+    return tuple(sorted(int(index) for index in descending[:k]))

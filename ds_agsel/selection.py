@@ -1,0 +1,241 @@
+"""The controller that an engine carries as ``engine.selection``: plan, choice, record, freezing.
+
+One optimizer step passes through it as `open_window` (before the first forward), `choose` (explore steps,
+once the scores are known) and `commit` or `skip`. It knows nothing of devices, ranks or ZeRO.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from ds_agsel.blocks import Block
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
+from ds_agsel.policies import Policy
+
+logger = logging.getLogger("ds_agsel")
+
+Phase = Literal["explore", "exploit"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next optimizer step will update. ``blocks`` is None until an explore step has its scores."""
+
+    step: int
+    phase: Phase
+    blocks: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """An applied optimizer step: its index, its phase and the blocks it updated, ascending."""
+
+    step: int
+    phase: Phase
+    blocks: tuple[int, ...]
+
+
+@dataclass
+class Traffic:
+    """What one optimizer step moved on this rank, counted where it moved.
+
+    ``reduced_bytes`` and ``gathered_bytes`` count the tensors handed to collectives (0 on one rank);
+    ``d2h_bytes`` and ``h2d_bytes`` the copies between the model's device and the offloaded optimizer;
+    ``stepped_numel`` the elements given to AdamW, with ZeRO's alignment padding.
+    """
+
+    step: int
+    reduced_bytes: int = 0
+    d2h_bytes: int = 0
+    h2d_bytes: int = 0
+    gathered_bytes: int = 0
+    stepped_numel: int = 0
+
+
+@dataclass(frozen=True)
+class Lottery:
+    """The blocks that the policy chooses from, and those that are outside it, as ascending block indices."""
+
+    drawn: tuple[int, ...]
+    always: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+
+
+@dataclass
+class Selection:
+    """Which blocks are updated, at each optimizer step, and the record of it."""
+
+    blocks: tuple[Block, ...]
+    policy: Policy
+    lottery: Lottery
+    config: SelectionConfig
+    parameters: Mapping[str, nn.Parameter] = field(repr=False)
+    history: list[Record] = field(default_factory=list, init=False, repr=False)
+    traffic: list[Traffic] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._counts = [0] * len(self.blocks)
+        self._chosen: tuple[int, ...] | None = None
+        self._frozen: list[nn.Parameter] = []
+        self.window_is_open = False
+        self.current_traffic = Traffic(step=0)
+        self._plan: Plan | None = None
+        self._plan_ahead()
+
+    @property
+    def plan(self) -> Plan:
+        """The next step's plan. Raises ConfigError where the policy has none, as `replay` after its last step."""
+        if self._plan is None:
+            self._plan = self._draw_plan()
+        return self._plan
+
+    @property
+    def update_counts(self) -> tuple[int, ...]:
+        """f: how many optimizer steps updated each block."""
+        return tuple(self._counts)
+
+    @property
+    def explore_probability(self) -> float:
+        """ε_t of the planned step."""
+        return self.policy.explore_probability(self.plan.step)
+
+    @property
+    def active_blocks(self) -> tuple[int, ...]:
+        """Blocks whose gradients this step needs: the planned ones, or all that may be chosen."""
+        if self.plan.blocks is not None:
+            return self.plan.blocks
+        return tuple(sorted(self.lottery.drawn + self.lottery.always))
+
+    @property
+    def selected_blocks(self) -> tuple[int, ...]:
+        """Blocks that this step updates, ascending. Raises TrainingError before an explore step's choice."""
+        if self._chosen is None:
+            raise TrainingError(f"step {self.plan.step} explores: its blocks are chosen after backward.")
+        return self._chosen
+
+    def open_window(self) -> None:
+        """Freeze what this step does not need. Before the first forward of an accumulation window; idempotent."""
+        if self.window_is_open:
+            return
+        self.window_is_open = True
+        active = set(self.active_blocks)
+        for block in self.blocks:
+            if block.index not in active:
+                for name in block.parameter_names:
+                    parameter = self.parameters[name]
+                    parameter.requires_grad_(False)
+                    self._frozen.append(parameter)
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Every parameter trainable inside, as DeepSpeed expects them when it saves (engine.py:5433)."""
+        frozen = self._frozen
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+    def choose(self, scores: Sequence[float]) -> tuple[int, ...]:
+        """The blocks of an explore step: the policy's choice by ``scores`` (one a block), and `always_select`."""
+        drawn = self.policy.choose(self.plan.step, [scores[index] for index in self.lottery.drawn])
+        self._chosen = self._with_always(drawn)
+        return self._chosen
+
+    def commit(self) -> Record:
+        """Count and record the step that was applied, thaw everything and plan the next step."""
+        record = Record(self.plan.step, self.plan.phase, self.selected_blocks)
+        for index in record.blocks:
+            self._counts[index] += 1
+        self.history.append(record)
+        self.traffic.append(self.current_traffic)
+        self._close_window()
+        self._plan_ahead()
+        return record
+
+    def skip(self) -> None:
+        """Forget a step that was not applied: no count, no record; its plan stands for the retry."""
+        self._close_window()
+        self._chosen = self.plan.blocks
+
+    def _close_window(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+        self.window_is_open = False
+        self.current_traffic = Traffic(step=len(self.history))
+
+    def _plan_ahead(self) -> None:
+        self._plan = None
+        with suppress(ConfigError):  # a policy that has run out is only an error where training goes on
+            self._plan = self._draw_plan()
+
+    def _draw_plan(self) -> Plan:
+        step = len(self.history)
+        drawn = self.policy.plan(step, [self._counts[index] for index in self.lottery.drawn])
+        blocks = None if drawn is None else self._with_always(drawn)
+        self._chosen = blocks
+        return Plan(step, "explore" if blocks is None else "exploit", blocks)
+
+    def _with_always(self, drawn: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted([self.lottery.drawn[index] for index in drawn] + list(self.lottery.always)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs, in types that JSON has."""
+        return {
+            "version": FORMAT_VERSION,
+            "blocks": [[block.name, list(block.parameter_names)] for block in self.blocks],
+            "section": self.config.model_dump(mode="json"),
+            "update_counts": list(self._counts),
+            "history": [[record.step, record.phase, list(record.blocks)] for record in self.history],
+            "plan": None if self._plan is None else asdict(self._plan),
+            "policy": self.policy.state_dict(),
+        }
+
+    def check_compatible(self, state: Mapping[str, Any], source: str) -> None:
+        """Raise CheckpointError, naming ``source``, unless ``state`` was saved with the same blocks."""
+        if state.get("version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} has version={state.get('version')!r}; this ds_agsel reads version {FORMAT_VERSION}. "
+                "Load it with the ds_agsel that wrote it, or load the weights alone: load_module_only=True."
+            )
+        saved = [(name, tuple(parameters)) for name, parameters in state["blocks"]]
+        here = [(block.name, block.parameter_names) for block in self.blocks]
+        if saved != here:
+            odd = next((f"{theirs} there, {ours} here" for theirs, ours in zip(saved, here) if theirs != ours), "")
+            raise CheckpointError(
+                f"{source} was saved with {len(saved)} blocks that are not this run's {len(here)}"
+                f"{f' (first difference: {odd[:300]})' if odd else ''}. "
+                "Use the model and the adagrad_select.blocks it was saved with, or load the weights alone: "
+                "load_module_only=True."
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``. A section that has changed since is followed from the next step on."""
+        self.check_compatible(state, "the selection state")
+        self._close_window()
+        self._counts = [int(count) for count in state["update_counts"]]
+        self.history = [Record(step, phase, tuple(blocks)) for step, phase, blocks in state["history"]]
+        self.traffic = []
+        self.current_traffic = Traffic(step=len(self.history))
+        if state["section"] != self.config.model_dump(mode="json"):
+            logger.warning("adagrad_select: the section differs from the checkpoint's; the next step is planned anew.")
+            self._plan_ahead()
+            return
+        self.policy.load_state_dict(state["policy"])
+        if state["plan"] is None:
+            self._plan_ahead()
+            return
+        plan = Plan(**state["plan"])
+        self._plan = replace(plan, blocks=None if plan.blocks is None else tuple(plan.blocks))
+        self._chosen = self._plan.blocks

@@ -1,0 +1,237 @@
+"""The one place that touches what DeepSpeed does not document, with the versions it is known to work on.
+
+`stage12.py` overrides public-looking methods of `DeepSpeedZeroOptimizer`; what those methods read and write
+is listed here, so that a release that moved something is met by `require_known_deepspeed` with a sentence
+instead of by wrong numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+from packaging.version import Version
+
+from ds_agsel.errors import ConfigError
+
+OLDEST_KNOWN = Version("0.19.0")
+NEWEST_KNOWN = Version("0.19.8")
+
+# What a ZeRO-1/2 optimizer keeps per param group (stage_1_and_2.py, __init__ and
+# initialize_gradient_partitioning_data_structures): lists indexed by group, dicts keyed by group.
+GROUP_LISTS = (
+    "bit16_groups",
+    "bit16_groups_flat",
+    "parallel_partitioned_bit16_groups",
+    "single_partition_of_fp32_groups",
+    "params_in_partition",
+    "params_not_in_partition",
+    "first_offset",
+    "partition_size",
+    "real_dp_process_group",
+    "round_robin_bit16_groups",
+    "round_robin_bit16_indices",
+    "round_robin_bit16_meta",
+    "round_robin_bit16_padding",
+    "round_robin_bit16_offsets",
+)
+OFFLOAD_GROUP_LISTS = ("param_buffer_of_bit16_for_cpu_offload_groups",)
+GROUP_DICTS = (
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_start_offset",
+    "grad_partition_insertion_offset",
+)
+OTHER_ATTRIBUTES = (
+    "param_id",
+    "params_already_reduced",
+    "ready_for_gradients",
+    "micro_step_id",
+    "ipg_buckets",
+    "reduce_bucket_size",
+    "partition_gradients",
+    "cpu_offload",
+    "cpu_offload_pin_memory",
+    "check_grad_overflow",
+)
+OFFLOAD_ATTRIBUTES = (
+    "norm_for_param_grads",
+    "accumulated_grads_in_cpu",
+    "grad_position",
+    "offload_gradient_dict",
+    "temp_grad_buffer_for_gpu_offload",
+    "_offload_accumulated_param_ids",
+)
+METHODS = (
+    "process_gradients",
+    "setup_buckets",
+    "reduce_ready_partitions_and_remove_grads",
+    "reduce_ipg_grads",
+    "independent_gradient_partition_epilogue",
+    "copy_grads_in_partition",
+    "set_norm_for_param_grad_in_gpu",
+    "update_offload_overflow_tracker_for_param_grad",
+    "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+    "async_accumulate_grad_in_cpu_via_gpu",
+    "allreduce_bucket",
+    "gradient_reduction_w_predivide",
+    "has_overflow",
+    "step",
+    "_optimizer_step",
+    "_lazy_init_hp_params_optimizer_state",
+    "_link_all_hp_params",
+    "_get_offload_gradient_dict",
+    "_use_compact_grad_partition_buffer",
+    "_get_compact_grad_partition_slice",
+    "_restore_cpu_offload_grad_to_gpu",
+)
+
+
+def require_known_deepspeed(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Raise ConfigError unless ``optimizer`` has all that this package relies on."""
+    missing = [name for name in METHODS if not hasattr(DeepSpeedZeroOptimizer, name)]
+    attributes: tuple[str, ...] = GROUP_LISTS + GROUP_DICTS + OTHER_ATTRIBUTES
+    if getattr(optimizer, "cpu_offload", False):
+        attributes += OFFLOAD_GROUP_LISTS + OFFLOAD_ATTRIBUTES
+    missing += [name for name in attributes if not hasattr(optimizer, name)]
+    if missing:
+        raise ConfigError(
+            f"deepspeed=={deepspeed.__version__} has no {', '.join(missing)} in its ZeRO-1/2 optimizer, which "
+            f"ds_agsel relies on. Versions {OLDEST_KNOWN} to {NEWEST_KNOWN} are allowed; "
+            f"install one of them: pip install 'deepspeed=={NEWEST_KNOWN}'."
+        )
+
+
+def is_newer_than_known() -> bool:
+    """Whether the installed DeepSpeed is a release that nobody has tried with this package yet."""
+    return Version(Version(deepspeed.__version__).base_version) > NEWEST_KNOWN
+
+
+@contextmanager
+def only_groups(optimizer: DeepSpeedZeroOptimizer, indices: Sequence[int]) -> Iterator[None]:
+    """Show ``optimizer`` only the param groups ``indices``, so that its own loops pass the others by.
+
+    Inside, group i is what was group ``indices[i]``; what DeepSpeed stores under a group's key in one of
+    `GROUP_DICTS` is filed under the old key on the way out, also after an exception. The dict objects
+    themselves stay, because ``_hp_mapping`` of every parameter holds them (utils/tensor_fragment.py).
+    """
+    base = optimizer.optimizer
+    all_base_groups = base.param_groups
+    if len(indices) == len(all_base_groups):
+        yield
+        return
+    names = GROUP_LISTS + (OFFLOAD_GROUP_LISTS if optimizer.cpu_offload else ())
+    lists = {name: getattr(optimizer, name) for name in names}
+    dicts = {name: getattr(optimizer, name) for name in GROUP_DICTS}
+    for name, values in lists.items():
+        setattr(optimizer, name, [values[index] for index in indices])
+    for name, by_group in dicts.items():
+        shown = {new: by_group[old] for new, old in enumerate(indices) if old in by_group}
+        setattr(optimizer, name, shown)
+    base.param_groups = [all_base_groups[index] for index in indices]
+    try:
+        yield
+    finally:
+        base.param_groups = all_base_groups
+        for name, by_group in dicts.items():
+            shown = getattr(optimizer, name)
+            by_group.update({indices[new]: value for new, value in shown.items()})
+            setattr(optimizer, name, by_group)
+        for name, values in lists.items():
+            setattr(optimizer, name, values)
+
+
+@contextmanager
+def attribute(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of ``target`` for the length of the block."""
+    saved = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(target, name, value)
+
+
+def norm_dtype() -> torch.dtype:
+    """The dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
+    return get_norm_dtype()
+
+
+def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
+    """Whether the caller is inside `engine.coalesce_grad_reduction()` (0.19.6 and newer)."""
+    return getattr(optimizer, "_coalesce_grad_reduction", False)
+
+
+def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
+    """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
+    partition = optimizer.single_partition_of_fp32_groups[group]
+    lazy_init_hp_params_optimizer_state(
+        optimizer.bit16_groups[group], partition, optimizer.optimizer.state
+    )
+
+
+def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:
+    """A state for ``partition`` as ``optimizer`` makes it at its first update: zeros, step 0."""
+    own_count = isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam))
+    return {
+        "step": 0 if own_count else torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(partition, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(partition, requires_grad=False),
+    }
+
+
+def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
+    """DeepSpeed's compiled `cpu_adam` module (csrc/adam/cpu_adam.cpp), built on first use."""
+    return optimizer.ds_opt_adam if isinstance(optimizer, DeepSpeedCPUAdam) else CPUAdamBuilder().load()
+
+
+def new_cpu_adam_id() -> int:
+    """A C++ optimizer id that no `DeepSpeedCPUAdam` of this process has (ops/adam/cpu_adam.py)."""
+    identifier = DeepSpeedCPUAdam.optimizer_id
+    DeepSpeedCPUAdam.optimizer_id += 1
+    return identifier
+
+
+def swap_class(instance: Any, subclass: type) -> None:
+    """Make ``instance`` an object of ``subclass``, which must add methods and no constructor.
+
+    The way in that leaves DeepSpeed's long constructors to DeepSpeed (DEEPSPEED.md, "Ways in").
+    """
+    if type(instance) not in subclass.__mro__:
+        raise ConfigError(
+            f"deepspeed=={deepspeed.__version__} made a {type(instance).__name__} where adagrad_select needs a "
+            f"{subclass.__mro__[1].__name__}. Use ZeRO stage 1 or 2 with the plain DeepSpeed engine."
+        )
+    instance.__class__ = subclass
+
+
+__all__ = [
+    "DeepSpeedCPUAdam",
+    "DeepSpeedEngine",
+    "DeepSpeedZeroOptimizer",
+    "FusedAdam",
+    "attribute",
+    "cpu_adam_op",
+    "is_coalescing",
+    "is_newer_than_known",
+    "link_adam_state",
+    "load_ds_config",
+    "new_adam_state",
+    "new_cpu_adam_id",
+    "norm_dtype",
+    "only_groups",
+    "require_known_deepspeed",
+    "swap_class",
+]

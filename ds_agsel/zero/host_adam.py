@@ -1,0 +1,96 @@
+"""CPU Adam with one C++ object per param group, so that a step's bits depend on nothing but that group.
+
+[Note: Hidden Adam state] csrc/includes/cpu_adam.h:71 keeps a running product of each β in the C++ object: it is
+multiplied on when a step count is the last one plus one, and recomputed by ``pow`` otherwise. The two differ in
+the last bits. With one object for all groups and a step count per group, the bits would depend on the order of
+calls, and a resumed run would differ from the one that went on. Here every group has an object of its own, which
+is brought to the group's count before its first step (by calls on empty tensors), and DeepSpeed's own sequence of
+multiplications is what each of them sees: with every group stepped every time, the bits are plain DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ds_agsel.zero import compat
+
+
+class HostAdam:
+    """The C++ Adam objects of a `DeepSpeedCPUAdam`, or of a `FusedAdam` on a CPU accelerator."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._op = compat.cpu_adam_op(optimizer)
+        self._ids: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
+        weakref.finalize(self, _destroy, self._op, self._ids)
+
+    @contextmanager
+    def stepping(self, group: int, param_group: dict[str, Any]) -> Iterator[None]:
+        """Let the optimizer's next ``step`` run on the C++ object of ``group``. It must step that group alone, once."""
+        partition = param_group["params"][0]
+        count = self._optimizer.state[partition].get("step", 0) if partition in self._optimizer.state else 0
+        self._bring_to(count, group, param_group)
+        identifier = self._ids[group]
+        if isinstance(self._optimizer, compat.FusedAdam):
+            bound = compat.attribute(self._optimizer, multi_tensor_adam=_FusedStep(self._op, identifier))
+        else:
+            bound = compat.attribute(self._optimizer, opt_id=identifier)
+        with bound:
+            yield
+        self._counts[group] = count + 1
+
+    def _bring_to(self, count: int, group: int, param_group: dict[str, Any]) -> None:
+        beta1, beta2 = param_group["betas"]
+        lr, eps, decay = float(param_group["lr"]), param_group["eps"], param_group["weight_decay"]
+        if group not in self._ids:
+            self._ids[group] = compat.new_cpu_adam_id()
+            self._counts[group] = -1
+        if not 0 <= self._counts[group] <= count:
+            adamw = bool(self._optimizer.adam_w_mode)  # type: ignore[attr-defined]
+            self._op.create_adam(self._ids[group], lr, beta1, beta2, eps, decay, adamw, False)
+            self._counts[group] = 0
+        nothing = torch.empty(0)
+        correction = bool(param_group["bias_correction"])
+        for step in range(self._counts[group] + 1, count + 1):
+            self._op.adam_update(
+                self._ids[group], step, lr, beta1, beta2, eps, decay, correction, nothing, nothing, nothing, nothing
+            )
+
+
+class _FusedStep:
+    """`multi_tensor_adam` of DeepSpeed's CPU FusedAdam (csrc/cpu/adam/fused_adam.cpp), on a given C++ object."""
+
+    def __init__(self, op: Any, identifier: int) -> None:
+        self._op = op
+        self._identifier = identifier
+
+    def __call__(
+        self,
+        chunk_size: int,
+        noop_flag: torch.Tensor,
+        tensor_lists: list[list[torch.Tensor]],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        step: int,
+        adamw_mode: int,
+        bias_correction: int,
+        weight_decay: float,
+    ) -> None:
+        for grad, param, exp_avg, exp_avg_sq in zip(*tensor_lists):
+            self._op.adam_update(
+                self._identifier, step, lr, beta1, beta2, eps, weight_decay, bool(bias_correction),
+                param, grad, exp_avg, exp_avg_sq,
+            )  # fmt: skip
+
+
+def _destroy(op: Any, identifiers: dict[int, int]) -> None:
+    for identifier in identifiers.values():
+        op.destroy_adam(identifier)

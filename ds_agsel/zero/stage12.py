@@ -1,0 +1,482 @@
+"""ZeRO-1 and ZeRO-2, restricted to the param groups of the selected blocks.
+
+[Note: The view] Every param group belongs to one block. DeepSpeed's own loops over groups (the epilogue of
+backward, `step`) run inside `compat.only_groups`, which shows them the groups of this step's blocks and no others:
+what is not shown is not zero-filled, flattened, copied, clipped, stepped, written back or gathered, and what is
+shown goes through DeepSpeed's own arithmetic, so that with every block selected the bits are plain DeepSpeed's.
+
+[Note: One rank] Where a gradient has nobody to be averaged with, the trip through the reduction bucket (a copy in,
+a division by 1, a collective of one, a copy out) changes no bit and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from ds_agsel.errors import ConfigError, TrainingError
+from ds_agsel.param_groups import HyperparameterLink, ParamGroup
+from ds_agsel.selection import Selection
+from ds_agsel.zero import compat
+from ds_agsel.zero.gradient_buffers import HostGradientBuffers
+from ds_agsel.zero.host_adam import HostAdam
+
+ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
+    """A `DeepSpeedZeroOptimizer` whose step updates the selected blocks' groups. Made by `restrict`."""
+
+    selection: Selection
+    ready_for_gradients: bool
+    grads_in_partition: Tensor | None
+
+    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
+        self.selection = selection
+        self._link = link
+        self._block_of_group = tuple(block_of_group)
+        self._shown_groups: Sequence[int] = range(len(block_of_group))
+        self._states_linked: set[int] = set()
+        self._blocks_with_gradient: set[int] = set()
+        self._overflow_is_known = False
+        self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
+        self._group_of_param = {
+            self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
+        }
+        self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
+        self._link_all_hp_params()
+
+    def _steps_with_hidden_state(self) -> bool:
+        on_cpu = get_accelerator().device_name() == "cpu"
+        return isinstance(self.optimizer, compat.DeepSpeedCPUAdam) or (
+            isinstance(self.optimizer, compat.FusedAdam) and on_cpu
+        )
+
+    # ------------------------------------------------------------------ window
+
+    def _groups_of(self, blocks: Sequence[int]) -> list[int]:
+        wanted = set(blocks)
+        return [group for group, block in enumerate(self._block_of_group) if block in wanted]
+
+    def open_window(self) -> None:
+        """Freeze and make room for the planned step. Before the first forward of an accumulation window; idempotent."""
+        if self.selection.window_is_open:
+            return
+        self.selection.open_window()
+        self._blocks_with_gradient.clear()
+        if self.cpu_offload:
+            self._hold_gradient_buffers()
+
+    def _hold_gradient_buffers(self) -> None:
+        groups = self._groups_of(self.selection.active_blocks)
+        for group in self._gradient_buffers.hold(groups):
+            self._zero_gradient(group, keep=[self.get_param_id(p) for p in self.params_in_partition[group]])
+        held = set(groups)
+        for group in range(len(self.bit16_groups)):
+            if group not in held:
+                self.offload_gradient_dict[group] = None
+            elif self.offload_gradient_dict.get(group) is None:
+                self.offload_gradient_dict[group] = self._gradient_fragments(group)
+        # Accumulation over micro-steps starts from 0 also for a parameter that misses the first of them.
+        for param_id in list(self.accumulated_grads_in_cpu):
+            if self._group_of_param[param_id] in held:
+                self.accumulated_grads_in_cpu[param_id].zero_()
+            else:
+                del self.accumulated_grads_in_cpu[param_id]
+
+    def _gradient_fragments(self, group: int) -> list[Tensor]:
+        flat = self.single_partition_of_fp32_groups[group].grad.view(-1)
+        positions = [self.grad_position[self.get_param_id(p)] for p in self.params_in_partition[group]]
+        return [flat.narrow(0, start, numel) for _, _, start, numel in positions]
+
+    def _get_offload_gradient_dict(self) -> None:
+        for group, partition in enumerate(self.single_partition_of_fp32_groups):
+            self.offload_gradient_dict[group] = None if partition.grad is None else self._gradient_fragments(group)
+
+    def _zero_gradient(self, group: int, keep: Sequence[int]) -> None:
+        """Zero ``group``'s host gradient but for the fragments of the parameters ``keep`` (param ids)."""
+        flat = self.single_partition_of_fp32_groups[group].grad.view(-1)
+        kept = sorted(tuple(self.grad_position[param_id][2:]) for param_id in keep)
+        end = 0
+        for start, numel in [*kept, (flat.numel(), 0)]:
+            if start > end:
+                flat.narrow(0, end, start - end).zero_()
+            end = start + numel
+
+    # ---------------------------------------------------------------- backward
+
+    def process_gradients(self, param: nn.Parameter, i: int) -> None:
+        if not self._is_wanted(param, i):
+            return
+        if self.cpu_offload and self.single_partition_of_fp32_groups[i].grad is None:
+            self._hold_gradient_buffers()
+        if self._has_nobody_to_reduce_with(param):
+            self._take_gradient(param, i)
+        else:
+            super().process_gradients(param, i)
+
+    def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter, i: int) -> None:
+        if self._is_wanted(param, i):  # asked again: with stage 1 no hook may have come through process_gradients
+            super().reduce_ready_partitions_and_remove_grads(param, i)
+
+    def _is_wanted(self, param: nn.Parameter, group: int) -> bool:
+        """Whether this step needs ``param``'s gradient; one it does not need is dropped."""
+        block = self._block_of_group[group]
+        if block in self.selection.active_blocks:
+            self._blocks_with_gradient.add(block)
+            return True
+        param.grad = None  # backward ran without the engine's forward, so nothing was frozen
+        return False
+
+    def _has_nobody_to_reduce_with(self, param: nn.Parameter) -> bool:
+        """[Note: One rank]. Not where the trip would round: a communication dtype narrower than the gradient's."""
+        comm_dtype = self.get_param_comm_dtype(param)
+        return (
+            self.partition_gradients
+            and dist.get_world_size(group=self.dp_process_group) == 1
+            and torch.promote_types(comm_dtype, param.dtype) == comm_dtype
+            and self.gradient_predivide_factor == 1.0
+            and not self.params_already_reduced[self.get_param_id(param)]
+            and getattr(param, "ds_grad_is_ready", True)
+            and not compat.is_coalescing(self)
+        )
+
+    def _take_gradient(self, param: nn.Parameter, group: int) -> None:
+        if not self.ready_for_gradients:  # what setup_buckets does, without the buckets
+            self.micro_step_id += 1
+            self.ready_for_gradients = True
+        param_id = self.get_param_id(param)
+        self.params_already_reduced[param_id] = True
+        gradient = self.get_param_gradient_attribute(param)
+        if not gradient.is_contiguous():
+            param.grad = gradient = gradient.contiguous()
+        compact = self._get_compact_grad_partition_slice(group, 0, param_id, param.numel())
+        if compact is not None:
+            compact.add_(gradient.view(-1).to(compact.dtype))
+        if self.cpu_offload:
+            self.copy_grads_in_partition(param, group)
+        elif compact is not None:
+            self.clear_grad_attribute(param)
+
+    def setup_buckets(self) -> None:
+        """Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large."""
+        groups = self._groups_of(self.selection.active_blocks)
+        numel = sum(p.numel() for group in groups for p in self.bit16_groups[group])
+        with compat.attribute(self, reduce_bucket_size=min(self.reduce_bucket_size, numel)):
+            super().setup_buckets()
+
+    def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
+        if not self.cpu_offload and self.grads_in_partition is None:
+            # Stock code makes room for the gradients of all groups (stage_1_and_2.py:2182).
+            groups = self._groups_of(self.selection.active_blocks)
+            if not self._use_compact_grad_partition_buffer(groups[0]):
+                numel = sum(p.numel() for group in groups for p in self.params_in_partition[group])
+                device = get_accelerator().current_device_name()
+                self.grads_in_partition = torch.empty(numel, dtype=self.dtype, device=device)
+                self.grads_in_partition_offset = 0
+        super().copy_grads_in_partition(param, group_idx)
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Reduce the buckets that hold something; with [Note: One rank] there may be none at all."""
+        for dtype in [comm_dtype] if comm_dtype is not None else sorted(self.ipg_buckets, key=str):
+            if self.ipg_buckets[dtype].params:
+                super().reduce_ipg_grads(comm_dtype=dtype)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        self.reduce_ipg_grads()  # its buckets name groups by their own index: before the view
+        with compat.only_groups(self, self._groups_of(self.selection.active_blocks)):
+            super().independent_gradient_partition_epilogue()
+
+    def allreduce_bucket(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._count_reduced(super().allreduce_bucket(*args, **kwargs))
+
+    def gradient_reduction_w_predivide(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._count_reduced(super().gradient_reduction_w_predivide(*args, **kwargs))
+
+    def _count_reduced(self, reduced: Tensor) -> Tensor:
+        if dist.get_world_size(group=self.dp_process_group) > 1:
+            self.selection.current_traffic.reduced_bytes += reduced.numel() * reduced.element_size()
+        return reduced
+
+    # ----------------------------------------------------------------- offload
+
+    def update_offload_overflow_tracker_for_param_grad(self, param: nn.Parameter) -> None:
+        """Nothing: the norm, taken for every gradient, is finite just where the gradient is; see `has_overflow`."""
+
+    def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param: nn.Parameter) -> None:
+        numel = self.grad_position[self.get_param_id(param)][3]
+        self.selection.current_traffic.d2h_bytes += numel * self.master_weights_and_grads_dtype.itemsize
+        super().async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
+
+    def async_accumulate_grad_in_cpu_via_gpu(self, param: nn.Parameter) -> None:
+        traffic = self.selection.current_traffic
+        traffic.d2h_bytes += param.numel() * param.element_size()
+        if self.micro_step_id > 0:
+            traffic.h2d_bytes += param.numel() * param.element_size()
+        super().async_accumulate_grad_in_cpu_via_gpu(param)
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        if self._overflow_is_known:
+            return True
+        if self.cpu_offload and self.norm_for_param_grads:
+            norms = torch.stack([norm.to(self.device) for norm in self.norm_for_param_grads.values()])
+            self.local_overflow |= not bool(torch.isfinite(norms).all())
+        return super().has_overflow(partition_gradients)
+
+    def _complete_host_gradients(self, groups: Sequence[int]) -> None:
+        """Host gradients of this window and of nothing else: 0 where a parameter had none in it."""
+        for group in groups:
+            written = []
+            for param in self.params_in_partition[group]:
+                param_id = self.get_param_id(param)
+                if param_id not in self.norm_for_param_grads and param_id in self._offload_accumulated_param_ids:
+                    # It had a gradient in an earlier micro-step but none in the last one.
+                    self._restore_cpu_offload_grad_to_gpu(param)
+                    self.set_norm_for_param_grad_in_gpu(param)
+                    self.async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
+                if param_id in self.norm_for_param_grads:
+                    written.append(param_id)
+            if len(written) < len(self.params_in_partition[group]):
+                self._zero_gradient(group, keep=written)
+
+    # -------------------------------------------------------------------- step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Choose where the step explores, then update the chosen blocks. Collective."""
+        self._link.push(self.optimizer.param_groups)
+        selection = self.selection
+        if self.cpu_offload:
+            self._wait_for_offload_copies()
+            self._complete_host_gradients(self._groups_of(selection.active_blocks))
+        if selection.plan.blocks is None:
+            scores = self._block_scores()
+            if not torch.isfinite(scores).all():
+                self._skip_step()
+                return
+            selection.choose(scores.tolist())
+            self._drop_gradients(set(selection.active_blocks) - set(selection.selected_blocks))
+        else:
+            self._require_gradients(selection.plan.blocks)
+        groups = self._groups_of(selection.selected_blocks)
+        self._shown_groups = groups
+        with compat.only_groups(self, groups):
+            super().step()
+        if self.overflow:
+            selection.skip()
+            return
+        self._count_written(groups)
+        for group in groups:
+            self._link_state(group)
+        selection.commit()
+
+    def _block_scores(self) -> Tensor:
+        """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
+
+        Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that can't be chosen.
+        Algorithm 1, lines 2-6, of arXiv:2512.15764. Collective over the data-parallel group.
+        """
+        device = get_accelerator().current_device_name()
+        squares = torch.zeros(len(self._group_of_param), dtype=compat.norm_dtype(), device=device)
+        param_ids, norms = [], []
+        for group in self._groups_of(self.selection.active_blocks):
+            for param_id, norm in self._slice_norms(group):
+                param_ids.append(param_id)
+                norms.append(norm.to(device, squares.dtype))
+        if norms:
+            squares[torch.tensor(param_ids, device=device)] = torch.stack(norms).square()
+        if dist.get_world_size(group=self.dp_process_group) > 1:
+            dist.all_reduce(squares, group=self.dp_process_group)
+        blocks = torch.tensor(
+            [self._block_of_group[self._group_of_param[i]] for i in range(len(squares))], device=device
+        )
+        scores = squares.new_zeros(len(self.selection.blocks))
+        return scores.index_add_(0, blocks, squares.sqrt() / self.loss_scale).cpu()
+
+    def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
+        """(param id, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
+        params = self.params_in_partition[group]
+        if self.cpu_offload:
+            ids = [self.get_param_id(param) for param in params]
+            return [(i, self.norm_for_param_grads[i]) for i in ids if i in self.norm_for_param_grads]
+        slices = [g for g in self.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
+        return [
+            (self.get_param_id(param), torch.linalg.vector_norm(piece.to(compat.norm_dtype())))
+            for param, piece in zip(params, slices)
+        ]
+
+    def _skip_step(self) -> None:
+        """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""
+        self._overflow_is_known = True
+        try:
+            with compat.attribute(self, check_grad_overflow=True):
+                super().step()
+        finally:
+            self._overflow_is_known = False
+        self.selection.skip()
+
+    def _drop_gradients(self, blocks: set[int]) -> None:
+        for group in self._groups_of(tuple(blocks)):
+            self.averaged_gradients[group] = None
+            self.all_grad_tensors[group] = None
+            if self.cpu_offload:
+                for param in self.params_in_partition[group]:
+                    self.norm_for_param_grads.pop(self.get_param_id(param), None)
+
+    def _require_gradients(self, planned: Sequence[int]) -> None:
+        """Refuse to step on silence: reentrant checkpointing drops gradients where no input requires any."""
+        silent = [self.selection.blocks[block].name for block in planned if block not in self._blocks_with_gradient]
+        if silent:
+            raise TrainingError(
+                f"step {self.selection.plan.step}: no parameter of the selected block(s) {', '.join(silent)} received "
+                "a gradient. With activation checkpointing, set use_reentrant=False or call "
+                "model.enable_input_require_grads(): the reentrant form drops the gradients of a segment whose inputs "
+                "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
+            )
+
+    def _optimizer_step(self, group_no: int) -> None:
+        partition = self.single_partition_of_fp32_groups[group_no]
+        self.selection.current_traffic.stepped_numel += partition.numel()
+        if self._host_adam is None:
+            super()._optimizer_step(group_no)
+            return
+        with self._host_adam.stepping(self._shown_groups[group_no], self.optimizer.param_groups[group_no]):
+            super()._optimizer_step(group_no)
+
+    def _count_written(self, groups: Sequence[int]) -> None:
+        traffic = self.selection.current_traffic
+        many = dist.get_world_size(group=self.dp_process_group) > 1
+        for group in groups:
+            flat = self.bit16_groups_flat[group]
+            if self.cpu_offload:
+                staged = self.param_buffer_of_bit16_for_cpu_offload_groups[group]
+                traffic.h2d_bytes += staged.numel() * staged.element_size()
+            if many:
+                traffic.gathered_bytes += flat.numel() * flat.element_size()
+
+    # ------------------------------------------------------ hyperparameters, memory
+
+    def _get_param_groups(self) -> list[ParamGroup]:
+        self._link.push(self.optimizer.param_groups)
+        return self.optimizer.param_groups
+
+    def _set_param_groups(self, value: list[ParamGroup]) -> None:
+        self.optimizer.param_groups = value
+
+    param_groups = property(_get_param_groups, _set_param_groups)
+
+    def held_gradient_bytes(self) -> tuple[int, int]:
+        """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
+        tensors = [p.grad for group in self.bit16_groups for p in group]
+        for by_group in (self.averaged_gradients, self.all_grad_tensors):
+            for pieces in by_group.values():
+                tensors += pieces or []
+        tensors += [bucket for ipg in self.ipg_buckets.values() for bucket in ipg.buffer]
+        host: list[Tensor] = []
+        if self.cpu_offload:
+            host = [p.grad for p in self.single_partition_of_fp32_groups]
+            host += list(self.accumulated_grads_in_cpu.values())
+        return _storage_bytes(tensors), _storage_bytes(host)
+
+    def state_bytes(self) -> int:
+        """Bytes of the Adam moments that exist on this rank."""
+        states = self.optimizer.state.values()
+        return _storage_bytes([state[key] for state in states for key in ADAM_STATE_KEYS if key in state])
+
+    # --------------------------------------------------- states: accessors, checkpoints
+
+    def _lazy_init_hp_params_optimizer_state(self) -> None:
+        """Nothing: stock code links once, after the first group's first step (stage_1_and_2.py:2987)."""
+
+    def _has_state(self, group: int) -> bool:
+        return bool(self.optimizer.state.get(self.single_partition_of_fp32_groups[group]))
+
+    def _link_state(self, group: int) -> None:
+        if group not in self._states_linked and self._has_state(group):
+            compat.link_adam_state(self, group)
+            self._states_linked.add(group)
+
+    def _link_all_hp_params(self) -> None:
+        super()._link_all_hp_params()
+        self._states_linked.clear()
+        for group, params in enumerate(self.bit16_groups):
+            self._link_state(group)
+            for param in params:
+                param.get_full_hp_param = partial(self._get_full_hp_param, param, group, param.get_full_hp_param)
+                param.set_full_hp_param = partial(self._set_full_hp_param, param, group, param.set_full_hp_param)
+                param.get_full_hp_grad = partial(self._get_full_hp_grad, param, group, param.get_full_hp_grad)
+                param.set_full_hp_grad = partial(self._set_full_hp_grad, group, param.set_full_hp_grad)
+
+    def _get_full_hp_param(
+        self, param: nn.Parameter, group: int, stock: Callable[..., Tensor], optim_state_key: str | None = None
+    ) -> Tensor:
+        """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
+        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
+            return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        return stock(optim_state_key)
+
+    def _set_full_hp_param(
+        self,
+        param: nn.Parameter,
+        group: int,
+        stock: Callable[..., None],
+        value: Tensor,
+        optim_state_key: str | None = None,
+    ) -> None:
+        """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
+        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
+            partition = self.single_partition_of_fp32_groups[group]
+            self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+            self._link_state(group)
+        stock(value, optim_state_key)
+        if optim_state_key is None:
+            param.data.copy_(value)
+
+    def _get_full_hp_grad(self, param: nn.Parameter, group: int, stock: Callable[[], Tensor]) -> Tensor:
+        if self._block_of_group[group] not in self.selection.active_blocks:
+            return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        return stock()
+
+    def _set_full_hp_grad(self, group: int, stock: Callable[[Tensor], None], value: Tensor) -> None:
+        if self._block_of_group[group] in self.selection.active_blocks:
+            stock(value)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super().load_state_dict(*args, **kwargs)
+        self._link.pull(self.optimizer.param_groups)
+
+
+def restrict(
+    optimizer: compat.DeepSpeedZeroOptimizer,
+    selection: Selection,
+    block_of_group: Sequence[int],
+    link: HyperparameterLink,
+) -> SelectiveZeroOptimizer:
+    """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
+
+    Raises ConfigError where the installed DeepSpeed, or the groups it made, are not the ones this was written for.
+    """
+    compat.require_known_deepspeed(optimizer)
+    if len(optimizer.bit16_groups) != len(block_of_group):
+        raise ConfigError(
+            f"DeepSpeed made {len(optimizer.bit16_groups)} param groups of the {len(block_of_group)} it was given, "
+            "one per block and hyperparameter set. Give it no param group that it drops or merges."
+        )
+    compat.swap_class(optimizer, SelectiveZeroOptimizer)
+    optimizer.attach(selection, block_of_group, link)
+    return optimizer
+
+
+def _storage_bytes(tensors: Sequence[Tensor | None]) -> int:
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,110 @@
+"""What this package can't do, refused at start-up with the setting, its value and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import ConfigError
+
+STAGES = (1, 2)
+
+
+def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any, config: SelectionConfig) -> None:
+    """Raise ConfigError for the first setting of ``ds_config``, or part of ``model``, that can't be used."""
+    zero = _section(ds_config, "zero_optimization")
+    offload = _section(zero, "offload_optimizer")
+    bf16 = _section(ds_config, "bf16") or _section(ds_config, "bfloat16")
+    fp16 = _section(ds_config, "fp16")
+    autocast = _section(ds_config, "torch_autocast")
+    stage = zero.get("stage", 0)
+    offload_device = str(offload.get("device", "none"))
+
+    if stage not in STAGES:
+        hint = {0: "use 1, which keeps the same weights on each rank", 3: "3 is not supported yet; use 2"}
+        raise ConfigError(
+            f"zero_optimization.stage={stage} can't be used with adagrad_select. Stages 1 and 2 are allowed: "
+            f"{hint.get(stage, 'use one of them')}."
+        )
+    if zero.get("zenflow") is not None:
+        _refuse("zero_optimization.zenflow", "it selects gradients in its own way", "Remove one of the two sections")
+    if offload.get("super_offload"):
+        setting = "zero_optimization.offload_optimizer.super_offload=true"
+        _refuse(setting, "it steps outside ZeRO's loop", "Set it to false")
+    if offload_device not in ("none", "cpu"):
+        _refuse(
+            f"zero_optimization.offload_optimizer.device={offload_device!r}", "stages 1 and 2 offload to the cpu",
+            "Use 'cpu' or 'none'",
+        )  # fmt: skip
+    if float(offload.get("ratio", 1.0)) != 1.0:
+        _refuse(
+            f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
+            "Set it to 1.0",
+        )  # fmt: skip
+    if config.step_device == "cpu" and offload_device != "cpu":
+        raise ConfigError(
+            "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
+            "other. Set offload_optimizer.device to 'cpu', or step_device to null."
+        )
+    if zero.get("elastic_checkpoint"):
+        _refuse(
+            "zero_optimization.elastic_checkpoint=true", "it asks every block for the state of the first",
+            "Set it to false",
+        )  # fmt: skip
+    if _section(ds_config, "hybrid_engine").get("enabled"):
+        _refuse("hybrid_engine.enabled=true", "it replaces the engine", "Set it to false")
+    if _section(ds_config, "compile").get("deepcompile"):
+        _refuse("compile.deepcompile=true", "it compiles the gradients of all blocks in", "Set it to false")
+    if ds_config.get("managed_gradient_accumulation") is False:
+        _refuse("managed_gradient_accumulation=false", "the window of a choice is DeepSpeed's own", "Set it to true")
+    if _section(ds_config, "checkpoint").get("load_universal"):
+        _refuse("checkpoint.load_universal=true", "blocks without state have no universal form yet", "Set it to false")
+    for key, section in (("bf16", bf16), ("fp16", fp16)):
+        for name in (f"{key}_master_weights_and_grads", f"{key}_optimizer_states"):
+            if section.get(name):
+                _refuse(f"{key}.{name}=true", "small updates round away without fp32 masters", "Set it to false")
+    if autocast.get("enabled") and str(autocast.get("dtype", "")) in ("float16", "fp16", "half", "torch.float16"):
+        _refuse(
+            f"torch_autocast.dtype={autocast['dtype']!r}", "its loss scaler would skip some blocks of a step only",
+            "Use 'bfloat16', or the fp16 section",
+        )  # fmt: skip
+    accumulation = _section(ds_config, "data_types").get("grad_accum_dtype")
+    if bf16.get("enabled") and accumulation == "fp32" and stage == 1 and offload_device == "none":
+        _refuse(
+            "data_types.grad_accum_dtype='fp32' with bf16 and zero_optimization.stage=1",
+            "DeepSpeed then uses its BF16_Optimizer (engine.py:2310)", "Use stage 2",
+        )  # fmt: skip
+    for setting, size in (
+        ("tensor_parallel.autotp_size", _section(ds_config, "tensor_parallel").get("autotp_size", 0)),
+        ("sequence_parallel_size", ds_config.get("sequence_parallel_size", 1)),
+    ):
+        if isinstance(size, int) and size > 1:
+            _refuse(f"{setting}={size}", "block scores are summed over data-parallel ranks alone", "Set it to 1")
+    if mpu is not None:
+        _refuse("initialize(mpu=...)", "block scores are summed over data-parallel ranks alone", "Leave mpu out")
+    _refuse_model(model)
+
+
+def _refuse_model(model: nn.Module) -> None:
+    from deepspeed.moe.utils import has_moe_layers
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    if isinstance(model, PipelineModule):
+        _refuse(f"model={type(model).__name__}", "a pipeline stage sees only some blocks", "Use the plain module")
+    if has_moe_layers(model)[0]:
+        _refuse(
+            f"model={type(model).__name__} with DeepSpeed MoE layers", "experts live on different ranks",
+            "Use experts that are ordinary modules",
+        )  # fmt: skip
+
+
+def _refuse(what: str, why: str, remedy: str) -> None:
+    raise ConfigError(f"{what} can't be used with adagrad_select: {why}. {remedy}, or disable adagrad_select.")
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}
