@@ -125,8 +125,8 @@ class Selection:
         """Freeze what this step does not need. Before the first forward of an accumulation window; idempotent."""
         if self.window_is_open:
             return
-        self.window_is_open = True
         active = set(self.active_blocks)
+        self.window_is_open = True
         for block in self.blocks:
             if block.index not in active:
                 for name in block.parameter_names:

@@ -1,0 +1,144 @@
+"""The controller: windows, choices, records, its state, without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ds_agsel import policies
+from ds_agsel.blocks import Block
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import CheckpointError, TrainingError
+from ds_agsel.selection import Lottery, Record, Selection
+
+
+def make(num_blocks=5, lottery=None, name="block", **section):
+    parameters = {f"{name}{i}.weight": nn.Parameter(torch.ones(1)) for i in range(num_blocks)}
+    blocks = tuple(Block(i, f"{name}{i}", (f"{name}{i}.weight",), 1) for i in range(num_blocks))
+    lottery = lottery or Lottery(tuple(range(num_blocks)))
+    config = SelectionConfig(steps_per_epoch=10, **section)
+    context = policies.PolicyContext(
+        config=config,
+        num_blocks=len(lottery.drawn),
+        num_selected=policies.num_selected(config.select_percent, len(lottery.drawn)),
+        block_names=tuple(blocks[i].name for i in lottery.drawn),
+        steps_per_epoch=10,
+    )
+    return Selection(blocks, policies.create(context), lottery, config, parameters)
+
+
+def trainable(selection):
+    return [p.requires_grad for p in selection.parameters.values()]
+
+
+def step(selection, scores=(1.0, 5.0, 2.0, 4.0, 3.0)):
+    selection.open_window()
+    if selection.plan.blocks is None:
+        selection.choose(scores)
+    return selection.commit()
+
+
+def test_an_explore_step_leaves_all_trainable_and_takes_the_highest_scores():
+    selection = make(policy="gradient_topk", select_percent=40)
+    selection.open_window()
+    assert trainable(selection) == [True] * 5
+    with pytest.raises(TrainingError, match="step 0 explores"):
+        _ = selection.selected_blocks
+    assert selection.choose([1.0, 5.0, 2.0, 4.0, 3.0]) == (1, 3)
+    assert selection.commit() == Record(0, "explore", (1, 3))
+    assert selection.update_counts == (0, 1, 0, 1, 0)
+
+
+def test_an_exploit_step_freezes_the_rest_from_the_first_forward_to_the_commit():
+    selection = make(policy="fixed", fixed_blocks=["block0", "block4"])
+    assert trainable(selection) == [True] * 5, "nothing is frozen before the window opens"
+    selection.open_window()
+    selection.open_window()
+    assert trainable(selection) == [True, False, False, False, True]
+    with selection.thawed():
+        assert trainable(selection) == [True] * 5
+    assert trainable(selection) == [True, False, False, False, True]
+    assert selection.commit() == Record(0, "exploit", (0, 4))
+    assert trainable(selection) == [True] * 5
+
+
+def test_a_skipped_step_counts_for_nothing_and_its_plan_stands():
+    selection = make(policy="random", select_percent=40)
+    plan = selection.plan
+    selection.open_window()
+    selection.current_traffic.reduced_bytes += 8
+    selection.skip()
+    assert selection.plan == plan and selection.selected_blocks == plan.blocks
+    assert selection.history == [] and selection.update_counts == (0,) * 5
+    assert trainable(selection) == [True] * 5
+    assert selection.current_traffic.reduced_bytes == 0
+
+    explore = make(policy="gradient_topk", select_percent=40)
+    explore.open_window()
+    explore.choose([5.0, 4.0, 3.0, 2.0, 1.0])
+    explore.skip()
+    with pytest.raises(TrainingError):
+        _ = explore.selected_blocks
+
+
+def test_always_and_never_stand_outside_the_lottery():
+    selection = make(lottery=Lottery(drawn=(1, 3, 4), always=(0,), never=(2,)), policy="gradient_topk", select_percent=34)
+    assert selection.active_blocks == (0, 1, 3, 4)
+    selection.open_window()
+    assert trainable(selection) == [True, True, False, True, True]
+    assert selection.choose([0.0, 1.0, 99.0, 7.0, 3.0]) == (0, 3)
+
+
+def test_going_on_from_a_state_equals_not_stopping():
+    whole = make(select_percent=40)
+    for _ in range(25):
+        step(whole)
+
+    first = make(select_percent=40)
+    for _ in range(11):
+        step(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = make(select_percent=40)
+    second.load_state_dict(state)
+    assert second.plan == first.plan
+    for _ in range(14):
+        step(second)
+    assert second.history == whole.history
+    assert second.update_counts == whole.update_counts
+    assert {record.phase for record in whole.history} == {"explore", "exploit"}
+
+
+def test_a_changed_section_is_planned_anew(caplog):
+    saved = make(policy="fixed", fixed_blocks=["block0"])
+    step(saved)
+    other = make(policy="fixed", fixed_blocks=["block3"])
+    other.load_state_dict(saved.state_dict())
+    assert "the section differs" in caplog.text
+    assert other.plan.blocks == (3,) and other.plan.step == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (make(4).state_dict(), "saved with 4 blocks that are not this run's 5"),
+        (make(name="layer").state_dict(), "first difference.*layer0.*block0.*load_module_only=True"),
+        ({**make().state_dict(), "version": 99}, "version=99; this ds_agsel reads version 1"),
+    ],
+)
+def test_a_state_of_other_blocks_is_refused(state, message):
+    with pytest.raises(CheckpointError, match=message):
+        make().load_state_dict(state)
+
+
+def test_a_policy_that_has_run_out_is_an_error_only_where_training_goes_on(tmp_path):
+    log = tmp_path / "selection.jsonl"
+    log.write_text('{"step": 0, "phase": "exploit", "blocks": [1]}\n')
+    selection = make(policy="replay", replay_file=str(log))
+    assert step(selection).blocks == (1,)
+    assert selection.state_dict()["plan"] is None
+    with pytest.raises(ValueError, match="step 1"):
+        selection.open_window()
+    assert trainable(selection) == [True] * 5

@@ -1,0 +1,53 @@
+"""Combinations that can't work are refused with the setting, its value and the remedy, before DeepSpeed runs."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import ConfigError
+from ds_agsel.zero.support import refuse_unsupported
+
+ZERO2 = {"zero_optimization": {"stage": 2}}
+BF16_ZERO1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+
+
+def zero2(**settings):
+    return {"zero_optimization": {"stage": 2, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "message"),
+    [
+        ({}, r"zero_optimization\.stage=0 can't be used.*Stages 1 and 2 are allowed: use 1"),
+        ({"zero_optimization": {"stage": 3}}, r"stage=3 can't be used.*use 2"),
+        (zero2(zenflow={"topk_ratio": 0.1}), "zenflow can't be used.*Remove one of the two sections"),
+        (zero2(offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload=true.*Set it to false"),
+        (zero2(offload_optimizer={"device": "nvme"}), "device='nvme'.*Use 'cpu' or 'none'"),
+        (zero2(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
+        (zero2(elastic_checkpoint=True), "elastic_checkpoint=true.*Set it to false"),
+        ({**ZERO2, "hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled=true"),
+        ({**ZERO2, "compile": {"deepcompile": True}}, r"compile\.deepcompile=true"),
+        ({**ZERO2, "managed_gradient_accumulation": False}, "managed_gradient_accumulation=false.*Set it to true"),
+        ({**ZERO2, "checkpoint": {"load_universal": True}}, r"checkpoint\.load_universal=true"),
+        ({**ZERO2, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "without fp32 masters"),
+        ({**ZERO2, "torch_autocast": {"enabled": True, "dtype": "float16"}}, r"torch_autocast\.dtype='float16'"),
+        ({**BF16_ZERO1, "data_types": {"grad_accum_dtype": "fp32"}}, "BF16_Optimizer.*Use stage 2"),
+        ({**ZERO2, "tensor_parallel": {"autotp_size": 2}}, r"tensor_parallel\.autotp_size=2.*Set it to 1"),
+        ({**ZERO2, "sequence_parallel_size": 2}, "sequence_parallel_size=2.*Set it to 1"),
+    ],
+)
+def test_refused(ds_config, message):
+    with pytest.raises(ConfigError, match=message):
+        refuse_unsupported(ds_config, nn.Linear(1, 1), None, SelectionConfig())
+
+
+def test_host_step_without_offload_is_refused():
+    with pytest.raises(ConfigError, match="step_device='cpu' and .*device='none' contradict"):
+        refuse_unsupported(ZERO2, nn.Linear(1, 1), None, SelectionConfig(step_device="cpu"))
+
+
+def test_a_model_parallel_unit_is_refused():
+    with pytest.raises(ConfigError, match=r"initialize\(mpu=\.\.\.\).*Leave mpu out"):
+        refuse_unsupported(ZERO2, nn.Linear(1, 1), object(), SelectionConfig())
