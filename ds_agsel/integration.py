@@ -89,11 +89,9 @@ def _initialize_selective(
     compat.swap_class(engine, SelectiveEngine)
     engine.optimizer = restrict(optimizer, selection, split.blocks, link)
     engine.selection = selection
-    if compat.is_newer_than_known():
-        logger.warning(
-            "ds_agsel knows deepspeed %s to %s; %s is newer and not tried yet.",
-            compat.OLDEST_KNOWN, compat.NEWEST_KNOWN, deepspeed.__version__,
-        )  # fmt: skip
+    if not compat.is_known():
+        known = ", ".join(compat.KNOWN_VERSIONS)
+        logger.warning("ds_agsel was tested with deepspeed %s, not yet with %s.", known, deepspeed.__version__)
     return engine, engine.optimizer, dataloader, scheduler
 
 

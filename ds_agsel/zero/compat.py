@@ -24,8 +24,8 @@ from packaging.version import Version
 
 from ds_agsel.errors import ConfigError
 
-OLDEST_KNOWN = Version("0.19.0")
-NEWEST_KNOWN = Version("0.19.8")
+# 0.19.7 and older have no compact gradient partitions, and other offload events, under these names.
+KNOWN_VERSIONS = ("0.19.8",)
 
 # What a ZeRO-1/2 optimizer keeps per param group (stage_1_and_2.py, __init__ and
 # initialize_gradient_partitioning_data_structures): lists indexed by group, dicts keyed by group.
@@ -107,14 +107,14 @@ def require_known_deepspeed(optimizer: DeepSpeedZeroOptimizer) -> None:
     if missing:
         raise ConfigError(
             f"deepspeed=={deepspeed.__version__} has no {', '.join(missing)} in its ZeRO-1/2 optimizer, which "
-            f"ds_agsel relies on. Versions {OLDEST_KNOWN} to {NEWEST_KNOWN} are allowed; "
-            f"install one of them: pip install 'deepspeed=={NEWEST_KNOWN}'."
+            f"ds_agsel relies on. Known to work: {', '.join(KNOWN_VERSIONS)}; "
+            f"install one of them: pip install 'deepspeed=={KNOWN_VERSIONS[-1]}'."
         )
 
 
-def is_newer_than_known() -> bool:
-    """Whether the installed DeepSpeed is a release that nobody has tried with this package yet."""
-    return Version(Version(deepspeed.__version__).base_version) > NEWEST_KNOWN
+def is_known() -> bool:
+    """Whether the installed DeepSpeed is a release that this package was tested with."""
+    return Version(deepspeed.__version__).base_version in KNOWN_VERSIONS
 
 
 @contextmanager
@@ -225,7 +225,7 @@ __all__ = [
     "attribute",
     "cpu_adam_op",
     "is_coalescing",
-    "is_newer_than_known",
+    "is_known",
     "link_adam_state",
     "load_ds_config",
     "new_adam_state",
