@@ -1,0 +1,199 @@
+"""What the benchmark's samples say: medians, ratios within a round, bars, and a table for people. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, exploit_row, explore_row
+
+PHASES = ("forward", "backward", "optimizer")
+ZERO_ALIGNMENT_NUMEL = 2  # DeepSpeed pads a rank's flat partition to 4 bytes of 2-byte elements (stage_1_and_2.py)
+
+Sample = Mapping[str, Any]
+Samples = Mapping[int, Sample]  # by round
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise about a number: met where ``value`` is at most ``limit``."""
+
+    name: str
+    limit: float
+    value: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and the quartiles around it."""
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0]}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def step_seconds(sample: Sample) -> float:
+    return sum(sample["seconds"].values())
+
+
+def optimizer_seconds(sample: Sample) -> float:
+    return float(sample["seconds"]["optimizer"])
+
+
+def ratios(row: Samples, base: Samples, seconds: Callable[[Sample], float]) -> list[float]:
+    """``row`` over ``base`` in each round that has both: they met the same noise."""
+    return [seconds(row[number]) / seconds(base[number]) for number in sorted(row.keys() & base.keys())]
+
+
+def share(sample: Sample, block_numels: Sequence[int]) -> float:
+    """Updated parameters / all parameters."""
+    return sum(block_numels[block] for block in sample["blocks"]) / sum(block_numels)
+
+
+def gradient_bytes(sample: Sample) -> int:
+    return int(sample["accelerator_gradient_bytes"] + sample["host_gradient_bytes"])
+
+
+def expected_gradient_bytes(blocks: Sequence[int], block_numels: Sequence[int], offload: str, precision: str) -> int:
+    """Bytes of the gradients of ``blocks`` and of nothing else, with ZeRO's alignment of each block's partition.
+
+    fp32 on the host with offload, the model's precision on the accelerator without.
+    """
+    itemsize = 4 if offload == "cpu" or precision == "fp32" else 2
+    aligned = [math.ceil(block_numels[block] / ZERO_ALIGNMENT_NUMEL) * ZERO_ALIGNMENT_NUMEL for block in blocks]
+    return sum(aligned) * itemsize
+
+
+def summarize(samples: Mapping[str, Samples], block_numels: Sequence[int], tokens: int) -> dict[str, dict[str, Any]]:
+    """Each row's numbers: seconds by phase, ratios, memory, traffic."""
+    rows = {}
+    for name, by_round in samples.items():
+        steps = list(by_round.values())
+        shares = [share(sample, block_numels) for sample in steps]
+        step = spread([step_seconds(sample) for sample in steps])
+        rows[name] = {
+            "steps": len(steps),
+            "seconds": {
+                **{phase: spread([sample["seconds"][phase] for sample in steps]) for phase in PHASES},
+                "step": step,
+                "cpu": spread([sample["cpu_seconds"] for sample in steps]),
+            },
+            "tokens_per_second": tokens / step["median"],
+            "step_to_plain": spread(ratios(by_round, samples[PLAIN], step_seconds)),
+            "optimizer_to_plain": spread(ratios(by_round, samples[PLAIN], optimizer_seconds)),
+            "share": {"mean": statistics.fmean(shares), "min": min(shares), "max": max(shares)},
+            "gradient_bytes": {
+                place: spread([sample[f"{place}_gradient_bytes"] for sample in steps])
+                for place in ("accelerator", "host")
+            },
+            "state_bytes": max(sample["state_bytes"] for sample in steps),
+            "peak_bytes": steps[-1]["peak_bytes"],
+            "traffic": _mean_traffic(steps),
+        }
+    return rows
+
+
+def _mean_traffic(steps: Sequence[Sample]) -> dict[str, float] | None:
+    """Mean per step; None for rows that nobody counts for."""
+    if "traffic" not in steps[0]:
+        return None
+    names = [name for name in steps[0]["traffic"] if name != "step"]
+    return {name: statistics.fmean(sample["traffic"][name] for sample in steps) for name in names}
+
+
+def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], offload: str, precision: str) -> list[Bar]:
+    """The bars that the measured rows allow to judge. All ratios are medians of the rounds' ratios."""
+    found = []
+
+    def bar(name: str, limit: float, row: str, base: str) -> None:
+        if row in samples and base in samples:
+            value = statistics.median(ratios(samples[row], samples[base], step_seconds))
+            found.append(Bar(name, limit, value))
+
+    main = exploit_row(FLOOR_PERCENT)
+    bar(f"{main} step / plain step", 0.70, main, PLAIN)
+    bar(f"{main} step / {FLOOR} step", 1.08, main, FLOOR)
+    for row in (exploit_row(percent) for percent in PERCENTAGES):
+        if row in samples:
+            found.append(_optimizer_bar(row, samples, block_numels))
+    bar(f"policy {ALL} step / plain step", 1.02, ALL, PLAIN)
+    for row in (explore_row(percent) for percent in PERCENTAGES):
+        bar(f"{row} step / plain step", 1.03, row, PLAIN)
+    for row in (exploit_row(percent) for percent in PERCENTAGES):
+        if row in samples:
+            worst = max(
+                gradient_bytes(sample) / expected_gradient_bytes(sample["blocks"], block_numels, offload, precision)
+                for sample in samples[row].values()
+            )
+            found.append(Bar(f"{row} gradient bytes / bytes of the selected blocks", 1.0, worst))
+    return found
+
+
+def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Sequence[int]) -> Bar:
+    """Optimizer seconds over plain's, less the round's share: the draws differ in size, so each has its own."""
+    by_round, plain = samples[row], samples[PLAIN]
+    rounds = sorted(by_round.keys() & plain.keys())
+    excess = [
+        optimizer_seconds(by_round[number]) / optimizer_seconds(plain[number]) - share(by_round[number], block_numels)
+        for number in rounds
+    ]
+    return Bar(f"{row} optimizer / plain optimizer - share", 0.05, statistics.median(excess))
+
+
+def table(offload: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows for a terminal. Seconds are medians; ± is half the distance between the quartiles."""
+    head = ("row", "share", "forward", "backward", "optimizer", "step", "±", "/ plain", "opt / plain", "tokens/s")
+    head += ("peak", "grads acc.", "grads host", "states", "D2H", "H2D", "stepped")
+    lines = [head]
+    for name, row in rows.items():
+        seconds, traffic = row["seconds"], row["traffic"]
+        step = seconds["step"]
+        lines.append(
+            (
+                name,
+                f"{row['share']['mean']:.1%}",
+                *(f"{seconds[phase]['median']:.3f}" for phase in PHASES),
+                f"{step['median']:.3f}",
+                f"{(step['q3'] - step['q1']) / 2:.3f}",
+                f"{row['step_to_plain']['median']:.3f}",
+                f"{row['optimizer_to_plain']['median']:.3f}",
+                f"{row['tokens_per_second']:.0f}",
+                _mib(max(row["peak_bytes"].values())),
+                _mib(row["gradient_bytes"]["accelerator"]["median"]),
+                _mib(row["gradient_bytes"]["host"]["median"]),
+                _mib(row["state_bytes"]),
+                _mib(traffic["d2h_bytes"]) if traffic else "-",
+                _mib(traffic["h2d_bytes"]) if traffic else "-",
+                f"{traffic['stepped_numel'] / 1e6:.1f} M" if traffic else "-",
+            )
+        )
+    title = f"\nZeRO-2, offload_optimizer {offload}: seconds; MiB; D2H, H2D and elements stepped per step"
+    return "\n".join([title, *_aligned(lines)])
+
+
+def bar_table(offload: str, judged: Sequence[Bar]) -> str:
+    """The bars for a terminal."""
+    lines = [("bar", "limit", "measured", "")]
+    lines += [(bar.name, f"{bar.limit:.2f}", f"{bar.value:.3f}", "pass" if bar.met else "MISS") for bar in judged]
+    return "\n".join([f"\nbars, offload_optimizer {offload}", *_aligned(lines)])
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.0f}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    ]

@@ -1,0 +1,326 @@
+"""One row of the benchmark, in a process of its own: it takes a training step each time the parent says so.
+
+`benchmark.py` starts `serve` in a new process and sends ``(batch, blocks)`` for each step; what comes back are
+dicts: first the sizes of the blocks, then one per step.
+
+[Note: Steady state] The first step of every row is on all blocks, so that all Adam states exist before anything
+is measured. Otherwise a short run would count, in nearly every step, what happens once in a long one: the first
+update of a block, which allocates its states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ds_agsel
+from ds_agsel import policies
+from ds_agsel.blocks import Block, find_blocks
+from ds_agsel.policies.adagrad_select import AdaGradSelect
+from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+
+PERCENTAGES = (10, 20, 30)
+FLOOR_PERCENT = 20
+PLAIN = "plain"
+ALL = "all"
+FLOOR = f"floor-{FLOOR_PERCENT}"
+RESET = "reset"  # the command that starts the peak of memory anew
+
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.01
+CLIPPING = 1.0
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def exploit_row(percent: int) -> str:
+    return f"exploit-{percent}"
+
+
+def explore_row(percent: int) -> str:
+    return f"explore-{percent}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama model with tied embeddings. Defaults: SmolLM2-135M."""
+
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    layers: int = 30
+    heads: int = 9
+    kv_heads: int = 3
+    vocab_size: int = 49152
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all rows of a run have in common."""
+
+    shape: Shape
+    micro_batch: int
+    sequence_length: int
+    precision: str
+    offload: str
+    seed: int
+
+    def model(self) -> LlamaForCausalLM:
+        """The model, with random weights, in the workload's precision."""
+        torch.manual_seed(self.seed)
+        shape = self.shape
+        config = LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=max(2048, self.sequence_length),
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config).to(_PRECISIONS[self.precision]).train()
+
+    def tokens(self, batch: int) -> torch.Tensor:
+        """Batch number ``batch``: int64, (micro_batch, sequence_length), the same in every row."""
+        generator = torch.Generator().manual_seed(self.seed * 100003 + batch)
+        size = (self.micro_batch, self.sequence_length)
+        return torch.randint(0, self.shape.vocab_size, size, generator=generator)
+
+    def ds_config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_clipping": CLIPPING,
+            "bf16": {"enabled": self.precision == "bf16"},
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": self.offload, "pin_memory": True},
+                "reduce_bucket_size": 16_000_000,
+                "allgather_bucket_size": 16_000_000,
+                "overlap_comm": False,
+                "contiguous_gradients": True,
+            },
+            "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}},
+            "steps_per_print": 1_000_000,
+        }
+
+
+@policies.register("benchmark")
+class WarmAdaGradSelect(AdaGradSelect):
+    """`adagrad_select` after one step on every block. [Note: Steady state]."""
+
+    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
+        if step == 0:
+            return tuple(range(self.context.num_blocks))
+        return super().plan(step, update_counts)
+
+
+def section(row: str) -> dict[str, Any] | None:
+    """The ``adagrad_select`` section of a row that DeepSpeed runs; None for plain DeepSpeed."""
+    if row == PLAIN:
+        return None
+    if row == ALL:
+        return {"policy": "all"}
+    phase, percent = row.split("-")
+    if phase == "exploit":
+        return {"policy": "benchmark", "select_percent": int(percent), "explore_rate": 0}
+    every_step = {"explore_rate": 1, "explore_decay": 0, "steps_per_epoch": 1_000_000_000}
+    return {"policy": "benchmark", "select_percent": int(percent), **every_step}
+
+
+class Stopwatch:
+    """Seconds of the phases of a step, by name. Waits for the accelerator at both ends of each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Any:
+        get_accelerator().synchronize()
+        start = time.perf_counter()
+        yield
+        get_accelerator().synchronize()
+        self.seconds[name] = time.perf_counter() - start
+
+
+class Trainer(Protocol):
+    """What makes a row's steps."""
+
+    blocks: tuple[Block, ...]
+
+    def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
+        """One training step; what was measured of it. ``blocks`` is the choice of the row that is followed."""
+
+
+class DeepSpeedTrainer:
+    """DeepSpeed, plain or with ds_agsel."""
+
+    def __init__(self, workload: Workload, section: dict[str, Any] | None) -> None:
+        model = workload.model()
+        self.blocks = find_blocks(model)
+        config = workload.ds_config()
+        if section is not None:
+            config["adagrad_select"] = section
+        self._engine, self._optimizer, _, _ = ds_agsel.initialize(
+            model=model, model_parameters=model.parameters(), config=config
+        )
+        self._selection = getattr(self._engine, "selection", None)
+
+    def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
+        engine, watch = self._engine, Stopwatch()
+        tokens = tokens.to(engine.device)
+        with watch.phase("forward"):
+            loss = engine(input_ids=tokens, labels=tokens).loss
+        with watch.phase("backward"):
+            engine.backward(loss)
+        # The same yardstick for plain DeepSpeed, whose optimizer has what these two read.
+        accelerator_bytes, host_bytes = SelectiveZeroOptimizer.held_gradient_bytes(self._optimizer)
+        with watch.phase("optimizer"):
+            engine.step()
+        measured = {
+            "seconds": watch.seconds,
+            "loss": loss.item(),
+            "accelerator_gradient_bytes": accelerator_bytes,
+            "host_gradient_bytes": host_bytes,
+            "state_bytes": SelectiveZeroOptimizer.state_bytes(self._optimizer),
+            "phase": "full",
+            "blocks": [block.index for block in self.blocks],
+        }
+        if self._selection is not None:
+            record, plan = self._selection.history[-1], self._selection.plan
+            measured["phase"], measured["blocks"] = record.phase, list(record.blocks)
+            measured["planned_blocks"] = None if plan.blocks is None else list(plan.blocks)
+            measured["traffic"] = asdict(self._selection.traffic[-1])
+        return measured
+
+
+class FloorTrainer:
+    """A hand-written loop that does for the given blocks what must be done, and nothing else."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._device = get_accelerator().current_device_name()
+        self._model = workload.model().to(self._device)
+        self.blocks = find_blocks(self._model)
+        self._parameters = dict(self._model.named_parameters())
+        master_device = "cpu" if workload.offload == "cpu" else self._device
+        self._masters = {
+            name: nn.Parameter(p.detach().to(master_device, torch.float32, copy=True))
+            for name, p in self._parameters.items()
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._masters.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
+
+    def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
+        chosen = range(len(self.blocks)) if blocks is None else blocks
+        selected = {name for index in chosen for name in self.blocks[index].parameter_names}
+        tokens, watch = tokens.to(self._device), Stopwatch()
+        with watch.phase("forward"):
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(name in selected)
+            loss = self._model(input_ids=tokens, labels=tokens).loss
+        with watch.phase("backward"):
+            loss.backward()
+        gradients = [self._parameters[name].grad for name in selected]
+        with watch.phase("optimizer"):
+            self._update(selected)
+        states = [v for state in self._optimizer.state.values() for k, v in state.items() if k != "step"]
+        return {
+            "seconds": watch.seconds,
+            "loss": loss.item(),
+            "accelerator_gradient_bytes": sum(g.numel() * g.element_size() for g in gradients if g is not None),
+            "host_gradient_bytes": 0,
+            "state_bytes": sum(state.numel() * state.element_size() for state in states),
+            "phase": "exploit",
+            "blocks": list(chosen),
+        }
+
+    @torch.no_grad()
+    def _update(self, selected: set[str]) -> None:
+        masters = [self._masters[name] for name in selected]
+        for name in selected:
+            parameter, master = self._parameters[name], self._masters[name]
+            master.grad = parameter.grad.to(master.device, torch.float32)
+            parameter.grad = None
+        nn.utils.clip_grad_norm_(masters, CLIPPING)
+        self._optimizer.step()
+        for name in selected:
+            self._parameters[name].copy_(self._masters[name])
+            self._masters[name].grad = None
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """This process's largest resident memory since `reset_peak_memory`, and the accelerator's (0 on a CPU)."""
+    accelerator = get_accelerator()
+    on_host = accelerator.device_name() == "cpu"
+    return {
+        "resident": _peak_resident_bytes(),
+        "accelerator": 0 if on_host else accelerator.max_memory_allocated(),
+    }
+
+
+def _peak_resident_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, on macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Start the peak anew, where the system can (Linux): what came before was not the steady state."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().reset_peak_memory_stats()
+
+
+def serve(connection: Connection, row: str, workload: Workload, log: Path) -> None:
+    """Be a row: a process's work, until the parent closes the pipe. Writes what libraries print to ``log``."""
+    with open(log, "w", encoding="utf-8") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    try:
+        _serve(connection, row, workload)
+    except EOFError:
+        pass  # the parent has gone
+    except Exception as error:
+        traceback.print_exc()
+        connection.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def _serve(connection: Connection, row: str, workload: Workload) -> None:
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    backend = get_accelerator().communication_backend_name()
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend)
+    trainer = FloorTrainer(workload) if row == FLOOR else DeepSpeedTrainer(workload, section(row))
+    connection.send({"block_numels": [block.numel for block in trainer.blocks]})
+    while True:
+        command = connection.recv()
+        if command == RESET:
+            reset_peak_memory()
+            continue
+        batch, blocks = command
+        start = time.process_time()
+        measured = trainer.step(workload.tokens(batch), blocks)
+        measured["cpu_seconds"] = time.process_time() - start
+        measured["peak_bytes"] = peak_memory_bytes()
+        connection.send(measured)

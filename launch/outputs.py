@@ -1,0 +1,176 @@
+"""What a run leaves behind: logs, the final model, a summary for programs and one for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+import ds_agsel
+from ds_agsel.errors import CheckpointError
+
+
+class JsonLines:
+    """A log of one JSON object a line, each flushed as it is written.
+
+    A resumed run keeps the first ``keep_lines``, those written before its checkpoint, and goes on after them.
+    """
+
+    def __init__(self, path: Path, keep_lines: int) -> None:
+        kept = path.read_text(encoding="utf-8").splitlines()[:keep_lines] if keep_lines else []
+        self.num_lines = len(kept)
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        self._file.writelines(f"{line}\n" for line in kept)
+        self._file.flush()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self.num_lines += 1
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write ``folder`` for ``from_pretrained``: weights, tokenizer, generation config. Replaces it whole."""
+    building = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+    except (OSError, RuntimeError) as error:  # safetensors has its own error class for a full disk
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(
+            f"The model could not be written to {folder}: {error}. Make room, then --resume."
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """What the run's results hang on."""
+    modules = (ds_agsel, deepspeed, torch, transformers, datasets)
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in modules},
+    }
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """This process's largest resident memory, and the accelerator's largest allocation (0 on a CPU)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, on macOS bytes
+    accelerator = get_accelerator()
+    on_host = accelerator.device_name() == "cpu"
+    return {
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "accelerator": 0 if on_host else accelerator.max_memory_allocated(),
+    }
+
+
+def step_seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Median seconds of a step, over all and by phase."""
+    by_phase: dict[str, list[float]] = {"all": [record["seconds"] for record in records]}
+    for record in records:
+        by_phase.setdefault(record["phase"], []).append(record["seconds"])
+    return {phase: statistics.median(values) for phase, values in by_phase.items() if values}
+
+
+def selection_summary(selection: Any | None) -> dict[str, Any] | None:
+    """Shares and traffic of the whole run; None for plain DeepSpeed.
+
+    Shares are means over the steps. Traffic is rank 0's mean per step since this process began, which for a
+    resumed run is later than the run's.
+    """
+    if selection is None:
+        return None
+    blocks, history, traffic = selection.blocks, selection.history, selection.traffic
+    total_numel = sum(block.numel for block in blocks)
+    stepped = [sum(blocks[index].numel for index in record.blocks) for record in history]
+    counters = ("reduced_bytes", "d2h_bytes", "h2d_bytes", "gathered_bytes", "stepped_numel")
+    return {
+        "policy": selection.config.policy,
+        "blocks": len(blocks),
+        "update_counts": {block.name: count for block, count in zip(blocks, selection.update_counts)},
+        "explore_steps": sum(record.phase == "explore" for record in history),
+        "exploit_steps": sum(record.phase == "exploit" for record in history),
+        "share_of_blocks": _mean([len(record.blocks) / len(blocks) for record in history]),
+        "share_of_parameters": _mean([numel / total_numel for numel in stepped]),
+        "traffic_per_step": {name: _mean([getattr(step, name) for step in traffic]) for name in counters},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary for people: two columns of text."""
+    loss, match, time = summary["loss"], summary["exact_match_percent"], summary["step_seconds"]
+    rows = [
+        ("model, data", f"{summary['model']}, {summary['dataset']}"),
+        ("steps", f"{summary['steps']} of {summary['rows_per_step']} rows, {summary['precision']}"),
+        ("training loss", f"{_number(loss['train_first'])} -> {_number(loss['train_last'])}"),
+        ("validation loss", f"{_number(loss['validation_first'])} -> {_number(loss['validation_last'])}"),
+        ("exact match (test)", f"{_number(match['before'], 1)} % -> {_number(match['after'], 1)} %"),
+        ("seconds a step", ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in time.items()) or "-"),
+        ("tokens a second", _number(summary["tokens_per_second"], 0)),
+        ("peak memory", f"{_bytes(summary['peak_memory_bytes']['host'])} host, "
+                        f"{_bytes(summary['peak_memory_bytes']['accelerator'])} accelerator"),
+    ]  # fmt: skip
+    chosen = summary["selection"]
+    if chosen is not None and chosen["share_of_blocks"] is not None:
+        per_step = chosen["traffic_per_step"]
+        rows += [
+            ("selection", f"{chosen['policy']}, {chosen['blocks']} blocks, "
+                          f"{chosen['explore_steps']} explore and {chosen['exploit_steps']} exploit steps"),
+            ("share updated", f"{100 * chosen['share_of_blocks']:.1f} % of blocks, "
+                              f"{100 * chosen['share_of_parameters']:.1f} % of parameters"),
+        ]  # fmt: skip
+        if per_step["stepped_numel"] is not None:
+            moved = ", ".join(
+                f"{name.removesuffix('_bytes')} {_bytes(value)}"
+                for name, value in per_step.items()
+                if name.endswith("_bytes")
+            )
+            rows += [
+                ("traffic a step", moved),
+                ("stepped a step", f"{per_step['stepped_numel']:,.0f} elements"),
+            ]
+    data = summary["data"]
+    rows += [
+        (
+            "truncated rows",
+            f"{data['cut_rows']} ({data['cut_numel']} tokens), {data['dropped_rows']} dropped",
+        ),
+        ("processor", f"{summary['processor']['name']} ({summary['processor']['simd']})"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,188 @@
+"""How good the model is: loss on the validation split, exact match of generated answers on the test split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+import ranks
+import torch
+from batches import collate
+from data import TextColumns
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from encoding import Encoded
+from objective import completion_loss_sum
+from stopping import StopRequest
+from transformers import PreTrainedTokenizerBase
+
+_MARKED_ANSWER = re.compile(r"####|the (?:final )?answer is:?", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One test problem, what was expected and what the model wrote."""
+
+    prompt: str
+    expected: str
+    generated: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """How many generated answers equal the expected ones."""
+
+    generations: tuple[Generation, ...]
+
+    @property
+    def total(self) -> int:
+        """Problems tried."""
+        return len(self.generations)
+
+    @property
+    def correct(self) -> int:
+        """Problems solved."""
+        return sum(generation.correct for generation in self.generations)
+
+    @property
+    def percent(self) -> float:
+        """Share of problems solved."""
+        return 100 * self.correct / self.total
+
+
+def final_answer(text: str) -> str:
+    """What ``text`` answers: what follows ``####`` or "the answer is" if that is there, else the last number.
+
+    Numbers are brought to one form (``1,200.0`` is ``1200``); without any the answer is the text itself.
+    """
+    marks = list(_MARKED_ANSWER.finditer(text))
+    if marks:
+        after = text[marks[-1].end() :]
+        numbers = _NUMBER.findall(after)
+        return _normal_number(numbers[0]) if numbers else " ".join(after.split())
+    numbers = _NUMBER.findall(text)
+    return _normal_number(numbers[-1]) if numbers else " ".join(text.split())
+
+
+def _normal_number(number: str) -> str:
+    try:
+        value = Decimal(number.replace(",", ""))
+    except InvalidOperation:
+        return number
+    return f"{value.normalize():f}" if value else "0"
+
+
+@contextmanager
+def _evaluating(engine: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients inside, training mode after."""
+    engine.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        engine.train()
+
+
+def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Row indices in batches of like length; the ranks take turns, the longest batches first."""
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches[dist.get_rank() :: dist.get_world_size()]
+
+
+def validation_loss(
+    engine: Any, encoded: Encoded, *, batch_size: int, pad_token_id: int, keeps_last_logits: bool
+) -> float | None:
+    """Mean cross-entropy over the completion tokens of the whole split; None for an empty one. Collective."""
+    if len(encoded.rows) == 0:
+        return None
+    loss_sum, label_numel = 0.0, 0
+    with _evaluating(engine):
+        for indices in _batches_of_this_rank(encoded.lengths, batch_size):
+            rows = [[encoded.rows[int(index)]] for index in indices]
+            batch = to_device(collate(rows, pad_token_id), engine.device)
+            loss_sum += completion_loss_sum(engine, batch, keeps_last_logits=keeps_last_logits).item()
+            label_numel += int(encoded.label_numel[indices].sum())
+    loss_sum, total = ranks.add_up(loss_sum, label_numel)
+    return loss_sum / total
+
+
+def exact_match(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    columns: TextColumns,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: StopRequest,
+) -> ExactMatch | None:
+    """Greedy answers to the split's prompts; None for an empty split or after a stop signal. Collective."""
+    if len(encoded.rows) == 0:
+        return None
+    found: list[tuple[int, Generation]] = []
+    prompt_numel = np.asarray(encoded.rows["prompt_numel"], dtype=np.int64)
+    with _evaluating(engine), _autocast(engine):
+        for indices in _batches_of_this_rank(prompt_numel, batch_size):
+            if stop.requested:
+                break
+            rows = [encoded.rows[int(index)] for index in indices]
+            prompts = [row["input_ids"][: row["prompt_numel"]] for row in rows]
+            texts = _generate(engine, tokenizer, prompts, max_new_tokens)
+            for index, row, text in zip(indices, rows, texts):
+                expected = columns.completion_of(row)
+                correct = final_answer(text) == final_answer(expected)
+                found.append((int(index), Generation(columns.prompt_of(row), expected, text, correct)))
+    everything = ranks.gather(found)
+    if stop.agreed():
+        return None
+    return ExactMatch(tuple(generation for _, generation in sorted(everything, key=lambda item: item[0])))
+
+
+def _generate(
+    engine: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    # Padded on the left: every row's next token is the last position's.
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=engine.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
+    limit = getattr(engine.module.config, "max_position_embeddings", None)
+    if limit is not None:
+        max_new_tokens = max(1, min(max_new_tokens, limit - longest))
+    written = engine.module.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=_end_tokens(engine.module, tokenizer),
+    )
+    return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokenizer's end of text, and those of the model's generation config."""
+    known = model.generation_config.eos_token_id
+    listed = known if isinstance(known, list) else [known]
+    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
+
+
+def _autocast(engine: Any) -> Any:
+    """What DeepSpeed's forward does where the ds_config asks for torch_autocast; generation goes round it."""
+    if not engine.torch_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(get_accelerator().device_name(), dtype=engine.torch_autocast_dtype())
+
+
+def to_device(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
+    """The batch on ``device``."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,60 @@
+"""Fine-tune a causal language model with AdaGradSelect, from data to a saved model and a summary.
+
+    deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
+        --model smollm2 --dataset builtin --output runs/first
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import datasets
+import deepspeed
+import options
+import ranks
+import transformers
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from job import Job
+from stopping import StopRequest
+
+from ds_agsel.errors import AgselError, CheckpointError, ConfigError
+
+FAILED = 2
+
+
+def main() -> int:
+    """Run the job; returns the exit code: 0, 2 after an error that was reported, 128 + n after signal n."""
+    try:
+        wanted = options.parse()
+        _check_launched()
+        stop = StopRequest()
+        stop.listen()
+        transformers.logging.set_verbosity_error()
+        if not ranks.is_main():
+            datasets.disable_progress_bars()
+            transformers.logging.disable_progress_bar()
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+        try:
+            return stop.exit_code if Job(wanted, stop).run() else 0
+        finally:
+            dist.destroy_process_group()
+    except AgselError as error:
+        # Every rank meets the same error at the same place, but for a disk that only one of them writes to.
+        if ranks.is_main() or isinstance(error, CheckpointError):
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    except ranks.MainRankFailed:
+        return FAILED
+
+
+def _check_launched() -> None:
+    """Raise ConfigError where neither a launcher nor MPI says which rank this is."""
+    if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError("launch/train.py was started without a launcher. Use: deepspeed launch/train.py …")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The benchmark on a model of a few thousand parameters: every row, every bar, and numbers that don't hang on time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "--hidden-size": "32",
+    "--intermediate-size": "64",
+    "--layers": "3",
+    "--heads": "4",
+    "--kv-heads": "2",
+    "--vocab-size": "128",
+    "--micro-batch": "2",
+    "--sequence-length": "16",
+    "--precision": "bf16",
+    "--threads": "1",
+}
+STEPS = 2
+BLOCKS = 5  # embedding, three layers, final norm
+EXPLOIT_ROWS = {"exploit-10", "exploit-20", "exploit-30"}
+EXPLORE_ROWS = {"explore-10", "explore-20", "explore-30"}
+ROWS = {"plain", "all", "floor-20"} | EXPLOIT_ROWS | EXPLORE_ROWS
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    tiny = [word for option in TINY.items() for word in option]
+    return subprocess.run(
+        [sys.executable, "launch/benchmark.py", *tiny, "--steps", str(STEPS), *arguments],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=380,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The JSON of a run with offload, and what it printed."""
+    output = tmp_path_factory.mktemp("benchmark")
+    done = run_benchmark("--offload", "cpu", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "benchmark.json").read_text()), done.stdout
+
+
+def test_every_row_is_measured(benchmark: tuple[dict[str, Any], str]) -> None:
+    results, printed = benchmark
+    rows = results["offload"]["cpu"]["rows"]
+    assert set(rows) == ROWS
+    assert all(f"\n{row} " in printed for row in ROWS)
+    for name, row in rows.items():
+        assert row["steps"] == (2 * STEPS if name == "plain" else STEPS)
+        assert all(spread["median"] > 0 for spread in row["seconds"].values())
+        assert row["peak_bytes"]["resident"] > 0
+        assert row["tokens_per_second"] > 0
+    assert rows["plain"]["step_to_plain"]["median"] == 1
+    assert {"processor", "versions", "threads"} <= set(results["machine"])
+
+
+def test_every_bar_is_judged(benchmark: tuple[dict[str, Any], str]) -> None:
+    results, printed = benchmark
+    bars = results["offload"]["cpu"]["bars"]
+    assert len(bars) == 2 + 3 + 1 + 3 + 3
+    assert all(bar["met"] == (bar["value"] <= bar["limit"]) for bar in bars)
+    assert all(bar["name"] in printed for bar in bars)
+    held = [bar for bar in bars if "gradient bytes" in bar["name"]]
+    assert [bar["value"] for bar in held] == [1.0] * 3
+
+
+def test_the_rows_do_what_they_are_called(benchmark: tuple[dict[str, Any], str]) -> None:
+    results, _ = benchmark
+    samples = results["offload"]["cpu"]["samples"]
+    for row in EXPLOIT_ROWS:
+        assert all(sample["phase"] == "exploit" and len(sample["blocks"]) == 1 for sample in samples[row])
+    for row in EXPLORE_ROWS:
+        assert all(sample["phase"] == "explore" and len(sample["blocks"]) == 1 for sample in samples[row])
+    for row in ("plain", "all"):
+        assert all(len(sample["blocks"]) == BLOCKS for sample in samples[row])
+    followed = {sample["round"]: sample["blocks"] for sample in samples["exploit-20"]}
+    assert {sample["round"]: sample["blocks"] for sample in samples["floor-20"]} == followed
+
+
+def test_all_rows_see_the_same_batches(benchmark: tuple[dict[str, Any], str]) -> None:
+    """The same model and batch: plain DeepSpeed and `policy: all` have the same loss, within bf16."""
+    results, _ = benchmark
+    samples = results["offload"]["cpu"]["samples"]
+    plain = {sample["round"]: sample["loss"] for sample in samples["plain"]}
+    for sample in samples["all"]:
+        assert sample["loss"] == pytest.approx(plain[sample["round"]], rel=1e-2)  # bf16 has 8 bits
+
+
+def test_a_floor_without_the_row_it_follows_is_refused() -> None:
+    done = run_benchmark("--rows", "floor-20")
+    assert done.returncode == 2
+    assert "needs exploit-20" in done.stderr

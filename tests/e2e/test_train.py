@@ -1,0 +1,287 @@
+"""The main job through the real launcher: every ds_config of configs/, resuming, stopping, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+CORPUS = [f"{name} has {number} apples. How many? #### - + * =" for name in ("Ada", "Ben") for number in range(99)]
+
+# A job of some steps on a tiny model; the time goes into starting it.
+QUICK = {
+    "--dataset": "builtin",
+    "--train-rows": "160",
+    "--validation-rows": "16",
+    "--test-rows": "4",
+    "--max-new-tokens": "4",
+    "--evaluate-every": "0",
+    "--micro-batch-size": "8",
+    "--lr": "5e-3",
+}
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four layers with a vocabulary of some hundred tokens, as a folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["[end]"], initial_alphabet=alphabet)
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[end]", pad_token="[end]")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def command(model: Path | str, output: Path, config: str, ranks: int, options: dict[str, str | None]) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
+    settings = {"--model": str(model), "--output": str(output), **QUICK, **options}
+    words = [word for name, value in settings.items() for word in ((name,) if value is None else (name, value))]
+    return [*launcher, "launch/train.py", "--deepspeed_config", config, *words]
+
+
+def environment() -> dict[str, str]:
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **quiet, "PYTHONPATH": path}
+
+
+def train(
+    model: Path | str,
+    output: Path,
+    *,
+    config: str = "configs/zero2_offload.json",
+    ranks: int = 1,
+    **options: str | None,
+) -> subprocess.CompletedProcess[str]:
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    return subprocess.run(
+        command(model, output, config, ranks, named),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path, tmp_path: Path) -> None:
+    if "fp16" in json.loads(config.read_text()) and not get_accelerator().is_fp16_supported():
+        pytest.skip(f"the accelerator {get_accelerator().device_name()!r} has no fp16")
+    result = train(tiny_model, tmp_path, config=str(config.relative_to(ROOT)), steps="16")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["loss"]["validation_last"] < summary["loss"]["validation_first"] - 0.5
+    assert "validation loss" in result.stdout and "seconds a step" in result.stdout
+    records = [record for record in lines_of(tmp_path / "metrics.jsonl") if record["event"] == "train"]
+    assert [record["step"] for record in records] == list(range(16))
+    assert all(math.isfinite(record["loss"]) for record in records)
+
+    # 6 blocks, 20 %: one a step. Step 0 explores, as the explore rate is 1.
+    selections = lines_of(tmp_path / "selection.jsonl")
+    assert [set(selection) for selection in selections] == [{"step", "phase", "blocks"}] * 16
+    assert selections[0]["phase"] == "explore" and all(len(selection["blocks"]) == 1 for selection in selections)
+    assert summary["selection"]["explore_steps"] + summary["selection"]["exploit_steps"] == 16
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    prompt = tokenizer("Ada has", return_tensors="pt")
+    assert model.generate(prompt.input_ids, max_new_tokens=2).shape[1] > prompt.input_ids.shape[1]
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = {"steps": "12", "checkpoint_every": "6", "evaluate_every": "6", "accumulation": "2"}
+    first = train(tiny_model, whole, ranks=2, **options)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
+
+    # As if killed after step 6: the later checkpoint is broken off, the logs have lines of steps to be done again.
+    shutil.copytree(whole, resumed)
+    for name in ("model", "summary.json"):
+        path = resumed / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (resumed / "checkpoints" / "step00000012" / "whole.json").unlink()
+    second = train(tiny_model, resumed, ranks=2, resume=None, **options)
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
+    assert "going on from" in second.stdout and "step00000006" in second.stdout
+
+    def logged(output: Path) -> list[dict[str, Any]]:
+        return [{**record, "seconds": 0} for record in lines_of(output / "metrics.jsonl")]
+
+    assert logged(resumed) == logged(whole)
+    assert (resumed / "selection.jsonl").read_text() == (whole / "selection.jsonl").read_text()
+    ours, theirs = (load_file(output / "model" / "model.safetensors") for output in (resumed, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for rank in (0, 1):
+        states = [
+            next((output / "checkpoints" / "step00000012").glob(f"*zero_pp_rank_{rank}_*optim_states.pt"))
+            for output in (resumed, whole)
+        ]
+        ours, theirs = (torch.load(path, weights_only=False)["optimizer_state_dict"] for path in states)
+        assert_equal(ours["base_optimizer_state"], theirs["base_optimizer_state"])
+        assert_equal(ours["single_partition_of_fp32_groups"], theirs["single_partition_of_fp32_groups"])
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Raise AssertionError unless both are made alike of equal values, tensors bit for bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_equal(ours[name], theirs[name])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            assert_equal(one, other)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_the_same_seed_makes_two_runs_identical_and_another_one_does_not(tiny_model: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train(tiny_model, tmp_path / name, steps="6", seed=seed).returncode == 0
+    a, b, c = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_sigterm_saves_and_leaves(tiny_model: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log.txt"
+    options = {"--steps": "100000", "--test-rows": "0"}
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command(tiny_model, output, "configs/zero2_offload.json", 2, options),
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 150
+        while not (output / "selection.jsonl").is_file() or len(lines_of(output / "selection.jsonl")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+        while group_is_alive(process.pid):
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+    finally:
+        if group_is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "stopped by SIGTERM after" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    [checkpoint] = [path for path in (output / "checkpoints").iterdir() if path.is_dir()]
+    assert (checkpoint / "whole.json").is_file()
+    assert int(checkpoint.name.removeprefix("step")) == len(lines_of(output / "selection.jsonl"))
+    assert not (output / "model").exists()
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_malformed_data_gives_one_clear_line_on_two_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "1"}\n{"question": "b", "answer"\n')
+    result = train(tiny_model, tmp_path / "run", ranks=2, dataset=str(file))
+    assert result.returncode != 0
+    [line] = error_lines(result)
+    assert line.startswith(f"error: {file} can't be read: line 2 is no valid JSON")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train"}\n')
+    result = train(tiny_model, tmp_path)
+    assert result.returncode != 0
+    [line] = error_lines(result)
+    assert "holds an earlier run. Use --resume to go on with it, --overwrite" in line
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"event": "train"}\n'
+
+
+def test_a_loss_that_stays_non_finite_stops_the_run_and_says_where(tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    model = LlamaForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(broken)
+    result = train(broken, tmp_path / "run", steps="10", max_nonfinite="2", test_rows="0", validation_rows="0")
+    assert result.returncode != 0
+    [line] = error_lines(result)
+    assert "The loss was nan at step 2 (epoch 0, lr" in line and "the 3. non-finite one in a row" in line
+    assert "--max-nonfinite=2" in line and "training rows" in line
+
+
+@pytest.mark.slow
+def test_packing_and_gradient_checkpointing_train_too(tiny_model: Path, tmp_path: Path) -> None:
+    result = train(
+        tiny_model,
+        tmp_path,
+        steps="12",
+        packing=None,
+        gradient_checkpointing=None,
+        sequence_length="256",
+        micro_batch_size="2",
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    loss = json.loads((tmp_path / "summary.json").read_text())["loss"]
+    assert loss["validation_last"] < loss["validation_first"] - 0.5

@@ -1,0 +1,152 @@
+"""DeepSpeed's safe_get_full_* and safe_set_full_* work for every block at every step, on every rank."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    Case,
+    assemble,
+    assert_identical,
+    build,
+    case_id,
+    forward_backward,
+    observe_state,
+    run_steps,
+    train,
+)
+
+CASES = [
+    *(Case(stage=stage, offload=offload, steps=4) for stage, offload in product((1, 2), ("none", "cpu"))),
+    Case(dtype="bf16", steps=4),
+    Case(dtype="bf16", offload="cpu", steps=4, decay_groups=True),
+    Case(model="net", steps=4, decay_groups=True),
+    Case(model="net", steps=4, decay_groups=True, offload="cpu"),
+]
+ROBIN = [
+    Case(stage=stage, offload=offload, steps=2, zero={"round_robin_gradients": True})
+    for stage, offload in product((1, 2), ("none", "cpu"))
+]
+
+
+def get_all(event: str, engine: Any, step: int) -> dict[str, Any] | None:
+    """Everything the getters say before the first step, between backward and step, and after each step."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+
+    if event == "start" and step > 0:
+        return None
+    parameters = dict(engine.module.named_parameters())
+    seen: dict[str, Any] = {
+        "masters": {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()},
+        "exp_avg": {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in parameters.items()},
+        "exp_avg_sq": {name: safe_get_full_optimizer_state(p, "exp_avg_sq").clone() for name, p in parameters.items()},
+    }
+    if event == "backward":
+        return {"gradients": {name: safe_get_full_grad(p).float().clone() for name, p in parameters.items()}} | seen
+    return {"expected": observe_state(event, engine, step)} | seen
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", [*CASES, *ROBIN], ids=case_id)
+def test_getters_tell_what_the_partitions_hold(workers, case, ranks):
+    runs = workers(ranks).run(train, case, get_all)
+    for moments in zip(*(run["observed"] for run in runs), strict=True):
+        if "expected" in moments[0]:
+            expected = assemble([moment["expected"] for moment in moments])
+            del expected["weights"]
+        for moment in moments:
+            assert_identical(expected, {kind: moment[kind] for kind in expected})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
+    """At an exploit step an unselected block's gradient was never computed: zeros. A selected one's makes the norm."""
+    for run in workers(ranks).run(train, case, get_all):
+        gradients = [moment["gradients"] for moment in run["observed"] if "gradients" in moment]
+        for (_, phase, selected), norm, by_name in zip(run["history"], run["norms"], gradients, strict=True):
+            squared = 0.0
+            for index, names in enumerate(run["blocks"].values()):
+                block = sum(by_name[name].double().pow(2).sum().item() for name in names)
+                assert (block > 0) == (phase == "explore" or index in selected)
+                squared += block if index in selected else 0.0
+            assert squared**0.5 == pytest.approx(norm, rel=1e-5 if case.dtype == "fp32" else 2e-2)
+
+
+def set_all(case: Case) -> dict[str, Any]:
+    """What the getters say after the setters set every parameter before the first step, and a step after that."""
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+    )
+
+    engine = build(case)
+    parameters = dict(engine.module.named_parameters())
+    wanted: dict[str, Any] = {"masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for index, (name, parameter) in enumerate(parameters.items()):
+        for kind, offset in (("masters", 0.25), ("exp_avg", 0.5), ("exp_avg_sq", 0.75)):
+            wanted[kind][name] = torch.full(parameter.shape, index + offset)
+        safe_set_full_fp32_param(parameter, wanted["masters"][name])
+        safe_set_full_optimizer_state(parameter, wanted["exp_avg"][name], "exp_avg")
+        safe_set_full_optimizer_state(parameter, wanted["exp_avg_sq"][name], "exp_avg_sq")
+    found = {
+        "masters": {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()},
+        "exp_avg": {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in parameters.items()},
+        "exp_avg_sq": {name: safe_get_full_optimizer_state(p, "exp_avg_sq").clone() for name, p in parameters.items()},
+    }
+    forward_backward(engine, case, 0, 0)
+    for parameter in parameters.values():
+        safe_set_full_grad(parameter, torch.zeros_like(parameter))
+    engine.step()
+    after = {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in parameters.items()}
+    (record,) = engine.selection.history
+    selected = [name for index in record.blocks for name in engine.selection.blocks[index].parameter_names]
+    engine.destroy()
+    return {"wanted": wanted, "found": found, "after": after, "selected": selected}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_setters_reach_every_block_and_the_step_uses_what_was_set(workers, case, ranks):
+    case = case.but(section={"policy": "fixed", "fixed_blocks": list(BLOCKS[case.model])})
+    for result in workers(ranks).run(set_all, case):
+        assert_identical(result["wanted"], result["found"])
+        for name, exp_avg in result["wanted"]["exp_avg"].items():
+            expected = 0.9 * exp_avg if name in result["selected"] else exp_avg
+            assert torch.allclose(result["after"][name], expected, rtol=1e-6, atol=0), name
+
+
+BLOCKS = {"llama": ("embedding", "model.layers.2"), "net": ("embedding", "layers.2")}
+
+
+def save_nothing_lost(case: Case) -> dict[str, Any]:
+    """Setters in mid-run: the next steps go on from what was set."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    engine = build(case)
+    run_steps(engine, case, 0, 2)
+    for parameter in engine.module.parameters():
+        safe_set_full_fp32_param(parameter, torch.full(parameter.shape, 0.125))
+    before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    run_steps(engine, case, 2, 3)
+    after = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    selected = engine.selection.history[-1].blocks
+    blocks = [block.parameter_names for block in engine.selection.blocks]
+    engine.destroy()
+    return {"before": before, "after": after, "selected": selected, "blocks": blocks}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_set_in_mid_run_are_where_training_goes_on(workers, ranks):
+    for result in workers(ranks).run(save_nothing_lost, Case()):
+        for index, names in enumerate(result["blocks"]):
+            for name in names:
+                assert (result["before"][name] == 0.125).all()
+                moved = (result["after"][name] - 0.125).abs().max()
+                assert moved <= 0.05 if index in result["selected"] else moved == 0

@@ -1,0 +1,131 @@
+"""Promise 5: save, kill, resume equals not having stopped, bit for bit."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import SELECT, Case, assert_identical, build, finish, forward_backward, run_steps, train
+
+SAVED_AT = 4
+CASES = [
+    *(Case(stage=stage, offload=offload, dtype=dtype, clip=0.3) for stage, offload, dtype in product(
+        (1, 2), ("none", "cpu"), ("fp32", "bf16"))),
+    Case(accumulation=3, decay_groups=True, offload="cpu"),
+    Case(model="net", decay_groups=True),
+    Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}),
+    Case(section={**SELECT, "policy": "cyclic"}),
+    Case(section={**SELECT, "policy": "gradient_topk", "always_select": ["final_norm"]}, offload="cpu"),
+]  # fmt: skip
+KINDS = ("between steps", "between planning and stepping")
+
+
+def save_and_go_on(case: Case, directory: Path, kind: str) -> dict[str, Any]:
+    """Train ``case`` to its end, saving on the way; what the steps after the save did."""
+    engine = build(case)
+    run_steps(engine, case, 0, SAVED_AT)
+    if kind == "between steps":
+        engine.save_checkpoint(str(directory))
+        return finish(engine, run_steps(engine, case, SAVED_AT))
+    for micro_step in range(case.accumulation):
+        forward_backward(engine, case, SAVED_AT, micro_step)
+        if micro_step == case.accumulation - 1:
+            engine.save_checkpoint(str(directory))
+        engine.step()
+    return finish(engine, run_steps(engine, case, SAVED_AT + 1))
+
+
+def save_all(directory: Path) -> list[dict[str, Any]]:
+    return [
+        save_and_go_on(case, directory / f"{index} {kind}", kind) for index, case in enumerate(CASES) for kind in KINDS
+    ]
+
+
+def resume(case: Case, directory: Path) -> dict[str, Any]:
+    engine = build(case.but(seed=99))  # other weights: those of the checkpoint must replace them
+    path, _ = engine.load_checkpoint(str(directory))
+    if path is None:
+        raise AssertionError(f"nothing was loaded from {directory}")
+    return finish(engine, run_steps(engine, case, SAVED_AT))
+
+
+def resume_all(directory: Path) -> list[dict[str, Any]]:
+    return [resume(case, directory / f"{index} {kind}") for index, case in enumerate(CASES) for kind in KINDS]
+
+
+def train_them_all() -> list[dict[str, Any]]:
+    return [train(case) for case in CASES]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def runs(request, workers, tmp_path_factory):
+    """(kind, case) -> each rank's uninterrupted, saving and resumed run; the last in processes of its own."""
+    group, directory = workers(request.param), tmp_path_factory.mktemp("checkpoints")
+    whole = group.run(train_them_all, timeout_seconds=400)
+    saving = group.run(save_all, directory, timeout_seconds=600)
+    group.stop()
+    resumed = group.run(resume_all, directory, timeout_seconds=400)
+    return {
+        (KINDS[index % 2], index // 2): [
+            (whole[rank][index // 2], saving[rank][index], resumed[rank][index]) for rank in range(request.param)
+        ]
+        for index in range(2 * len(CASES))
+    }
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_is_bit_identical_to_not_stopping(runs, kind, index):
+    kept = ("weights", "partitions", "history", "counts", "plan", "blocks")
+    for whole, saving, resumed in runs[kind, index]:
+        expected = {key: whole[key] for key in kept}
+        assert_identical(expected, {key: saving[key] for key in kept})
+        assert_identical(expected, {key: resumed[key] for key in kept})
+        steps = CASES[index].steps - SAVED_AT
+        assert resumed["norms"] == whole["norms"][-steps:]
+        assert resumed["lrs"] == whole["lrs"][-steps:]
+        assert resumed["losses"] == whole["losses"][-steps * CASES[index].accumulation :]
+
+
+def load_what_does_not_fit(directory: Path) -> dict[str, str]:
+    """The errors met by loading a checkpoint of plain DeepSpeed, and one of other blocks."""
+    case = Case(steps=2)
+    plain = build(case.but(section=None))
+    run_steps(plain, case)
+    plain.save_checkpoint(str(directory / "plain"))
+    plain.destroy()
+    other = build(
+        case.but(
+            section={
+                **SELECT,
+                "blocks": {
+                    "first": [r".*(embed|layers\.[01]\.).*"],
+                    "rest": [r".*(layers\.[23]\.|\.norm\.).*"],
+                },
+            }
+        )
+    )
+    run_steps(other, case)
+    other.save_checkpoint(str(directory / "other"))
+    other.destroy()
+    errors = {}
+    for name in ("plain", "other"):
+        engine = build(case)
+        before = {key: value.clone() for key, value in engine.module.state_dict().items()}
+        try:
+            engine.load_checkpoint(str(directory / name))
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+        assert_identical(before, dict(engine.module.state_dict()))
+        engine.load_checkpoint(str(directory / name), load_module_only=True)
+        finish(engine, run_steps(engine, case))
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(workers, tmp_path, ranks):
+    for errors in workers(ranks).run(load_what_does_not_fit, tmp_path):
+        assert errors["plain"].startswith("CheckpointError") and "plain DeepSpeed" in errors["plain"]
+        assert errors["other"].startswith("CheckpointError") and "blocks" in errors["other"]

@@ -1,0 +1,265 @@
+"""Promise 6: at an exploit step nothing of an unselected block is computed, communicated or copied.
+
+Counted twice: by the engine's own counters, and from outside, by watching every operator that torch dispatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from support import DTYPES, Case, case_id, train
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CASES = [
+    *(Case(stage=stage, offload=offload, accumulation=accumulation, dtype=dtype)
+      for stage, offload, accumulation, dtype in product((1, 2), ("none", "cpu"), (1, 3), ("fp32", "bf16"))
+      if (stage == 2) ^ (offload == "cpu") ^ (accumulation == 3) ^ (dtype == "bf16")),
+    Case(offload="cpu", decay_groups=True, clip=0.3),
+    Case(decay_groups=True, zero={"overlap_comm": True}),
+]  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Between "start" and "step": bytes handed to collectives by (phase, operator), and what was written to.
+
+    ``written[phase]`` has a (block, kind of storage) for each operator, and each call of DeepSpeed's C++ Adam, that
+    writes to a block's model weights, masters, moments or host gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: dict[tuple[str, str], int] = {}
+        self.written: set[tuple[int, str]] = set()
+        self.stepped_numel = 0
+        self.phase = "start"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith("c10d"):
+            key = (self.phase, name.split(".")[1])
+            self.collectives[key] = self.collectives.get(key, 0) + sum(
+                tensor.numel() * tensor.element_size() for tensor in _tensors(args[:1])
+            )
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.wrote(value)
+        return result
+
+    def wrote(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            if tensor.numel():
+                storage = tensor.untyped_storage().data_ptr()
+                self.written |= {owner for held, owner in (*self.lasting, *self.host_gradients()) if held == storage}
+
+    def host_gradients(self) -> Iterator[tuple[int, tuple[int, str]]]:
+        """Those that there are now: a buffer may go from block to block."""
+        for block, master in self.masters:
+            if master.grad is not None:
+                yield master.grad.untyped_storage().data_ptr(), (block, "gradient")
+
+    def learn_storages(self, engine: Any) -> None:
+        zero, names = engine.optimizer, engine.optimizer.param_names
+        block_of = {name: block.index for block in engine.selection.blocks for name in block.parameter_names}
+        self.lasting: list[tuple[int, tuple[int, str]]] = []
+        self.masters: list[tuple[int, Tensor]] = []
+        for group, members in enumerate(zero.bit16_groups):
+            master = zero.single_partition_of_fp32_groups[group]
+            state = zero.optimizer.state.get(master, {})
+            held = {
+                "weights": zero.bit16_groups_flat[group],
+                "masters": master,
+                "exp_avg": state.get("exp_avg"),
+                "exp_avg_sq": state.get("exp_avg_sq"),
+            }
+            block = block_of[names[members[0]]]
+            self.masters.append((block, master))
+            self.lasting += [
+                (tensor.untyped_storage().data_ptr(), (block, kind))
+                for kind, tensor in held.items()
+                if tensor is not None and tensor.numel()
+            ]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def watch_steps(case: Case) -> dict[str, Any]:
+    """A run of ``case`` with a `Watch` over every step."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+
+    adam, fused = CPUAdamBuilder().load(), FusedAdamBuilder().load()
+    original, original_fused = adam.adam_update, fused.multi_tensor_adam
+    watch: Watch | None = None
+
+    def adam_update(*args: Any) -> Any:
+        parameter = args[8]
+        if watch is not None:
+            watch.stepped_numel += parameter.numel()
+            watch.wrote(list(args[8:]))
+        return original(*args)
+
+    def multi_tensor_adam(size: int, flag: Tensor, tensors: list[list[Tensor]], *args: Any) -> Any:
+        if watch is not None:
+            watch.stepped_numel += sum(tensor.numel() for tensor in tensors[1])
+            watch.wrote(tensors)
+        return original_fused(size, flag, tensors, *args)
+
+    def observe(event: str, engine: Any, step: int) -> dict[str, Any] | None:
+        nonlocal watch
+        if event == "start":
+            watch = Watch()
+            watch.__enter__()
+            watch.learn_storages(engine)
+            return None
+        if event == "backward":
+            watch.phase = "backward"
+            watch.learn_storages(engine)
+            frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+            return {"frozen": frozen, "held_gradient_bytes": engine.optimizer.held_gradient_bytes()}
+        watch.__exit__(None, None, None)
+        seen = {
+            "collectives": watch.collectives,
+            "written": watch.written,
+            "stepped_numel": watch.stepped_numel,
+        }
+        watch = None
+        zero = engine.optimizer
+        return seen | {
+            "traffic": vars(engine.selection.traffic[-1]).copy(),
+            "partition_numel": {index: 0 for index in range(len(engine.selection.blocks))}
+            | _sum_by_block(engine, zero.single_partition_of_fp32_groups),
+            "flat_numel": _sum_by_block(engine, zero.bit16_groups_flat),
+            "block_numel": [block.numel for block in engine.selection.blocks],
+            "state_bytes": zero.state_bytes(),
+            "counts": engine.selection.update_counts,
+        }
+
+    adam.adam_update, fused.multi_tensor_adam = adam_update, multi_tensor_adam
+    try:
+        return train(case, observe)
+    finally:
+        adam.adam_update, fused.multi_tensor_adam = original, original_fused
+
+
+def _sum_by_block(engine: Any, tensors: list[Tensor]) -> dict[int, int]:
+    sums: dict[int, int] = {}
+    block_of = {name: block.index for block in engine.selection.blocks for name in block.parameter_names}
+    for members, tensor in zip(engine.optimizer.bit16_groups, tensors, strict=True):
+        block = block_of[engine.optimizer.param_names[members[0]]]
+        sums[block] = sums.get(block, 0) + tensor.numel()
+    return sums
+
+
+@pytest.fixture(scope="module")
+def watched(workers):
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+    def run(case: Case, ranks: int) -> list[dict[str, Any]]:
+        key = (repr(case), ranks)
+        if key not in runs:
+            runs[key] = workers(ranks).run(watch_steps, case)
+        return runs[key]
+
+    return run
+
+
+def steps_of(
+    run: dict[str, Any], case: Case
+) -> list[tuple[str, tuple[int, ...], list[dict[str, Any]], dict[str, Any]]]:
+    """(phase, selected blocks, what was seen after each backward, what was seen after the step) of each step."""
+    stride = case.accumulation + 1
+    seen = [run["observed"][start : start + stride] for start in range(0, len(run["observed"]), stride)]
+    return [
+        (phase, blocks, moments[:-1], moments[-1])
+        for (_, phase, blocks), moments in zip(run["history"], seen, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_nothing_of_an_unselected_block_is_touched(watched, case, ranks):
+    for run in watched(case, ranks):
+        for phase, selected, backwards, after in steps_of(run, case):
+            lasting = {(block, kind) for block, kind in after["written"] if kind != "gradient"}
+            assert {block for block, _ in lasting} == set(selected)
+            assert {kind for _, kind in lasting} >= {"weights", "masters"}
+            if phase == "exploit":
+                assert {block for block, _ in after["written"]} <= set(selected)
+                unselected = {
+                    name
+                    for index, names in enumerate(run["blocks"].values())
+                    if index not in selected
+                    for name in names
+                }
+                assert all(moment["frozen"] == unselected for moment in backwards)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_counters_say_what_was_moved(watched, case, ranks):
+    itemsize = DTYPES[case.dtype].itemsize
+    for run in watched(case, ranks):
+        for step, (phase, selected, _, after) in enumerate(steps_of(run, case)):
+            traffic = after["traffic"]
+            assert traffic["step"] == step
+            active = range(len(after["block_numel"])) if phase == "explore" else selected
+            gradients = sum(after["block_numel"][index] for index in active)
+            reductions = 0 if ranks == 1 else case.accumulation if case.stage == 2 else 1
+            assert traffic["reduced_bytes"] == gradients * itemsize * reductions
+            stepped = sum(after["partition_numel"][index] for index in selected)
+            assert traffic["stepped_numel"] == after["stepped_numel"] == stepped
+            flat = sum(after["flat_numel"][index] for index in selected)
+            assert traffic["gathered_bytes"] == (flat * itemsize if ranks > 1 else 0)
+            assert traffic["h2d_bytes"] >= (stepped * itemsize if case.offload == "cpu" else 0)
+            if case.offload == "none":
+                assert traffic["d2h_bytes"] == traffic["h2d_bytes"] == 0
+            elif case.accumulation == 1:
+                assert traffic["h2d_bytes"] == stepped * itemsize
+                # Every rank copies its own slices, without ZeRO's padding.
+                assert gradients * 4 // ranks * 0.8 <= traffic["d2h_bytes"] <= gradients * 4 // ranks * 1.2
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_collectives_seen_from_outside_are_those_counted(watched, case):
+    """Beside the gradients and weights only scalars travel, and on explore steps one number a parameter."""
+    for run in watched(case, 2):
+        for phase, _, _, after in steps_of(run, case):
+            seen, traffic = after["collectives"], after["traffic"]
+            gathered = sum(size for (_, name), size in seen.items() if "allgather" in name)
+            everything = sum(seen.values())
+            assert gathered == traffic["gathered_bytes"]
+            small = everything - gathered - traffic["reduced_bytes"]
+            assert 0 <= small <= (1000 if phase == "explore" else 300)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_memory_follows_what_was_selected(watched, case, ranks):
+    itemsize = DTYPES[case.dtype].itemsize
+    for run in watched(case, ranks):
+        for phase, selected, backwards, after in steps_of(run, case):
+            updated = [index for index, count in enumerate(after["counts"]) if count]
+            assert after["state_bytes"] == sum(2 * 4 * after["partition_numel"][index] for index in updated)
+            if phase == "exploit":
+                flat = sum(after["flat_numel"][index] for index in selected)
+                on_accelerator, on_host = backwards[-1]["held_gradient_bytes"]
+                assert on_host <= flat * (4 + itemsize)
+                assert on_accelerator <= (0 if case.offload == "cpu" else flat * max(itemsize, 4))
+
+
+def test_the_watch_sees_what_plain_deepspeed_does(workers):
+    """The control of the tests above: with every block selected, every storage of every block is written."""
+    run = workers(1).run(watch_steps, Case(steps=2, offload="cpu", section={"policy": "all"}))[0]
+    kinds = ("weights", "masters", "exp_avg", "exp_avg_sq", "gradient")
+    for _, _, _, after in steps_of(run, Case(steps=2))[1:]:
+        assert after["written"] == set(product(range(6), kinds))
+        assert torch.tensor(after["block_numel"]).sum() <= after["stepped_numel"]

@@ -1,0 +1,155 @@
+"""AdaGradSelect on AdamW step by step in plain PyTorch: the slow twin that ds_agsel is compared with.
+
+Nothing here knows DeepSpeed, ZeRO, partitions or buffers. Ranks are a loop. Every step goes through the numbered
+paragraphs of DESIGN.md, section 2, in their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+class Chooser(Protocol):
+    """What decides: ds_agsel's policies, or a few lines in a test. Indices are those of the drawn blocks."""
+
+    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None: ...
+
+    def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Hyperparameters. ``decoupled`` False is Adam, whose weight decay is added to the gradient."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: Callable[[str], float]
+    decoupled: bool = True
+    schedule: Callable[[int], float] = lambda applied_steps: 1.0
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One applied step: what ds_agsel records, and what the choice came from."""
+
+    step: int
+    phase: str
+    blocks: tuple[int, ...]
+    scores: tuple[float, ...]
+    norm: float
+
+
+class Reference:
+    """Trains ``model`` on the CPU.
+
+    Args:
+        model: its weights' dtype is the one that forward uses; masters and states are fp32.
+        blocks: each block's parameter names, in block order; together all trainable parameters, each once.
+        chooser: decides over the blocks that are in neither ``always`` nor ``never`` (block indices).
+        max_norm: clips the norm of the gradients that are applied; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Sequence[str]],
+        chooser: Chooser,
+        adam: AdamW,
+        max_norm: float = 0.0,
+        always: Sequence[int] = (),
+        never: Sequence[int] = (),
+    ):
+        self.model = model
+        self.blocks = blocks
+        self.chooser = chooser
+        self.adam = adam
+        self.max_norm = max_norm
+        self.always = tuple(always)
+        self.drawn = [index for index in range(len(blocks)) if index not in (*always, *never)]
+        self.parameters = dict(model.named_parameters())
+        self.masters = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
+        self.exp_avg = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        self.update_counts = [0] * len(blocks)
+        self.history: list[Applied] = []
+        self.losses: list[list[float]] = []
+
+    def step(self, batches: Sequence[Sequence[Batch]]) -> Applied | None:
+        """One optimizer step on ``batches[rank][micro_step]``; None where it is skipped, which changes nothing."""
+        step = len(self.history)
+
+        # 1. Plan.
+        drawn = self.chooser.plan(step, [self.update_counts[index] for index in self.drawn])
+        phase = "explore" if drawn is None else "exploit"
+
+        # 2., 3. Gradients. All are computed here, whatever was planned: what is not selected must not matter.
+        gradients = self.mean_gradients(batches)
+
+        # 4. Scores, and the choice where the plan has left it open.
+        scores = tuple(sum(gradients[name].norm().item() for name in names) for names in self.blocks)
+        if drawn is None:
+            if not all(math.isfinite(score) for score in scores):
+                return None
+            drawn = self.chooser.choose(step, [scores[index] for index in self.drawn])
+        selected = tuple(sorted([*(self.drawn[index] for index in drawn), *self.always]))
+
+        # 5. Clip by the norm of what is applied, update, write the model weights back.
+        applied = {name: gradients[name] for index in selected for name in self.blocks[index]}
+        norm = math.sqrt(sum(gradient.double().pow(2).sum().item() for gradient in applied.values()))
+        if not math.isfinite(norm):
+            return None
+        if self.max_norm > 0:
+            coefficient = min(1.0, self.max_norm / (norm + 1e-6))
+            applied = {name: gradient * coefficient for name, gradient in applied.items()}
+        lr = self.adam.lr * self.adam.schedule(step)
+        for index in selected:
+            self.update_counts[index] += 1
+            for name in self.blocks[index]:
+                self.update_parameter(name, applied[name], self.update_counts[index], lr)
+
+        # 6. Commit.
+        record = Applied(step, phase, selected, scores, norm)
+        self.history.append(record)
+        return record
+
+    def mean_gradients(self, batches: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
+        """fp32 gradient of every parameter, averaged over all ranks' micro-batches."""
+        gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        num_batches = sum(len(micro_batches) for micro_batches in batches)
+        for micro_batches in batches:
+            losses = []
+            for batch in micro_batches:
+                loss = self.model(**batch).loss
+                for name, gradient in zip(
+                    self.parameters, torch.autograd.grad(loss, list(self.parameters.values())), strict=True
+                ):
+                    gradients[name] += gradient.float() / num_batches
+                losses.append(loss.item())
+            self.losses.append(losses)
+        return gradients
+
+    @torch.no_grad()
+    def update_parameter(self, name: str, gradient: Tensor, count: int, lr: float) -> None:
+        """AdamW as in torch.optim, with the count of this parameter's own block in the bias corrections."""
+        adam, master = self.adam, self.masters[name]
+        beta1, beta2 = adam.betas
+        decay = adam.weight_decay(name)
+        if adam.decoupled:
+            master *= 1 - lr * decay
+        else:
+            gradient = gradient + decay * master
+        self.exp_avg[name] = beta1 * self.exp_avg[name] + (1 - beta1) * gradient
+        self.exp_avg_sq[name] = beta2 * self.exp_avg_sq[name] + (1 - beta2) * gradient**2
+        mean = self.exp_avg[name] / (1 - beta1**count)
+        variance = self.exp_avg_sq[name] / (1 - beta2**count)
+        master -= lr * mean / (variance.sqrt() + adam.eps)
+        self.parameters[name].copy_(master)

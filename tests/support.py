@@ -1,0 +1,457 @@
+"""One small training run, described by a `Case`: its model, data, ds_config, DeepSpeed run and reference run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from reference import AdamW, Reference
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BATCH, LENGTH, VOCABULARY = 2, 8, 37
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-5, 0.1
+STATES = ("masters", "exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Two blocks of six or seven a step. With this seed steps 0, 3 and 4 explore, and 6 and 7, in epoch 2, can't.
+SELECT = {"select_percent": 34, "steps_per_epoch": 6, "explore_decay": 0.15, "seed": 2}
+ALL = {"policy": "all"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of ``steps`` optimizer steps of a tiny model. ``section`` None is plain DeepSpeed, group by group."""
+
+    model: str = "llama"
+    stage: int = 2
+    offload: str = "none"
+    dtype: str = "fp32"
+    accumulation: int = 1
+    clip: float = 0.0
+    tied: bool = True
+    steps: int = 8
+    seed: int = 0
+    decay_groups: bool = False
+    optimizer: str = "AdamW"
+    section: Mapping[str, Any] | None = field(default_factory=lambda: SELECT)
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(self, **changes: Any) -> Case:
+        return replace(self, **changes)
+
+
+def case_id(value: Any) -> str | None:
+    """A readable test id for a case: what differs from the default, "default" where nothing does."""
+    if not isinstance(value, Case):
+        return None
+    default = vars(Case())
+    differing = [
+        f"{key}={content}".replace(" ", "").replace("'", "")
+        for key, content in vars(value).items()
+        if content != default[key]
+    ]
+    return ",".join(differing) or "default"
+
+
+def tiny_model(case: Case) -> nn.Module:
+    """fp32 weights, equal for equal cases."""
+    with torch.random.fork_rng():
+        torch.manual_seed(case.seed)
+        return {"llama": tiny_llama, "net": TinyNet}[case.model](case)
+
+
+def tiny_llama(case: Case) -> LlamaForCausalLM:
+    """Four layers; weights large enough that the blocks' gradients differ."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=case.tied,
+        initializer_range=0.2,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+class TinyLayer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.gain * torch.tanh(self.linear(hidden))
+
+
+class TinyNet(nn.Module):
+    """Four layers of odd sizes, each with a parameter of one element: partitions that are uneven, or empty.
+
+    ``checkpointing`` "reentrant" or "non-reentrant" recomputes each layer in backward.
+    """
+
+    def __init__(self, case: Case, checkpointing: str | None = None):
+        super().__init__()
+        width = 5
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(TinyLayer(width) for _ in range(4))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
+        self.checkpointing = checkpointing
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        hidden = self.embedding(input_ids)
+        for layer in self.layers:
+            if self.checkpointing:
+                hidden = checkpoint(layer, hidden, use_reentrant=self.checkpointing == "reentrant")
+            else:
+                hidden = layer(hidden)
+        logits = self.head(self.norm(hidden))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def model_blocks(model: nn.Module) -> dict[str, list[str]]:
+    """Block name -> parameter names, by DESIGN.md's definition, spelt out for the models here."""
+    blocks: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        parts = name.removeprefix("model.").split(".")
+        if parts[0] == "layers":
+            block = name.split("layers.")[0] + ".".join(parts[:2])
+        else:
+            block = {"norm": "final_norm", "head": "head", "lm_head": "head"}.get(parts[0], "embedding")
+        blocks.setdefault(block, []).append(name)
+    return blocks
+
+
+def batch(case: Case, step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
+    """Token ids and labels, int64, (BATCH, LENGTH), another for each argument."""
+    generator = torch.Generator().manual_seed(1_000_000 * case.seed + 10_000 * step + 100 * micro_step + rank)
+    ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def ds_config(case: Case) -> dict[str, Any]:
+    """Small buckets, so that a gradient takes several and the embedding is larger than one."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": case.clip,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": case.stage,
+            "reduce_bucket_size": 500,
+            "offload_optimizer": {"device": case.offload},
+            **case.zero,
+        },
+        "optimizer": {
+            "type": case.optimizer,
+            "params": {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY},
+        },
+        **case.config,
+    }
+    if case.dtype != "fp32":
+        config[case.dtype] = {"enabled": True}
+    if case.section is not None:
+        config["adagrad_select"] = dict(case.section)
+    return config
+
+
+def decays(name: str, case: Case) -> bool:
+    return not (case.decay_groups and ("norm" in name or "gain" in name))
+
+
+def param_groups(model: nn.Module, case: Case) -> list[dict[str, Any]]:
+    """One group, or with ``decay_groups`` one for what decays and one, at a tenth of it, for norms and gains."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(decays(name, case), []).append(parameter)
+    return [
+        {"params": groups[decay], "weight_decay": WEIGHT_DECAY if decay else WEIGHT_DECAY / 10}
+        for decay in sorted(groups, reverse=True)
+    ]
+
+
+def split_by_block(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``groups`` divided by block, as plain DeepSpeed must be given them for a bit-for-bit comparison."""
+    parameters = dict(model.named_parameters())
+    split = []
+    for group in groups:
+        for names in model_blocks(model).values():
+            block = {id(parameters[name]) for name in names}
+            members = [parameter for parameter in group["params"] if id(parameter) in block]
+            if members:
+                split.append({**group, "params": members})
+    return split
+
+
+def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:
+    """The engine: ds_agsel's, or plain DeepSpeed's over per-block groups where the case has no section."""
+    import deepspeed
+
+    import ds_agsel
+
+    model = tiny_model(case) if model is None else model
+    if "optimizer" not in arguments:
+        groups = param_groups(model, case)
+        arguments["model_parameters"] = groups if case.section is not None else split_by_block(model, groups)
+    initialize = deepspeed.initialize if case.section is None else ds_agsel.initialize
+    return initialize(model=model, config=ds_config(case), **arguments)[0]
+
+
+def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> float:
+    """One micro-step up to and including backward; its loss."""
+    loss = engine(**batch(case, step, micro_step, torch.distributed.get_rank())).loss
+    engine.backward(loss)
+    return loss.item()
+
+
+def run_steps(
+    engine: Any,
+    case: Case,
+    first: int = 0,
+    last: int | None = None,
+    observe: Callable[[str, Any, int], Any] | None = None,
+) -> dict[str, Any]:
+    """Train steps ``first`` to ``last``, calling ``observe(event, engine, step)`` at each event and keeping what it
+    returns. Events: "start" before the first forward of a step, "backward" after each backward, "step" after it."""
+    result: dict[str, Any] = {"losses": [], "norms": [], "lrs": [], "observed": []}
+
+    def event(name: str, step: int) -> None:
+        if observe is not None:
+            seen = observe(name, engine, step)
+            if seen is not None:
+                result["observed"].append(seen)
+
+    for step in range(first, case.steps if last is None else last):
+        event("start", step)
+        for micro_step in range(case.accumulation):
+            result["losses"].append(forward_backward(engine, case, step, micro_step))
+            event("backward", step)
+            engine.step()
+        result["norms"].append(float(engine.get_global_grad_norm()))
+        result["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
+        event("step", step)
+    return result
+
+
+def finish(engine: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """``result`` with all that the run left behind; ends the engine."""
+    result |= {"weights": weights(engine), "partitions": partitions(engine), "skipped": engine.skipped_steps}
+    selection = getattr(engine, "selection", None)
+    if selection is not None:
+        result |= {
+            "history": [(record.step, record.phase, record.blocks) for record in selection.history],
+            "counts": selection.update_counts,
+            "plan": (selection.plan.step, selection.plan.phase, selection.plan.blocks),
+            "blocks": {block.name: list(block.parameter_names) for block in selection.blocks},
+        }
+    engine.destroy()
+    return result
+
+
+def train(case: Case, observe: Callable[[str, Any, int], Any] | None = None, **arguments: Any) -> dict[str, Any]:
+    """A whole run of ``case`` on this rank: losses, norms, lrs, what was observed, and all that it left behind."""
+    engine = build(case, **arguments)
+    return finish(engine, run_steps(engine, case, observe=observe))
+
+
+def train_all(cases: Sequence[Case], observe: Callable[[str, Any, int], Any] | None = None) -> list[dict[str, Any]]:
+    return [train(case, observe) for case in cases]
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def partitions(engine: Any) -> list[dict[str, Any]]:
+    """This rank's raw ZeRO partition of each param group, with the group's parameters in the order they lie in it.
+
+    A group without Adam state answers as one that was never updated: zeros, step 0.
+    """
+    zero = engine.optimizer
+    found = []
+    for members, master in zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        state = zero.optimizer.state.get(master, {})
+        found.append(
+            {
+                "shapes": {zero.param_names[parameter]: parameter.shape for parameter in members},
+                "masters": master.detach().clone(),
+                "exp_avg": state["exp_avg"].clone() if "exp_avg" in state else torch.zeros_like(master),
+                "exp_avg_sq": state["exp_avg_sq"].clone() if "exp_avg_sq" in state else torch.zeros_like(master),
+                "step": int(state.get("step", 0)),
+            }
+        )
+    return found
+
+
+def assemble(states: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Masters and moments by parameter name, from what each rank observed at one moment."""
+    full: dict[str, dict[str, Tensor]] = {"weights": states[0]["weights"]} | {kind: {} for kind in STATES}
+    for pieces in zip(*(state["partitions"] for state in states), strict=True):
+        for kind in STATES:
+            flat = torch.cat([piece[kind] for piece in pieces])
+            start = 0
+            for name, shape in pieces[0]["shapes"].items():
+                full[kind][name] = flat[start : start + shape.numel()].view(shape)
+                start += shape.numel()
+    return full
+
+
+def observe_state(event: str, engine: Any, step: int) -> dict[str, Any] | None:
+    """Before the first step and after every step: weights, raw partitions, counts and plan."""
+    if event != "step" and (event, step) != ("start", 0):
+        return None
+    selection = engine.selection
+    return {
+        "weights": weights(engine),
+        "partitions": partitions(engine),
+        "counts": selection.update_counts,
+        "plan": (selection.plan.step, selection.plan.phase, selection.plan.blocks),
+    }
+
+
+class Fixed:
+    """A chooser that takes the same blocks at every step."""
+
+    def __init__(self, blocks: Sequence[int]):
+        self.blocks = tuple(blocks)
+
+    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
+        return self.blocks
+
+    def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
+        raise NotImplementedError
+
+
+def chooser(case: Case, names: Sequence[str]) -> Any:
+    """ds_agsel's policy for the drawn blocks ``names``; every block where the case has no section."""
+    from ds_agsel import policies
+    from ds_agsel.config import parse_section
+
+    if case.section is None:
+        return Fixed(range(len(names)))
+    config = parse_section(case.section)
+    return policies.create(
+        policies.PolicyContext(
+            config=config,
+            num_blocks=len(names),
+            num_selected=max(1, math.floor(config.select_percent * len(names) / 100)),
+            block_names=tuple(names),
+            steps_per_epoch=config.steps_per_epoch,
+        )
+    )
+
+
+def reference_run(
+    case: Case, world_size: int, schedule: Callable[[int], float] = lambda step: 1.0, decoupled: bool = True
+) -> tuple[Reference, list[dict[str, dict[str, Tensor]]]]:
+    """The reference after ``case``, and its weights, masters and moments before the first and after each step."""
+    model = tiny_model(case).to(DTYPES[case.dtype])
+    blocks = model_blocks(model)
+    section = case.section or {}
+    always = [list(blocks).index(name) for name in section.get("always_select", ())]
+    never = [list(blocks).index(name) for name in section.get("never_select", ())]
+    drawn = [name for index, name in enumerate(blocks) if index not in (*always, *never)]
+    adam = AdamW(
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=lambda name: WEIGHT_DECAY if decays(name, case) else WEIGHT_DECAY / 10,
+        decoupled=decoupled,
+        schedule=schedule,
+    )
+    reference = Reference(model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never)
+    states = [reference_state(reference)]
+    for step in range(case.steps):
+        reference.step(
+            [[batch(case, step, micro, rank) for micro in range(case.accumulation)] for rank in range(world_size)]
+        )
+        states.append(reference_state(reference))
+    return reference, states
+
+
+def reference_state(reference: Reference) -> dict[str, dict[str, Tensor]]:
+    """What `full_state` gives of an engine."""
+    model_weights = {name: parameter.detach().clone() for name, parameter in reference.parameters.items()}
+    return {"weights": model_weights} | {kind: copy.deepcopy(getattr(reference, kind)) for kind in STATES}
+
+
+def assert_follows_reference(
+    case: Case, runs: Sequence[Mapping[str, Any]], tolerance: Mapping[str, float], **reference_arguments: Any
+) -> None:
+    """Each rank of ``runs`` (`train` with `observe_state`) took the reference's selections, and after each step each
+    parameter's master and moments are as near: L2 of the difference at most ``tolerance[kind]`` times L2 of how far
+    the reference has moved them."""
+    reference, states = reference_run(case, len(runs), **reference_arguments)
+    history = [(record.step, record.phase, record.blocks) for record in reference.history]
+    for run in runs:
+        assert run["history"] == history
+        assert list(run["counts"]) == reference.update_counts
+        assert list(run["blocks"].values()) == [list(names) for names in reference.blocks]
+        assert_identical(runs[0]["weights"], run["weights"])
+    for step, expected in enumerate(states):
+        actual = assemble([run["observed"][step] for run in runs])
+        for name, master in actual["masters"].items():
+            assert torch.equal(actual["weights"][name], master.to(actual["weights"][name].dtype)), (
+                name,
+                step,
+            )
+        for kind, allowed in tolerance.items():
+            worst = max(
+                (relative_error(tensor, actual[kind][name], states[0][kind][name]), name)
+                for name, tensor in expected[kind].items()
+            )
+            assert worst[0] <= allowed, f"{worst} is the worst of {kind} after step {step}, {allowed} is allowed"
+
+
+def differences(expected: Any, actual: Any, path: str = "") -> list[str]:
+    """Where two nests of dicts, sequences, tensors and values are not equal bit for bit."""
+    if isinstance(expected, Tensor) and isinstance(actual, Tensor):
+        if expected.dtype != actual.dtype or expected.shape != actual.shape:
+            return [f"{path}: {expected.dtype} {expected.shape} != {actual.dtype} {actual.shape}"]
+        if not torch.equal(expected, actual):
+            return [f"{path}: {(expected != actual).sum()} of {expected.numel()} elements differ"]
+        return []
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
+        if expected.keys() != actual.keys():
+            return [f"{path}: keys {sorted(expected)} != {sorted(actual)}"]
+        return [d for key in expected for d in differences(expected[key], actual[key], f"{path}/{key}")]
+    if isinstance(expected, list | tuple) and isinstance(actual, list | tuple):
+        if len(expected) != len(actual):
+            return [f"{path}: {len(expected)} items != {len(actual)}"]
+        return [
+            d for i, pair in enumerate(zip(expected, actual, strict=True)) for d in differences(*pair, f"{path}/{i}")
+        ]
+    return [] if expected == actual else [f"{path}: {expected!r} != {actual!r}"]
+
+
+def assert_identical(expected: Any, actual: Any) -> None:
+    """Equal bit for bit; names the first places that are not."""
+    found = differences(expected, actual)
+    if found:
+        raise AssertionError(f"{len(found)} differences:\n" + "\n".join(found[:20]))
+
+
+def relative_error(expected: Tensor, actual: Tensor, start: Tensor) -> float:
+    """‖actual - expected‖₂ / ‖expected - start‖₂; 0 where there is no difference."""
+    error = (actual.double() - expected.double()).norm().item()
+    moved = (expected.double() - start.double()).norm().item()
+    return 0.0 if error == 0 else error / moved if moved else math.inf
