@@ -18,7 +18,9 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
-	    --model smollm2 --dataset builtin --output $(OUTPUT) $(ARGS)
+	    --model smollm2 --dataset builtin --builtin-level 1 --system "" \
+	    --train-rows 1280 --validation-rows 64 --test-rows 100 --max-new-tokens 32 --evaluate-every 40 \
+	    --output $(OUTPUT) --overwrite $(ARGS)
 
 test: $(VENV)/.ready ops
 	$(BIN)/python -m pytest -m "not slow and not device" $(ARGS)

@@ -33,7 +33,8 @@ def processor() -> dict[str, str]:
 def bf16_is_fast() -> bool:
     """Whether bf16 pays here: on accelerators that have it, and on CPUs with instructions for it.
 
-    Without those torch multiplies bf16 matrices element by element, some 60 times slower than fp32.
+    Without those torch 2.13 takes 4 to 40 times as long over a layer's three bf16 products as in fp32
+    (512 × 576 × 1536 on an AVX2 processor: output 6.5, input gradient 40, weight gradient 3.7).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from reference import AdamW, Reference
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 BATCH, LENGTH, VOCABULARY = 2, 8, 37
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-5, 0.1
@@ -117,7 +117,7 @@ class TinyNet(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
         hidden = self.embedding(input_ids)
         for layer in self.layers:
             if self.checkpointing:
@@ -125,7 +125,7 @@ class TinyNet(nn.Module):
             else:
                 hidden = layer(hidden)
         logits = self.head(self.norm(hidden))
-        return SimpleNamespace(loss=nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+        return CausalLMOutput(loss=nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 
 def model_blocks(model: nn.Module) -> dict[str, list[str]]:

@@ -136,12 +136,11 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         return False
 
     def _has_nobody_to_reduce_with(self, param: nn.Parameter) -> bool:
-        """[Note: One rank]. Not where the trip would round: a communication dtype narrower than the gradient's."""
-        comm_dtype = self.get_param_comm_dtype(param)
+        """[Note: One rank]. Not where the trip would round, in a communication dtype narrower than the gradients'."""
         return (
             self.partition_gradients
             and dist.get_world_size(group=self.dp_process_group) == 1
-            and torch.promote_types(comm_dtype, param.dtype) == comm_dtype
+            and all(torch.promote_types(comm_dtype, self.dtype) == comm_dtype for comm_dtype in self.ipg_buckets)
             and self.gradient_predivide_factor == 1.0
             and not self.params_already_reduced[self.get_param_id(param)]
             and getattr(param, "ds_grad_is_ready", True)

@@ -44,7 +44,8 @@ VARIANTS = [
         for stage, offload, *flags in product((1, 2), ("none", "cpu"), (False, True), (False, True), (False, True))
         if (stage == 1) ^ (offload == "cpu") ^ (sum(flags) % 2 == 1)
     ),
-    *(Case(offload=offload, steps=4, section=ALL, decay_groups=True, clip=0.3, tied=False) for offload in ("none", "cpu")),
+    *(Case(offload=offload, steps=4, section=ALL, decay_groups=True, clip=0.3, tied=False)
+      for offload in ("none", "cpu")),
     *(Case(offload=offload, steps=4, section=HUNDRED, model="net", decay_groups=True) for offload in ("none", "cpu")),
     *(
         Case(stage=stage, offload=offload, steps=4, section=ALL, dtype="bf16", accumulation=3,

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
-from pathlib import Path
 
+import arithmetic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
-
-import arithmetic
 
 from ds_agsel.errors import ConfigError, DataError
 

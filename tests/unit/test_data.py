@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
 import batches
 import checkpoints
 import data
 import encoding
+import numpy as np
 import objective
 import outputs
+import pytest
 import scoring
 import settings
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import ConfigError, DataError
 

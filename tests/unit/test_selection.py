@@ -85,7 +85,8 @@ def test_a_skipped_step_counts_for_nothing_and_its_plan_stands():
 
 
 def test_always_and_never_stand_outside_the_lottery():
-    selection = make(lottery=Lottery(drawn=(1, 3, 4), always=(0,), never=(2,)), policy="gradient_topk", select_percent=34)
+    lottery = Lottery(drawn=(1, 3, 4), always=(0,), never=(2,))
+    selection = make(lottery=lottery, policy="gradient_topk", select_percent=34)
     assert selection.active_blocks == (0, 1, 3, 4)
     selection.open_window()
     assert trainable(selection) == [True, True, False, True, True]

@@ -44,7 +44,7 @@ def test_refused(ds_config, message):
 
 
 def test_host_step_without_offload_is_refused():
-    with pytest.raises(ConfigError, match="step_device='cpu' and .*device='none' contradict"):
+    with pytest.raises(ConfigError, match=r"step_device='cpu' and .*device='none' contradict"):
         refuse_unsupported(ZERO2, nn.Linear(1, 1), None, SelectionConfig(step_device="cpu"))
 
 
