@@ -1,4 +1,4 @@
-"""`python -m ds_agsel.zero.build_ops`: compile the CPU Adam kernels now, once, instead of inside the first run."""
+"""`python -m ds_agsel.zero.build_ops`: compile DeepSpeed's CPU kernels now, once, instead of inside the first run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
 
 def main() -> None:
-    """Build `cpu_adam` (1 to 3 minutes the first time, then cached), and on a CPU accelerator `fused_adam`."""
+    """Build `cpu_adam`, and on a CPU `fused_adam` and the shared-memory collectives: minutes once, then cached."""
     CPUAdamBuilder().load(verbose=False)
     if get_accelerator().device_name() == "cpu":
         FusedAdamBuilder().load(verbose=False)
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 
 if __name__ == "__main__":

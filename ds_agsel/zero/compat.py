@@ -13,13 +13,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
-from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 from packaging.version import Version
 
 from ds_agsel.errors import ConfigError
@@ -174,6 +175,32 @@ def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
     return getattr(optimizer, "_coalesce_grad_reduction", False)
 
 
+def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Link every parameter to its slice of the flat buffer where `round_robin_gradients` has reordered them.
+
+    Stock code looks for them in their old order there, unless alignment padding happens to be in the way
+    (stage_1_and_2.py:834), so that `deepspeed.utils.safe_get_full_*` answers with other parameters' numbers.
+    """
+    for group, params in enumerate(optimizer.bit16_groups):
+        offsets = dict(
+            zip(map(id, optimizer.round_robin_bit16_groups[group]), optimizer.round_robin_bit16_offsets[group])
+        )
+        process_group = optimizer.real_dp_process_group[group]
+        partition_size = int(optimizer.partition_size[group])
+        link_hp_params(
+            lp_param_list=params,
+            flat_hp_partition=optimizer.single_partition_of_fp32_groups[group],
+            gradient_dict=optimizer.averaged_gradients,
+            offload_gradient_dict=optimizer.offload_gradient_dict,
+            use_offload=optimizer.cpu_offload,
+            param_group_index=group,
+            partition_start=dist.get_rank(group=process_group) * partition_size,
+            partition_size=partition_size,
+            dp_group=process_group,
+            param_offsets=[offsets[id(param)] for param in params],
+        )
+
+
 def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
     partition = optimizer.single_partition_of_fp32_groups[group]
@@ -227,6 +254,7 @@ __all__ = [
     "is_coalescing",
     "is_known",
     "link_adam_state",
+    "link_reordered_params",
     "load_ds_config",
     "new_adam_state",
     "new_cpu_adam_id",

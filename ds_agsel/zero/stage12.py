@@ -403,6 +403,8 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
 
     def _link_all_hp_params(self) -> None:
         super()._link_all_hp_params()
+        if self.round_robin_gradients:
+            compat.link_reordered_params(self)
         self._states_linked.clear()
         for group, params in enumerate(self.bit16_groups):
             self._link_state(group)

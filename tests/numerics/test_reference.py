@@ -12,8 +12,10 @@ from support import SELECT, Case, assert_follows_reference, case_id
 # element by its own size plus eps = 1e-5, so that where gradients are that small, 1e-8 becomes 1e-3 of the movement.
 # A mistake in meaning (a count, a decay, a norm, a rank left out) is 1e-2 and more in both.
 FP32 = {"exp_avg": 1e-4, "exp_avg_sq": 1e-4, "masters": 3e-3}
-# bf16 rounds gradients, their sums and the weights that forward uses by up to 2**-9 = 2e-3 of each element.
-BF16 = {"exp_avg": 0.1, "exp_avg_sq": 0.1, "masters": 0.2}
+# bf16 rounds gradients, their sums and the weights that forward uses by up to 2**-9 = 2e-3 of each element. A block's
+# first AdamW step moves each element by lr times its gradient's sign: an element that rounding turned over is off by
+# twice its movement, and n of them among the 128 of the smallest matrix by √(4n / 128) in L2; 5 are allowed.
+BF16 = {"exp_avg": 0.1, "exp_avg_sq": 0.1, "masters": 0.4}
 
 WIDE = [
     Case(stage=stage, offload=offload, accumulation=accumulation, clip=clip, tied=tied)
