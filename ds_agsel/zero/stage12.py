@@ -210,9 +210,16 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         """Nothing: the norm, taken for every gradient, is finite just where the gradient is; see `has_overflow`."""
 
     def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param: nn.Parameter) -> None:
-        numel = self.grad_position[self.get_param_id(param)][3]
+        group, source, target, numel = self.grad_position[self.get_param_id(param)]
         self.selection.current_traffic.d2h_bytes += numel * self.master_weights_and_grads_dtype.itemsize
-        super().async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
+        gradient = self.get_param_gradient_attribute(param)
+        if gradient.device.type != "cpu":
+            super().async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
+            return
+        # Where the model is on the host too, one copy converts; stock code makes an fp32 tensor for it first.
+        buffer = self.single_partition_of_fp32_groups[group].grad.view(-1)
+        buffer.narrow(0, target, numel).copy_(gradient.view(-1).narrow(0, source, numel))
+        self.clear_grad_attribute(param)
 
     def async_accumulate_grad_in_cpu_via_gpu(self, param: nn.Parameter) -> None:
         traffic = self.selection.current_traffic

@@ -93,6 +93,6 @@ def test_selection_depends_on_its_own_seed_alone(trained, workers):
 
 def test_policies_of_all_ranks_agree_when_every_rank_sees_other_data(trained):
     """Scores are of the whole batch: they would differ between ranks if a rank took its own gradient."""
-    runs = trained(Case(section={**SELECT, "policy": "gradient_topk"}, offload="cpu"), 2)
+    runs = trained(Case(model="net", section={**SELECT, "policy": "gradient_topk"}, offload="cpu"), 2)
     assert runs[0]["history"] == runs[1]["history"]
     assert len({blocks for _, _, blocks in runs[0]["history"]}) > 1
