@@ -7,8 +7,9 @@ instead of by wrong numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -165,6 +166,18 @@ def attribute(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
+@contextmanager
+def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., None]) -> Iterator[None]:
+    """Inside, ``engine.save_checkpoint`` writes each file as ``attempt(write, *args)``: its checkpoint engine's
+    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530)."""
+    writer = engine.checkpoint_engine
+    with (
+        attribute(writer, save=partial(attempt, writer.save)),
+        attribute(engine, _copy_recovery_script=partial(attempt, engine._copy_recovery_script)),
+    ):
+        yield
+
+
 def norm_dtype() -> torch.dtype:
     """The dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
     return get_norm_dtype()
@@ -262,4 +275,5 @@ __all__ = [
     "only_groups",
     "require_known_deepspeed",
     "swap_class",
+    "writes_through",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +47,16 @@ class SelectiveEngine(compat.DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         folder = Path(save_dir) / tag
         overwrites = folder.exists()
-        with self.selection.thawed(), _collected_write_errors(self) as errors:
-            with errors.collect():
-                folder.mkdir(parents=True, exist_ok=True)
+        errors = _WriteErrors()
+        with self.selection.thawed(), compat.writes_through(self, errors.attempt):
+            errors.attempt(folder.mkdir, parents=True, exist_ok=True)
             failure = errors.first_of_all_ranks()
             if failure is None:
                 super().save_checkpoint(
                     os.fspath(save_dir), tag, dict(client_state or {}), False, exclude_frozen_parameters
                 )
                 if self.global_rank == 0:
-                    with errors.collect():
-                        write_atomically(folder / STATE_FILE, json.dumps(self.selection.state_dict()))
+                    errors.attempt(write_atomically, folder / STATE_FILE, json.dumps(self.selection.state_dict()))
                 failure = errors.first_of_all_ranks()
         if failure is not None:
             if self.global_rank == 0 and not overwrites:
@@ -140,15 +138,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class _WriteErrors:
-    """The errors that writing met on this rank, kept so that every rank comes through to the same collectives."""
+    """The errors that writing met on this rank. They are kept, not raised: one rank alone that raised would leave the
+    others at a barrier."""
 
     def __init__(self) -> None:
         self._errors: list[Exception] = []
 
-    @contextmanager
-    def collect(self) -> Iterator[None]:
+    def attempt(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call ``write``, unless an earlier attempt has failed."""
+        if self._errors:
+            return
         try:
-            yield
+            write(*args, **kwargs)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
             self._errors.append(error)
 
@@ -159,18 +160,3 @@ class _WriteErrors:
         if not failed.item():
             return None
         return f"{self._errors[0]}" if self._errors else "another rank could not write"
-
-
-@contextmanager
-def _collected_write_errors(engine: compat.DeepSpeedEngine) -> Iterator[_WriteErrors]:
-    """Collect what DeepSpeed's checkpoint engine raises: on one rank alone it would leave the others at a barrier."""
-    errors = _WriteErrors()
-    writer = engine.checkpoint_engine
-    save = writer.save
-
-    def collecting_save(*args: Any, **kwargs: Any) -> None:
-        with errors.collect():
-            save(*args, **kwargs)
-
-    with compat.attribute(writer, save=collecting_save):
-        yield errors
