@@ -214,7 +214,7 @@ def test_autocast_leaves_unselected_blocks_and_agrees_on_the_selection(fresh_wor
              config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
         for stage, offload in product((1, 2), ("none", "cpu"))
     ]  # fmt: skip
-    # Twice those of test_reference.py, where the reference rounds to bf16 too: here it stays in fp32 throughout.
-    tolerance = {"exp_avg": 0.2, "exp_avg_sq": 0.4, "masters": 0.3}
+    tolerance = {"exp_avg": 0.1, "exp_avg_sq": 0.1, "masters": 0.2}  # bf16 gradients of the linear layers
     for case, runs in zip(cases, zip(*fresh_workers(ranks).run(autocast_run, cases), strict=True), strict=True):
-        assert_follows_reference(case, runs, tolerance, as_one=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # the reference rounds as the run does
+            assert_follows_reference(case, runs, tolerance, as_one=True)
