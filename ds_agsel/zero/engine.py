@@ -1,8 +1,9 @@
-"""The engine: opens a step's window before its first forward, and carries the selection in checkpoints."""
+"""The engine: opens a step's window before its first forward, tells the monitor, and carries the selection along."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,12 +14,18 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel.errors import CheckpointError
+from ds_agsel.blocks import repeated_layers
+from ds_agsel.errors import CheckpointError, ConfigError
+from ds_agsel.files import write_atomically
+from ds_agsel.report import metrics
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 
 STATE_FILE = "adagrad_select.json"
 LATEST_FILE = "latest"
+MONITOR_PREFIX = "AdaGradSelect"
+
+logger = logging.getLogger("ds_agsel")
 
 
 class SelectiveEngine(compat.DeepSpeedEngine):
@@ -30,6 +37,53 @@ class SelectiveEngine(compat.DeepSpeedEngine):
         if torch.is_grad_enabled():
             self.optimizer.open_window()
         return super().forward(*inputs, **kwargs)
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+        """`DeepSpeedEngine.step`; an applied step is told to DeepSpeed's monitor as ``AdaGradSelect/...`` scalars.
+
+        The blocks' update counts follow every ``steps_per_print`` steps.
+        """
+        applied = len(self.selection.history)
+        super().step(lr_kwargs)
+        if len(self.selection.history) > applied and self.monitor.enabled and self.global_rank == 0:
+            scalars = metrics.scalars(self.selection)
+            if self.global_steps % self.steps_per_print() == 0:
+                scalars.update(metrics.block_counts(self.selection))
+            self.monitor.write_events([
+                (f"{MONITOR_PREFIX}/{name}", value, self.global_samples) for name, value in scalars.items()
+            ])
+
+    def compile(
+        self,
+        backend: Any = None,
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """`DeepSpeedEngine.compile`, layer by layer instead of the whole module; idempotent.
+
+        A whole-model graph depends on which blocks are frozen: torch 2.13 compiles it anew for each selection and,
+        after 8, goes back to eager without a word. Layers share their graphs. Raises ConfigError for a model
+        without repeated layers, a DeepCompile schedule and compiled autograd.
+        """
+        if schedule is not None or compiled_autograd_enabled:
+            raise ConfigError(
+                f"engine.compile(schedule={schedule!r}, compiled_autograd_enabled={compiled_autograd_enabled}) "
+                "can't be used with adagrad_select: both build one graph of all blocks' gradients. Leave them out."
+            )
+        if self.is_compiled:
+            return
+        layers = repeated_layers(self.module)
+        if not layers:
+            raise ConfigError(
+                f"engine.compile(): {type(self.module).__name__} has no repeated layers to compile one by one. "
+                "Call compile() on the parts of it that are worth it."
+            )
+        options = {**(compile_kwargs or {}), "backend": backend or get_accelerator().get_compile_backend()}
+        for layer in layers:
+            layer.compile(**options)
+        compat.mark_compiled(self, options)
+        logger.info("adagrad_select: compiled %d layers one by one, not the whole model.", len(layers))
 
     def save_checkpoint(
         self,
@@ -47,6 +101,7 @@ class SelectiveEngine(compat.DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         folder = Path(save_dir) / tag
         overwrites = folder.exists()
+        dist.barrier()  # every rank has looked before any makes the folder
         errors = _WriteErrors()
         with self.selection.thawed(), compat.writes_through(self, errors.attempt):
             errors.attempt(folder.mkdir, parents=True, exist_ok=True)
@@ -121,20 +176,6 @@ def read_selection_state(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}). Load an earlier checkpoint with tag=.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either its old content or all of the new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class _WriteErrors:
