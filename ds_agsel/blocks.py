@@ -77,6 +77,12 @@ def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None 
     return tuple(blocks)
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated layers, in its order; empty where nothing repeats. [Note: how blocks are found], 1."""
+    layers = _layers(model)
+    return [module for module in model.modules() if id(module) in layers]
+
+
 def block_names(blocks: Sequence[Block]) -> tuple[str, ...]:
     """The blocks' names, in order."""
     return tuple(block.name for block in blocks)

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel import policies
+from ds_agsel import callers, installation, policies
 from ds_agsel.blocks import Block, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
 from ds_agsel.errors import ConfigError
@@ -27,6 +27,7 @@ logger = logging.getLogger("ds_agsel")
 
 ADAM_CLASSES = (torch.optim.AdamW, torch.optim.Adam, compat.DeepSpeedCPUAdam, compat.FusedAdam)
 ADAM_NAMES = ("adam", "adamw")
+_SIGNATURE = inspect.signature(deepspeed.initialize)  # now: what wraps it later need not say its own
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -36,17 +37,22 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     ``adagrad_select`` section, or a disabled one, the call is passed on as it is. Otherwise the engine updates the
     selected blocks at each step and has a `selection` (`ds_agsel.selection.Selection`). The caller's dict, groups
     and optimizer are not edited; the optimizer's param groups go on being followed, so that a scheduler made on it
-    works. Raises ConfigError, before DeepSpeed does anything, for what can't work.
+    works. Without any optimizer (a DPO reference model) the engine only evaluates, and is DeepSpeed's own.
+    Raises ConfigError, before DeepSpeed does anything, for what can't work.
     """
-    call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
-    ds_config = _read_config(call.arguments)
-    section = None if ds_config is None else find_section(ds_config)
-    if ds_config is None or section is None:
-        return deepspeed.initialize(*args, **kwargs)
-    config = parse_section(section)
-    if not config.enabled:
-        return deepspeed.initialize(*args, **kwargs)
-    return _initialize_selective(call.arguments, ds_config, config)
+    with installation.stock_initialize():
+        call = _SIGNATURE.bind(*args, **kwargs)
+        ds_config = _read_config(call.arguments)
+        section = None if ds_config is None else find_section(ds_config)
+        if ds_config is None or section is None:
+            return deepspeed.initialize(*args, **kwargs)
+        config = parse_section(section)
+        if not config.enabled:
+            return deepspeed.initialize(*args, **kwargs)
+        if call.arguments.get("optimizer") is None and not ds_config.get("optimizer"):
+            logger.warning("adagrad_select: this engine was given no optimizer, so it can only evaluate.")
+            return deepspeed.initialize(*args, **kwargs)
+        return _initialize_selective(call.arguments, ds_config, config)
 
 
 def _read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -188,7 +194,9 @@ def _policy(
             num_blocks=num_drawn,
             num_selected=policies.num_selected(config.select_percent, num_drawn),
             block_names=tuple(blocks[index].name for index in lottery.drawn),
-            steps_per_epoch=config.steps_per_epoch or _steps_per_epoch(training_data, ds_config),
+            steps_per_epoch=config.steps_per_epoch
+            or _steps_per_epoch(training_data, ds_config)
+            or callers.steps_per_epoch(ds_config),
         )
     )
 

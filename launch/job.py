@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import ds_agsel
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
+from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
 
 _STATE = "launch_train"  # our key in a checkpoint's client_state
 _SECONDS_BETWEEN_BARS = 10  # in a log file; a terminal gets tqdm's own
@@ -60,11 +61,11 @@ class Job:
         self.validation: list[tuple[int, float]] = []
         self.train_losses: list[float] = []
         self.nonfinite_in_a_row = 0
-        self.log_lines = {"metrics": 0, "selection": 0}
+        self.log_lines = 0
         if self.resume_from is not None:
             self._load_checkpoint(self.resume_from)
-        self.metrics: outputs.JsonLines | None = None
-        self.selection_log: outputs.JsonLines | None = None
+        self.metrics: JsonLines | None = None
+        self.selection_log: SelectionLog | None = None
         self.records: list[dict[str, Any]] = []  # this process's train records
 
     # -- setting up
@@ -76,7 +77,8 @@ class Job:
             if checkpoint is None:
                 raise CheckpointError(f"--resume: {self.checkpoints} has no whole checkpoint. Start without --resume.")
             return checkpoint
-        marks = [self.output / name for name in ("metrics.jsonl", "checkpoints", "summary.json", "model")]
+        leftovers = ("metrics.jsonl", "selection.jsonl", "blocks.json", "checkpoints", "summary.json", "model")
+        marks = [self.output / name for name in leftovers]
         if any(mark.exists() for mark in marks):
             # Another rank may look after the main one has begun to write: only the main rank's word counts.
             if not self.options.overwrite and ranks.is_main():
@@ -165,6 +167,8 @@ class Job:
             model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=config
         )
         self.engine.train()
+        if wanted.compile:
+            self.engine.compile()  # layer by layer, where there is a selection
         self.selection = getattr(self.engine, "selection", None)  # none without the section: plain DeepSpeed
 
     def _check_model(self, model: Any) -> None:
@@ -201,9 +205,9 @@ class Job:
     def run(self) -> bool:
         """Train and evaluate to the end. Returns True where a signal stopped it before."""
         if ranks.is_main():
-            self.metrics = outputs.JsonLines(self.output / "metrics.jsonl", self.log_lines["metrics"])
+            self.metrics = JsonLines(self.output / METRICS_FILE, self.log_lines)
             if self.selection is not None:
-                self.selection_log = outputs.JsonLines(self.output / "selection.jsonl", self.log_lines["selection"])
+                self.selection_log = SelectionLog(self.output, self.engine)
         try:
             if self.resume_from is None:
                 self._evaluate_loss()
@@ -271,20 +275,26 @@ class Job:
         # instead, so that each counts the same wherever it lies.
         scale = self.batching.accumulation * self.batching.world_size / label_numel
         loss_sum = 0.0
+        seconds = {"forward_seconds": 0.0, "backward_seconds": 0.0, "step_seconds": 0.0}
         for micro_batch in self._micro_batches(members):
+            marks = [time.perf_counter()]
             loss = completion_loss_sum(self.engine, micro_batch, keeps_last_logits=self.keeps_last_logits)
             loss_sum += loss.item()
+            marks.append(time.perf_counter())
             self.engine.backward(loss * scale)
+            marks.append(time.perf_counter())
             self.engine.step()
+            marks.append(time.perf_counter())
+            for name, start, end in zip(seconds, marks, marks[1:]):
+                seconds[name] += end - start
         [loss_sum] = ranks.add_up(loss_sum)
         phase = "plain"
         if self.selection is not None:
             phase = "skipped"
             if len(self.selection.history) > applied:
-                chosen = self.selection.history[-1]
-                phase = chosen.phase
-                if self.selection_log is not None:
-                    self.selection_log.write({"step": chosen.step, "phase": phase, "blocks": list(chosen.blocks)})
+                phase = self.selection.history[-1].phase
+            if self.selection_log is not None:
+                self.selection_log.update()
         norm = self.engine.get_global_grad_norm()
         return {
             "event": "train",
@@ -296,6 +306,7 @@ class Job:
             "grad_norm": None if norm is None else float(norm),
             "tokens": int(train.lengths[examples].sum()),
             "seconds": time.perf_counter() - began,
+            **seconds,
         }
 
     def _micro_batches(self, members: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
@@ -369,8 +380,7 @@ class Job:
 
     def _save_checkpoint(self) -> Path:
         if ranks.is_main():  # whose client_state is the one that is saved
-            logs = {"metrics": self.metrics, "selection": self.selection_log}
-            self.log_lines = {name: log.num_lines if log else 0 for name, log in logs.items()}
+            self.log_lines = self.metrics.num_lines if self.metrics else 0
         state = {
             "step": self.step,
             "log_lines": self.log_lines,
@@ -411,7 +421,7 @@ class Job:
         self.validation = [tuple(entry) for entry in state["validation"]]
         self.train_losses = list(state["train_losses"])
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        self.log_lines = dict(state["log_lines"])
+        self.log_lines = state["log_lines"]
         self._say(f"going on from {checkpoint}, after {self.step} steps")
 
     def _leave(self) -> None:

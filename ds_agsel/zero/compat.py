@@ -7,7 +7,7 @@ instead of by wrong numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -257,6 +257,14 @@ def swap_class(instance: Any, subclass: type) -> None:
     instance.__class__ = subclass
 
 
+def mark_compiled(engine: DeepSpeedEngine, compile_kwargs: Mapping[str, Any]) -> None:
+    """What `DeepSpeedEngine.compile` notes down once the module is compiled (engine.py:5871, 5941)."""
+    deepspeed.utils.nvtx.enable_nvtx = False
+    engine._is_compiled = True
+    engine._compile_mode = "model"
+    engine._compile_kwargs = compile_kwargs
+
+
 __all__ = [
     "DeepSpeedCPUAdam",
     "DeepSpeedEngine",
@@ -269,6 +277,7 @@ __all__ = [
     "link_adam_state",
     "link_reordered_params",
     "load_ds_config",
+    "mark_compiled",
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ds_agsel.config import SelectionConfig
@@ -92,6 +93,12 @@ def _refuse_model(model: nn.Module) -> None:
     from deepspeed.moe.utils import has_moe_layers
     from deepspeed.runtime.pipe.module import PipelineModule
 
+    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+        _refuse(
+            f"model={type(model).__name__}, compiled as a whole,",
+            "torch compiles it anew for each pattern of frozen blocks and goes back to eager after 8",
+            "Give the model as it is, then call engine.compile(), which compiles layer by layer",
+        )  # fmt: skip
     if isinstance(model, PipelineModule):
         _refuse(f"model={type(model).__name__}", "a pipeline stage sees only some blocks", "Use the plain module")
     if has_moe_layers(model)[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def save_with_and_without_room(directory: Path, full_rank: int) -> dict[str, Any
     engine.save_checkpoint(str(directory))
     run_steps(engine, CASE, 2, 3)
     message = None
+    if torch.distributed.get_rank() == 0:
+        time.sleep(0.5)  # the other rank is at the folder first
     try:
         with no_room() if torch.distributed.get_rank() == full_rank else contextlib.nullcontext():
             engine.save_checkpoint(str(directory))

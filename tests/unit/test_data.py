@@ -13,7 +13,6 @@ import data
 import encoding
 import numpy as np
 import objective
-import outputs
 import pytest
 import scoring
 import settings
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import ConfigError, DataError
+from ds_agsel.report.log import JsonLines
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}[end]\n{% endfor %}"
@@ -418,13 +418,13 @@ def test_a_config_file_that_is_not_there_or_not_json_is_named(tmp_path: Path) ->
 
 
 def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
-    log = outputs.JsonLines(tmp_path / "log.jsonl", 0)
+    log = JsonLines(tmp_path / "log.jsonl")
     for step in range(5):
         log.write({"step": step})
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"ste')  # killed while writing
-    log = outputs.JsonLines(tmp_path / "log.jsonl", 3)
+    log = JsonLines(tmp_path / "log.jsonl", 3)
     log.write({"step": 3})
     log.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()

@@ -1,0 +1,72 @@
+"""What the framework that calls `deepspeed.initialize` knows and does not hand over: the length of an epoch.
+
+Accelerate gives DeepSpeed the model and the optimizer and keeps the data loader (accelerator.py:2144, 1.15); HF
+Trainer and TRL go through it. The only way from there to here is the call stack.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+def steps_per_epoch(ds_config: Mapping[str, Any]) -> int | None:
+    """Optimizer steps in an epoch of the HF Trainer or Accelerator that is calling; None where nobody knows.
+
+    A Trainer's number is its own. An Accelerator's is that of the data loader that stands first in the running
+    ``prepare``, else of the only one prepared before; two of different lengths are ambiguous: None.
+    """
+    accumulation = ds_config.get("gradient_accumulation_steps", 1)
+    for frame in _frames():
+        owner = frame.f_locals.get("self")
+        if _is_a(owner, "transformers.trainer", "Trainer"):
+            if "num_update_steps_per_epoch" in frame.f_locals:
+                return int(frame.f_locals["num_update_steps_per_epoch"])
+            if "train_dataloader" in frame.f_locals:
+                return _steps(frame.f_locals["train_dataloader"], accumulation)
+    for frame in _frames():
+        owner = frame.f_locals.get("self")
+        if _is_a(owner, "accelerate.accelerator", "Accelerator") and frame.f_code.co_name == "_prepare_deepspeed":
+            return _steps(_training_loader(owner, frame.f_locals.get("args", ())), accumulation)
+    return None
+
+
+def _training_loader(accelerator: Any, prepared_now: tuple[Any, ...]) -> Any:
+    loaders = accelerator._dataloaders
+    num_now = sum(isinstance(argument, DataLoader) for argument in prepared_now)
+    if 0 < num_now <= len(loaders):
+        return loaders[-num_now]
+    lengths = {_length(loader) for loader in loaders}
+    return loaders[0] if len(lengths) == 1 else None
+
+
+def _steps(loader: Any, accumulation: Any) -> int | None:
+    length = _length(loader)
+    if length is None or not isinstance(accumulation, int):
+        return None
+    return max(1, math.ceil(length / accumulation))
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # None, or data without a length
+        return None
+
+
+def _is_a(value: Any, module: str, name: str) -> bool:
+    """Whether ``value`` is of class ``module.name``, without importing it."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and isinstance(value, cls)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,0 +1,106 @@
+"""`deepspeed.initialize` replaced by ours, for frameworks that look it up when they call it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import deepspeed
+
+# True inside our own initialize: DeepSpeed's is meant there, whatever wraps it.
+_inside: ContextVar[bool] = ContextVar("ds_agsel_inside_initialize", default=False)
+
+
+class _Installation:
+    """Who wants the wrapper, and the wrapper while anybody does."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.wanted_by_install = False
+        self.open_scopes = 0
+        self.calls = {"selective": 0, "plain": 0}
+        self._wrapper: Callable[..., Any] | None = None
+        self._stock: Callable[..., Any] | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.wanted_by_install or self.open_scopes > 0
+
+    def apply(self) -> None:
+        """Put the wrapper in or take it out, as is wanted now. Under the lock."""
+        if self.is_wanted and self._wrapper is None:
+            self._stock = deepspeed.initialize
+            self._wrapper = self._wrap(self._stock)
+            deepspeed.initialize = self._wrapper
+        elif not self.is_wanted and self._wrapper is not None:
+            if deepspeed.initialize is self._wrapper:  # else somebody wrapped ours, which passes all calls on from now
+                deepspeed.initialize = self._stock
+            self._wrapper = self._stock = None
+
+    def _wrap(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def initialize(*args: Any, **kwargs: Any) -> Any:
+            if _inside.get() or not self.is_wanted:
+                return stock(*args, **kwargs)
+            from ds_agsel import integration
+
+            result = integration.initialize(*args, **kwargs)
+            with self.lock:
+                self.calls["selective" if hasattr(result[0], "selection") else "plain"] += 1
+            return result
+
+        return initialize
+
+
+_installation = _Installation()
+
+
+def install() -> None:
+    """Make every later call of `deepspeed.initialize` in this process honour the ``adagrad_select`` section.
+
+    Calls whose ds_config has none, or a disabled one, go to DeepSpeed as they are. Idempotent and thread-safe. A name
+    bound before (``from deepspeed import initialize``) is not reached: install first.
+    """
+    with _installation.lock:
+        _installation.wanted_by_install = True
+        _installation.apply()
+
+
+def uninstall() -> None:
+    """Undo `install`: `deepspeed.initialize` is DeepSpeed's own again, once no `installed` scope is open either."""
+    with _installation.lock:
+        _installation.wanted_by_install = False
+        _installation.apply()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install` inside the ``with``, in all threads; an earlier `install` stands after it."""
+    with _installation.lock:
+        _installation.open_scopes += 1
+        _installation.apply()
+    try:
+        yield
+    finally:
+        with _installation.lock:
+            _installation.open_scopes -= 1
+            _installation.apply()
+
+
+def calls() -> dict[str, int]:
+    """How many calls of the installed `deepspeed.initialize` gave a "selective" engine, and how many a "plain" one."""
+    return dict(_installation.calls)
+
+
+@contextmanager
+def stock_initialize() -> Iterator[None]:
+    """Inside, the installed `deepspeed.initialize` is DeepSpeed's own, in this thread."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)

@@ -1,0 +1,109 @@
+"""What a run writes of its selection while it trains, for `ds-agsel report`, `ds-agsel watch` and the replay policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ds_agsel.files import write_atomically
+from ds_agsel.selection import Record
+
+BLOCKS_FILE = "blocks.json"
+SELECTION_FILE = "selection.jsonl"
+METRICS_FILE = "metrics.jsonl"
+
+
+class JsonLines:
+    """A log of one JSON object a line, each flushed as it is written.
+
+    A resumed run keeps the first ``keep_lines``, those written before its checkpoint, and goes on after them.
+    """
+
+    def __init__(self, path: Path, keep_lines: int = 0) -> None:
+        kept = path.read_text(encoding="utf-8").splitlines()[:keep_lines] if keep_lines else []
+        self.num_lines = len(kept)
+        if keep_lines:
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self._file = open(path, "a" if keep_lines else "w", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self.num_lines += 1
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class SelectionLog:
+    """``blocks.json`` and ``selection.jsonl`` of a run, in ``folder``. For one rank, rank 0; not collective.
+
+    Args:
+        folder: made where it does not exist. A selection.jsonl in it keeps the lines of the steps that
+            ``engine.selection.history`` has (a resumed run's); steps of the history that it lacks are written
+            without traffic, and any others are dropped.
+        engine: one that `ds_agsel.initialize` returned.
+    """
+
+    def __init__(self, folder: Path, engine: Any) -> None:
+        self._engine = engine
+        self._selection = engine.selection
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / BLOCKS_FILE, json.dumps(self._blocks(), indent=1) + "\n")
+        path = folder / SELECTION_FILE
+        known = _lines_by_step(path)
+        history = self._selection.history
+        kept = [known.get(record.step) or json.dumps(_line(record)) for record in history]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self._num_written = len(history)
+        self._log = JsonLines(path, len(kept))
+
+    def update(self) -> None:
+        """Append the steps that were applied since the last call; without any, do nothing."""
+        history = self._selection.history
+        if len(history) == self._num_written:
+            return
+        traffic = {entry.step: entry for entry in self._selection.traffic[self._num_written - len(history) :]}
+        for record in history[self._num_written :]:
+            line = _line(record)
+            line["explore_rate"] = self._selection.policy.explore_probability(record.step)
+            line["traffic"] = {key: value for key, value in asdict(traffic[record.step]).items() if key != "step"}
+            line["state_bytes"] = self._engine.optimizer.state_bytes()
+            self._log.write(line)
+        self._num_written = len(history)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._log.close()
+
+    def _blocks(self) -> dict[str, Any]:
+        blocks = self._selection.blocks
+        return {
+            "policy": self._selection.config.policy,
+            "select_percent": self._selection.config.select_percent,
+            "total_numel": sum(block.numel for block in blocks),
+            "blocks": [{"index": block.index, "name": block.name, "numel": block.numel} for block in blocks],
+        }
+
+
+def _line(record: Record) -> dict[str, Any]:
+    return {"step": record.step, "phase": record.phase, "blocks": list(record.blocks)}
+
+
+def _lines_by_step(path: Path) -> dict[int, str]:
+    """The whole lines of an earlier selection.jsonl; damaged ones are left out."""
+    lines: dict[int, str] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                lines[record["step"]] = line
+    return lines

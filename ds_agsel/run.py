@@ -1,0 +1,56 @@
+"""``python -m ds_agsel.run script.py ...``: `ds_agsel.install`, then the script as ``python script.py ...`` runs it.
+
+Also behind a launcher: ``deepspeed --module ds_agsel.run script.py ...``, ``torchrun -m ds_agsel.run script.py ...``,
+``accelerate launch -m ds_agsel.run script.py ...``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import sys
+
+import ds_agsel
+from ds_agsel import installation
+
+logger = logging.getLogger("ds_agsel")
+
+USAGE = "usage: python -m ds_agsel.run script.py [arguments of the script]"
+
+
+def main(arguments: list[str]) -> None:
+    """Run the script that ``arguments`` name, with `deepspeed.initialize` ours. Exits with 2 where there is none."""
+    # The deepspeed launcher puts --local_rank=N before the script's name under --module, behind it otherwise.
+    of_launcher = []
+    while arguments and arguments[0].startswith("--local_rank"):
+        of_launcher.append(arguments.pop(0))
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(f"{USAGE}\nds_agsel.run: no script was named.")
+    script, *rest = arguments
+    if not os.path.isfile(script):
+        print(f"ds_agsel.run: {script!r} is not a file. {USAGE}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [script, *of_launcher, *rest]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    ds_agsel.install()
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit_:
+        if exit_.code in (None, 0):
+            _warn_if_nothing_was_selected()
+        raise
+    _warn_if_nothing_was_selected()
+
+
+def _warn_if_nothing_was_selected() -> None:
+    if not installation.calls()["selective"]:
+        logger.warning(
+            "ds_agsel.run: nothing was selected: of %d deepspeed.initialize calls none had an optimizer and an enabled "
+            "adagrad_select section. Without any call, DeepSpeed was not used (Accelerator(cpu=True) turns it off).",
+            installation.calls()["plain"],
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
