@@ -56,6 +56,7 @@ class Reference:
         blocks: each block's parameter names, in block order; together all trainable parameters, each once.
         chooser: decides over the blocks that are in neither ``always`` nor ``never`` (block indices).
         max_norm: clips the norm of the gradients that are applied; 0 does not clip.
+        reduces_each_micro_step: as ZeRO-2 does; else a rank adds up first, in its weights' dtype, as ZeRO-1 does.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class Reference:
         max_norm: float = 0.0,
         always: Sequence[int] = (),
         never: Sequence[int] = (),
+        reduces_each_micro_step: bool = True,
     ):
         self.model = model
         self.blocks = blocks
         self.chooser = chooser
         self.adam = adam
         self.max_norm = max_norm
+        self.reduces_each_micro_step = reduces_each_micro_step
         self.always = tuple(always)
         self.drawn = [index for index in range(len(blocks)) if index not in (*always, *never)]
         self.parameters = dict(model.named_parameters())
@@ -122,20 +125,37 @@ class Reference:
         return record
 
     def mean_gradients(self, batches: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
-        """fp32 gradient of every parameter, averaged over all ranks' micro-batches."""
-        gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
-        num_batches = sum(len(micro_batches) for micro_batches in batches)
-        for micro_batches in batches:
-            losses = []
-            for batch in micro_batches:
-                loss = self.model(**batch).loss
-                for name, gradient in zip(
-                    self.parameters, torch.autograd.grad(loss, list(self.parameters.values())), strict=True
-                ):
-                    gradients[name] += gradient.float() / num_batches
-                losses.append(loss.item())
-            self.losses.append(losses)
+        """fp32 gradient of every parameter, averaged over all ranks' micro-batches.
+
+        Added up in fp32 and rounded to the weights' dtype where ZeRO rounds: a micro-batch's share of the mean, and
+        what the ranks exchange, which is each micro-step's mean or once the mean of their sums.
+        """
+        weights = self.parameters.items()
+        shares = [self.micro_gradients(micro_batches) for micro_batches in batches]
+        if self.reduces_each_micro_step:
+            means = [self.mean_over_ranks(gradients) for gradients in zip(*shares, strict=True)]
+            return {name: sum(mean[name].float() for mean in means) for name in self.parameters}
+        sums = [
+            {name: sum(share[name].float() for share in of_rank).to(weight.dtype) for name, weight in weights}
+            for of_rank in shares
+        ]
+        return {name: mean.float() for name, mean in self.mean_over_ranks(sums).items()}
+
+    def micro_gradients(self, micro_batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """One rank's gradients of each micro-batch's share of its mean loss, in the weights' dtype."""
+        gradients, losses = [], []
+        for batch in micro_batches:
+            loss = self.model(**batch).loss
+            share = loss / len(micro_batches)  # first: in bf16 a third of the gradient is not that of a third
+            found = torch.autograd.grad(share, list(self.parameters.values()))
+            gradients.append(dict(zip(self.parameters, found, strict=True)))
+            losses.append(loss.item())
+        self.losses.append(losses)
         return gradients
+
+    def mean_over_ranks(self, gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """In the gradients' dtype."""
+        return {name: sum(gradient[name] / len(gradients) for gradient in gradients) for name in self.parameters}
 
     @torch.no_grad()
     def update_parameter(self, name: str, gradient: Tensor, count: int, lr: float) -> None:

@@ -12,11 +12,10 @@ from support import SELECT, Case, assert_follows_reference, case_id
 # element by its own size plus eps = 1e-5, so that where gradients are that small, 1e-8 becomes 1e-3 of the movement.
 # A mistake in meaning (a count, a decay, a norm, a rank left out) is 1e-2 and more in both.
 FP32 = {"exp_avg": 1e-4, "exp_avg_sq": 1e-4, "masters": 3e-3}
-# bf16 rounds gradients, their sums and the weights that forward uses by up to 2**-9 = 2e-3 of each element, and every
-# step at this learning rate feeds it back: three steps are compared. A block's first AdamW step moves each element by
-# lr times its gradient's sign: an element that rounding turned over is off by twice its movement, a share s of them
-# by 2√s in L2; 1 % gives 0.2. exp_avg_sq is of second order in the gradient: twice exp_avg's error.
-BF16 = {"exp_avg": 0.1, "exp_avg_sq": 0.2, "masters": 0.2}
+# The reference rounds to bf16 where ZeRO does, so that what is left is fp32's error: 5e-6 was seen after eight steps.
+# Where it turns a model weight to bf16's other neighbour (2**-8 of one element), gradients change by some 1e-3, and
+# masters by twice the movement of the few elements whose first AdamW step changes its sign: 2√1e-3 in L2.
+BF16 = {"exp_avg": 1e-2, "exp_avg_sq": 2e-2, "masters": 0.1}
 
 WIDE = [
     Case(stage=stage, offload=offload, accumulation=accumulation, clip=clip, tied=tied)
@@ -81,7 +80,7 @@ def test_follows_the_reference_with(trained, case, ranks):
     "case",
     [
         *(
-            Case(dtype="bf16", stage=stage, offload=offload, steps=3)
+            Case(dtype="bf16", stage=stage, offload=offload)
             for stage, offload in product((1, 2), ("none", "cpu"))
         ),
         *(
@@ -90,7 +89,6 @@ def test_follows_the_reference_with(trained, case, ranks):
                 offload=offload,
                 stage=stage,
                 accumulation=3,
-                steps=3,
                 config={"data_types": {"grad_accum_dtype": "fp32"}},
             )
             for stage, offload in ((2, "none"), (2, "cpu"), (1, "cpu"))
@@ -99,4 +97,4 @@ def test_follows_the_reference_with(trained, case, ranks):
     ids=case_id,
 )
 def test_follows_the_reference_in_bf16(trained, case, ranks):
-    assert_follows_reference(case, trained(case, ranks), BF16, as_one=True)
+    assert_follows_reference(case, trained(case, ranks), BF16)
