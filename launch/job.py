@@ -207,7 +207,7 @@ class Job:
         if ranks.is_main():
             self.metrics = JsonLines(self.output / METRICS_FILE, self.log_lines)
             if self.selection is not None:
-                self.selection_log = SelectionLog(self.output, self.engine)
+                self.selection_log = SelectionLog(self.output, self.engine.optimizer)
         try:
             if self.resume_from is None:
                 self._evaluate_loss()

@@ -45,14 +45,14 @@ class SelectionLog:
 
     Args:
         folder: made where it does not exist. A selection.jsonl in it keeps the lines of the steps that
-            ``engine.selection.history`` has (a resumed run's); steps of the history that it lacks are written
+            its history has (a resumed run's); steps of the history that it lacks are written
             without traffic, and any others are dropped.
-        engine: one that `ds_agsel.initialize` returned.
+        optimizer: that of an engine which `ds_agsel.initialize` returned; it has the selection.
     """
 
-    def __init__(self, folder: Path, engine: Any) -> None:
-        self._engine = engine
-        self._selection = engine.selection
+    def __init__(self, folder: Path, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._selection = optimizer.selection
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / BLOCKS_FILE, json.dumps(self._blocks(), indent=1) + "\n")
         path = folder / SELECTION_FILE
@@ -73,7 +73,7 @@ class SelectionLog:
             line = _line(record)
             line["explore_rate"] = self._selection.policy.explore_probability(record.step)
             line["traffic"] = {key: value for key, value in asdict(traffic[record.step]).items() if key != "step"}
-            line["state_bytes"] = self._engine.optimizer.state_bytes()
+            line["state_bytes"] = self._optimizer.state_bytes()
             self._log.write(line)
         self._num_written = len(history)
 

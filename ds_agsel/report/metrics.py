@@ -48,7 +48,7 @@ def count_entropy(counts: tuple[int, ...]) -> float:
     if total == 0 or len(counts) < 2:
         return 0.0
     shares = [count / total for count in counts if count]
-    return -sum(share * math.log(share) for share in shares) / math.log(len(counts))
+    return sum(share * math.log(1 / share) for share in shares) / math.log(len(counts))
 
 
 def _gradient_bytes_outside(selection: Selection, blocks: tuple[int, ...]) -> int:

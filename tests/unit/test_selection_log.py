@@ -26,23 +26,23 @@ class _Model(nn.Module):
         self.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(3)])
 
 
-def _engine(**fields: object) -> SimpleNamespace:
+def _optimizer(**fields: object) -> SimpleNamespace:
     model = _Model()
     config = SelectionConfig(**{"policy": "cyclic", "select_percent": 50, **fields})
     blocks = find_blocks(model)
     indices = tuple(block.index for block in blocks)
     context = policies.PolicyContext(config, len(blocks), 2, tuple(b.name for b in blocks), steps_per_epoch=10)
     selection = Selection(blocks, policies.create(context), Lottery(indices), config, dict(model.named_parameters()))
-    return SimpleNamespace(selection=selection, optimizer=SimpleNamespace(state_bytes=lambda: 7))
+    return SimpleNamespace(selection=selection, state_bytes=lambda: 7)
 
 
-def _train(engine: SimpleNamespace, steps: int, log: SelectionLog | None = None) -> None:
+def _train(optimizer: SimpleNamespace, steps: int, log: SelectionLog | None = None) -> None:
     for _ in range(steps):
-        engine.selection.open_window()
-        if engine.selection.plan.blocks is None:
-            engine.selection.choose([1.0, 9.0, 2.0, 8.0])
-        engine.selection.current_traffic.stepped_numel = 5
-        engine.selection.commit()
+        optimizer.selection.open_window()
+        if optimizer.selection.plan.blocks is None:
+            optimizer.selection.choose([1.0, 9.0, 2.0, 8.0])
+        optimizer.selection.current_traffic.stepped_numel = 5
+        optimizer.selection.commit()
         if log is not None:
             log.update()
 
@@ -52,31 +52,31 @@ def _lines(folder: Path) -> list[dict]:
 
 
 def test_each_step_is_a_line_and_the_blocks_stand_beside(tmp_path: Path) -> None:
-    engine = _engine()
-    log = SelectionLog(tmp_path / "run", engine)
-    _train(engine, 3, log)
+    optimizer = _optimizer()
+    log = SelectionLog(tmp_path / "run", optimizer)
+    _train(optimizer, 3, log)
     log.update()  # nothing new
     log.close()
     lines = _lines(tmp_path / "run")
     assert [(line["step"], tuple(line["blocks"])) for line in lines] == [
-        (record.step, record.blocks) for record in engine.selection.history
+        (record.step, record.blocks) for record in optimizer.selection.history
     ]
     assert all(line["state_bytes"] == 7 and line["traffic"]["stepped_numel"] == 5 for line in lines)
     blocks = json.loads((tmp_path / "run" / "blocks.json").read_text())
-    assert [block["name"] for block in blocks["blocks"]] == [block.name for block in engine.selection.blocks]
+    assert [block["name"] for block in blocks["blocks"]] == [block.name for block in optimizer.selection.blocks]
     assert blocks["total_numel"] == 4 * 2 + 3 * 6
 
 
 def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
-    engine = _engine()
-    log = SelectionLog(tmp_path, engine)
-    _train(engine, 2, log)
-    saved = engine.selection.state_dict()
-    _train(engine, 3, log)
+    optimizer = _optimizer()
+    log = SelectionLog(tmp_path, optimizer)
+    _train(optimizer, 2, log)
+    saved = optimizer.selection.state_dict()
+    _train(optimizer, 3, log)
     log.close()
     with open(tmp_path / "selection.jsonl", "a") as file:
         file.write('{"step": 5, "ph')  # killed while writing
-    resumed = _engine()
+    resumed = _optimizer()
     resumed.selection.load_state_dict(saved)
     log = SelectionLog(tmp_path, resumed)
     _train(resumed, 2, log)
@@ -86,36 +86,36 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
 
 
 def test_a_resume_into_an_empty_folder_writes_the_steps_before_too(tmp_path: Path) -> None:
-    engine = _engine()
-    _train(engine, 2)
-    log = SelectionLog(tmp_path, engine)
-    _train(engine, 1, log)
+    optimizer = _optimizer()
+    _train(optimizer, 2)
+    log = SelectionLog(tmp_path, optimizer)
+    _train(optimizer, 1, log)
     log.close()
     assert [("traffic" in line, line["step"]) for line in _lines(tmp_path)] == [(False, 0), (False, 1), (True, 2)]
 
 
 def test_the_replay_policy_reads_it(tmp_path: Path) -> None:
-    engine = _engine()
-    log = SelectionLog(tmp_path, engine)
-    _train(engine, 4, log)
+    optimizer = _optimizer()
+    log = SelectionLog(tmp_path, optimizer)
+    _train(optimizer, 4, log)
     log.close()
     config = SelectionConfig(policy="replay", replay_file=str(tmp_path / "selection.jsonl"))
     replay = Replay(policies.PolicyContext(config, 4, 2, ("a", "b", "c", "d"), steps_per_epoch=None))
-    assert [tuple(replay.plan(step, [0] * 4)) for step in range(4)] == [r.blocks for r in engine.selection.history]
+    assert [tuple(replay.plan(step, [0] * 4)) for step in range(4)] == [r.blocks for r in optimizer.selection.history]
 
 
 def test_scalars_of_an_exploit_and_of_an_explore_step() -> None:
-    engine = _engine()
-    assert metrics.scalars(engine.selection) == {}
-    _train(engine, 1)
-    numels = [block.numel for block in engine.selection.blocks]
-    updated = sum(numels[index] for index in engine.selection.history[-1].blocks)
-    found = metrics.scalars(engine.selection)
+    optimizer = _optimizer()
+    assert metrics.scalars(optimizer.selection) == {}
+    _train(optimizer, 1)
+    numels = [block.numel for block in optimizer.selection.blocks]
+    updated = sum(numels[index] for index in optimizer.selection.history[-1].blocks)
+    found = metrics.scalars(optimizer.selection)
     assert found["explore"] == 0 and found["blocks"] == 2
     assert found["share_of_parameters"] == updated / sum(numels)
     assert found["saved_gradient_bytes"] == 4 * (sum(numels) - updated)
     assert found["saved_state_bytes"] == 8 * (sum(numels) - updated)
-    explorer = _engine(policy="gradient_topk")
+    explorer = _optimizer(policy="gradient_topk")
     _train(explorer, 1)
     assert explorer.selection.history[-1].blocks == (1, 3)
     found = metrics.scalars(explorer.selection)
