@@ -6,13 +6,17 @@ Trainer and TRL go through it. The only way from there to here is the call stack
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
+
+logger = logging.getLogger("ds_agsel")
 
 
 def steps_per_epoch(ds_config: Mapping[str, Any]) -> int | None:
@@ -34,6 +38,22 @@ def steps_per_epoch(ds_config: Mapping[str, Any]) -> int | None:
         if _is_a(owner, "accelerate.accelerator", "Accelerator") and frame.f_code.co_name == "_prepare_deepspeed":
             return _steps(_training_loader(owner, frame.f_locals.get("args", ())), accumulation)
     return None
+
+
+def warn_of_unseen_ranks() -> None:
+    """Say so where the calling Accelerator does not know of all ranks, and so gives each of them the same data."""
+    for frame in _frames():
+        owner: Any = frame.f_locals.get("self")
+        if _is_a(owner, "accelerate.accelerator", "Accelerator"):
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            if owner.num_processes < ranks:
+                logger.warning(
+                    "Accelerate sees %d process and DeepSpeed has %d ranks, so that every rank trains on the same "
+                    "rows. On a CPU, use TrainingArguments(use_cpu=True), or "
+                    "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')]).",
+                    owner.num_processes, ranks,
+                )  # fmt: skip
+            return
 
 
 def _training_loader(accelerator: Any, prepared_now: tuple[Any, ...]) -> Any:

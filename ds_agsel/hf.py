@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed import comm as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -77,7 +78,7 @@ class SelectionCallback(TrainerCallback):
                 type(self._users_optimizer).__name__,
             )
         self._last_log_seconds, self._last_log_step = time.perf_counter(), state.global_step
-        if state.is_world_process_zero:
+        if dist.get_rank() == 0:  # on a CPU, Accelerate may think each rank the main process
             folder = Path(args.output_dir if self.folder is None else self.folder)
             self._selection_log = SelectionLog(folder, self._optimizer)
             path = folder / METRICS_FILE

@@ -72,6 +72,7 @@ def _initialize_selective(
 ) -> tuple[Any, Any, Any, Any]:
     model = arguments["model"]
     refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
+    callers.warn_of_unseen_ranks()
     user_optimizer = _user_optimizer(arguments, ds_config)
     user_groups = (
         as_param_groups(arguments.get("model_parameters"), model)

@@ -10,6 +10,7 @@ import logging
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 import ds_agsel
 from ds_agsel import installation
@@ -26,11 +27,10 @@ def main(arguments: list[str]) -> None:
     while arguments and arguments[0].startswith("--local_rank"):
         of_launcher.append(arguments.pop(0))
     if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(f"{USAGE}\nds_agsel.run: no script was named.")
+        _refuse("no script was named")
     script, *rest = arguments
     if not os.path.isfile(script):
-        print(f"ds_agsel.run: {script!r} is not a file. {USAGE}", file=sys.stderr)
-        raise SystemExit(2)
+        _refuse(f"{script!r} is not a file")
     sys.argv = [script, *of_launcher, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     ds_agsel.install()
@@ -41,6 +41,11 @@ def main(arguments: list[str]) -> None:
             _warn_if_nothing_was_selected()
         raise
     _warn_if_nothing_was_selected()
+
+
+def _refuse(what: str) -> NoReturn:
+    print(f"ds_agsel.run: {what}. {USAGE}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _warn_if_nothing_was_selected() -> None:

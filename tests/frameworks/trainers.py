@@ -89,6 +89,14 @@ def forget_accelerate() -> None:
         del os.environ[name]
 
 
+def see_all_ranks() -> None:
+    """On a CPU, Accelerate under DeepSpeed takes each rank for the only one unless it is told the backend."""
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+
+
 def arguments(folder: Path, deepspeed: Mapping[str, Any] | None, **changes: Any) -> TrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
@@ -102,7 +110,7 @@ def arguments(folder: Path, deepspeed: Mapping[str, Any] | None, **changes: Any)
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": torch.accelerator.is_available() is False,
+        "use_cpu": not torch.accelerator.is_available(),  # else each rank takes itself for the only one
     }
     return TrainingArguments(**{**settings, **changes})
 
@@ -145,7 +153,7 @@ class Heard(logging.Handler):
 
 def train(
     folder: Path,
-    deepspeed: Mapping[str, Any],
+    deepspeed: Mapping[str, Any] | None,
     *,
     install: bool = True,
     resume: str | None = None,
