@@ -3,10 +3,11 @@
 import argparse
 import json
 
+import tiny
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 import ds_agsel
 
@@ -29,13 +30,8 @@ ds_config = {
 accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
 
 torch.manual_seed(0)
-if options.model:
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-else:
-    tiny = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
-    model = AutoModelForCausalLM.from_config(tiny)
-vocabulary = AutoConfig.from_pretrained(options.model).vocab_size if options.model else 64
-rows = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, vocabulary, (24, 16))]
+model, _ = tiny.model_and_tokenizer(options.model)
+rows = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, model.config.vocab_size, (24, 16))]
 loader = DataLoader(rows, batch_size=2, shuffle=True)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 scheduler = get_linear_schedule_with_warmup(optimizer, 2, options.epochs * len(loader) // 2)

@@ -7,8 +7,8 @@ import argparse
 import json
 
 import deepspeed
+import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="hub name or folder; not given: a tiny random Llama")
@@ -24,13 +24,8 @@ if options.install:
     ds_agsel.install()  # <- the one line; the section in the ds_config does the rest
 
 torch.manual_seed(0)
-if options.model:
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-else:
-    tiny = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
-    model = AutoModelForCausalLM.from_config(tiny)
-vocabulary = AutoConfig.from_pretrained(options.model).vocab_size if options.model else 64
-rows = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, vocabulary, (24, 16))]
+model, _ = tiny.model_and_tokenizer(options.model)
+rows = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, model.config.vocab_size, (24, 16))]
 
 ds_config = {
     "train_micro_batch_size_per_gpu": 2,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import trainers
 from support import assert_identical
 from torch.utils.data import DataLoader
 from trainers import NEVER, SECTION, Heard, assert_engaged, forget_accelerate, rows, see_all_ranks, tiny_llama
@@ -159,6 +160,16 @@ def test_ranks_that_accelerate_does_not_see_are_told(workers):
     message = "Accelerate sees 1 process and DeepSpeed has 2 ranks"
     assert all(any(message in line for line in said) for said in workers(2).run(warnings_of_a_run, False))
     assert not any(message in line for said in workers(2).run(warnings_of_a_run, True) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("example", "words"), [("accelerate_loop", ["--offload", "cpu"]), ("raw_deepspeed", ["--install"])]
+)
+def test_the_example_runs(workers, example, words):
+    script = Path(__file__).parents[2] / "launch" / "examples" / f"{example}.py"
+    assert len(script.read_text().splitlines()) <= 60
+    [counts] = workers(1).run(trainers.run_example, script, "--epochs", "1", *words)
+    assert sum(counts) == 6 * 2  # 24 rows, 4 a step
 
 
 def fails(config: Mapping[str, Any]) -> str:

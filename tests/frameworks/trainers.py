@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import json
 import logging
 import os
+import runpy
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -185,6 +190,23 @@ def train(
     finally:
         logging.getLogger("ds_agsel").removeHandler(heard)
         ds_agsel.uninstall()
+
+
+def run_example(script: Path, *words: str) -> list[int] | None:
+    """The update counts that an example prints, run in this process as its own main program."""
+    forget_accelerate()
+    said = io.StringIO()
+    argv, sys.argv = sys.argv, [str(script), *words]
+    sys.path.insert(0, str(script.parent))
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv = argv
+        sys.path.remove(str(script.parent))
+        ds_agsel.uninstall()
+    found = [line for line in said.getvalue().splitlines() if line.startswith("update counts:")]
+    return json.loads(found[0].removeprefix("update counts:")) if found else None
 
 
 def assert_engaged(run: Mapping[str, Any], start: Mapping[str, torch.Tensor], never: str = NEVER) -> None:

@@ -1,0 +1,43 @@
+"""HF Trainer. `deepspeed launch/examples/hf_trainer.py --model MODEL --dataset DATA` (on a CPU: DS_ACCELERATOR=cpu)."""
+
+import argparse
+
+import tiny
+import torch
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+import ds_agsel
+from ds_agsel.hf import SelectionCallback
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", help="hub name or folder; not given: a tiny random Llama")
+parser.add_argument("--dataset", help="hub name with a 'text' column; not given: sums")
+parser.add_argument("--output", default="runs/hf_trainer")
+parser.add_argument("--epochs", type=float, default=2)
+parser.add_argument("--local_rank", type=int, default=0)
+options = parser.parse_args()
+
+ds_agsel.install()  # <- the one line; the section in the ds_config does the rest
+
+ds_config = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "adagrad_select": {"select_percent": 40},
+}
+arguments = TrainingArguments(
+    output_dir=options.output, deepspeed=ds_config, num_train_epochs=options.epochs, learning_rate=1e-2,
+    per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, report_to=[], save_strategy="no",
+    use_cpu=not torch.accelerator.is_available(),
+)  # fmt: skip
+model, tokenizer = tiny.model_and_tokenizer(options.model)
+data = tiny.rows(options.dataset, lambda a, b: {"text": f"{a} + {b} = {a + b}"})
+data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=512), remove_columns=data.column_names)
+collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+trainer = Trainer(model, arguments, collator, data, callbacks=[SelectionCallback()])
+trainer.train()
+if trainer.is_world_process_zero():
+    print("update counts:", list(trainer.model_wrapped.selection.update_counts))
