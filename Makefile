@@ -23,7 +23,7 @@ train: $(VENV)/.ready ops
 	    --output $(OUTPUT) --overwrite $(ARGS)
 
 test: $(VENV)/.ready ops
-	$(BIN)/python -m pytest -m "not slow and not device" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not device" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.ready ops
 	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
