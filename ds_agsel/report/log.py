@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_agsel.files import write_atomically
+from ds_agsel.report.runs import BLOCKS_FILE, METRICS_FILE, SELECTION_FILE
 from ds_agsel.selection import Record
 
-BLOCKS_FILE = "blocks.json"
-SELECTION_FILE = "selection.jsonl"
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["BLOCKS_FILE", "METRICS_FILE", "SELECTION_FILE", "JsonLines", "SelectionLog"]
 
 
 class JsonLines:

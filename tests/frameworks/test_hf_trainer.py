@@ -12,6 +12,8 @@ import trainers
 from support import assert_identical
 from trainers import AUTO_SCHEDULER, NEVER, assert_engaged, ds_config, tiny_llama
 
+from ds_agsel.report.runs import read_run
+
 START = {name: parameter.detach().clone() for name, parameter in tiny_llama().named_parameters()}
 
 
@@ -168,6 +170,9 @@ def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
     assert sum(line["event"] == "validation" for line in metrics) == 2
     selection = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
     assert [tuple(line["blocks"]) for line in selection] == [record.blocks for record in run["history"]]
+    found = read_run(tmp_path)
+    assert found.problems == [] and tuple(found.counts()) == run["counts"]
+    assert set(found.step_seconds()) == {"explore", "exploit"} and len(found.validation) == 2
     assert NEVER in {block["name"] for block in json.loads((tmp_path / "blocks.json").read_text())["blocks"]}
 
 

@@ -1,0 +1,324 @@
+"""A run's logs as they lie in its folder, also while it goes on and where they are damaged. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_agsel.errors import DataError
+
+BLOCKS_FILE = "blocks.json"
+SELECTION_FILE = "selection.jsonl"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+ADAM_BYTES_PER_ELEMENT = 8  # exp_avg and exp_avg_sq, fp32: the paper's 2 · P · 4
+PARTS = ("forward", "backward", "step")
+# Traffic of gradients follows the blocks that got one, that of weights the blocks that were updated.
+GRADIENT_TRAFFIC, WEIGHT_TRAFFIC = ("reduced_bytes", "d2h_bytes"), ("h2d_bytes", "gathered_bytes")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A line of selection.jsonl. ``traffic`` and ``state_bytes`` are rank 0's; empty and None in older logs."""
+
+    step: int
+    phase: str
+    blocks: tuple[int, ...]
+    explore_rate: float | None = None
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    state_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A training line of metrics.jsonl; what it lacks is None. ``seconds`` is the wall time of one step."""
+
+    step: int
+    loss: float | None
+    seconds: float | None
+    phase: str | None
+    parts: Mapping[str, float]
+
+
+@dataclass
+class Run:
+    """All that could be read of a run. ``problems`` names what could not."""
+
+    name: str
+    folder: Path
+    block_names: list[str] = field(default_factory=list)
+    block_numels: list[int] | None = None
+    policy: str | None = None
+    select_percent: float | None = None
+    steps: list[Step] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    summary: dict[str, Any] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its summary was written."""
+        return self.summary is not None
+
+    def counts(self, phase: str | None = None) -> list[int]:
+        """How many steps (of ``phase``) updated each block."""
+        counts = [0] * len(self.block_names)
+        for step in self.steps:
+            if phase is None or step.phase == phase:
+                for block in step.blocks:
+                    counts[block] += 1
+        return counts
+
+    def num_steps(self, phase: str) -> int:
+        return sum(step.phase == phase for step in self.steps)
+
+    def selected_numel(self) -> list[int] | None:
+        """Parameters updated by each step; None where the blocks' sizes are not known."""
+        if self.block_numels is None:
+            return None
+        return [sum(self.block_numels[block] for block in step.blocks) for step in self.steps]
+
+    def share_of_parameters(self) -> float | None:
+        """Mean share of the parameters that a step updated."""
+        selected = self.selected_numel()
+        if not selected or not self.block_numels:
+            return None
+        return statistics.fmean(selected) / sum(self.block_numels)
+
+    def state_bytes(self) -> dict[str, float] | None:
+        """Bytes of Adam's moments: ``full`` fine-tuning, the paper's ``formula`` for a mean step, ``measured`` on rank
+        0 at the end (absent in older logs): those that exist, kept for all blocks updated so far."""
+        selected = self.selected_numel()
+        if not selected or self.block_numels is None:
+            return None
+        found = {
+            "full": float(ADAM_BYTES_PER_ELEMENT * sum(self.block_numels)),
+            "formula": ADAM_BYTES_PER_ELEMENT * statistics.fmean(selected),
+        }
+        if self.steps[-1].state_bytes is not None:
+            found["measured"] = float(self.steps[-1].state_bytes)
+        return found
+
+    def traffic(self) -> dict[str, tuple[float, float]] | None:
+        """By kind: (bytes a step on rank 0, measured, mean; what full fine-tuning would move, computed from this run's
+        bytes per element). None where nothing was logged; kinds that moved nothing are left out."""
+        selected = self.selected_numel()
+        logged = [(step, numel) for step, numel in zip(self.steps, selected or []) if step.traffic]
+        if not logged or self.block_numels is None:
+            return None
+        total = sum(self.block_numels)
+        found = {}
+        for kind in (*GRADIENT_TRAFFIC, *WEIGHT_TRAFFIC):
+            moved = [step.traffic.get(kind, 0) for step, _ in logged]
+            elements = [
+                total if kind in GRADIENT_TRAFFIC and step.phase == "explore" else numel for step, numel in logged
+            ]
+            if any(moved):
+                found[kind] = (statistics.fmean(moved), sum(moved) / sum(elements) * total)
+        return found
+
+    def step_seconds(self) -> dict[str, dict[str, float]]:
+        """Phase -> median seconds of a step, and of its parts where they were logged."""
+        found: dict[str, dict[str, float]] = {}
+        phases = {step.step: step.phase for step in self.steps}
+        by_phase: dict[str, list[Measured]] = {}
+        for line in self.measured:
+            if line.seconds is not None:
+                by_phase.setdefault(line.phase or phases.get(line.step, "step"), []).append(line)
+        for phase, lines in by_phase.items():
+            found[phase] = {"all": statistics.median(line.seconds for line in lines if line.seconds is not None)}
+            for part in PARTS:
+                seconds = [line.parts[part] for line in lines if part in line.parts]
+                if seconds:
+                    found[phase][part] = statistics.median(seconds)
+        return found
+
+    def wall_seconds(self) -> list[tuple[float, float]]:
+        """(seconds of training so far, loss) of each training line; steps between two lines took the second's time."""
+        points, clock, before = [], 0.0, -1
+        for line in self.measured:
+            if line.seconds is None:
+                return []
+            clock += line.seconds * max(1, line.step - before)
+            before = line.step
+            if line.loss is not None:
+                points.append((clock, line.loss))
+        return points
+
+
+def read_run(folder: str | Path, name: str | None = None) -> Run:
+    """The run in ``folder``: that of launch/train.py, of `SelectionCallback`, or any HF Trainer's.
+
+    Raises DataError, naming the folder and the remedy, where no log is there at all.
+    """
+    folder = Path(folder)
+    run = Run(name or folder.resolve().name, folder)
+    found = [_read_selection(run), _read_metrics(run)]
+    if not found[1]:
+        found.append(_read_trainer_state(run))
+    if not any(found):
+        what = "is not a folder" if not folder.is_dir() else f"has no {SELECTION_FILE}, {METRICS_FILE}"
+        raise DataError(
+            f"{folder} {what}: not a run. Give the --output of launch/train.py, or the output_dir of a Trainer with "
+            "ds_agsel.hf.SelectionCallback."
+        )
+    _read_blocks(run)
+    text = _read_text(run, SUMMARY_FILE)
+    if text is not None:
+        run.summary = _parse(run, SUMMARY_FILE, text)
+    return run
+
+
+def _read_selection(run: Run) -> bool:
+    by_step: dict[int, Step] = {}
+
+    def take(line: dict[str, Any]) -> None:
+        blocks = line["blocks"]
+        if not isinstance(blocks, list) or any(type(block) is not int or block < 0 for block in blocks):
+            raise ValueError(f'"blocks" is {blocks!r}, not a list of indices')
+        if type(line["step"]) is not int or line["phase"] not in ("explore", "exploit"):
+            raise ValueError(f'step {line["step"]!r} with phase {line["phase"]!r}')
+        rate, traffic = _number(line.get("explore_rate")), line.get("traffic")
+        state_bytes = _number(line.get("state_bytes"))
+        by_step[line["step"]] = Step(
+            line["step"],
+            line["phase"],
+            tuple(blocks),
+            rate,
+            {kind: value for kind, value in traffic.items() if _number(value) is not None}
+            if isinstance(traffic, dict)
+            else {},
+            None if state_bytes is None else int(state_bytes),
+        )
+
+    there = _read_lines(run, SELECTION_FILE, take)
+    run.steps = [by_step[step] for step in sorted(by_step)]
+    return there
+
+
+def _read_metrics(run: Run) -> bool:
+    by_step: dict[int, Measured] = {}
+    validation: dict[int, float] = {}
+
+    def take(line: dict[str, Any]) -> None:
+        step, event = line["step"], line["event"]
+        if type(step) is not int:
+            raise ValueError(f'"step" is {step!r}')
+        loss = _number(line.get("loss"))
+        if event == "train":
+            parts = {part: _number(line.get(f"{part}_seconds")) for part in PARTS}
+            by_step[step] = Measured(
+                step,
+                loss,
+                _number(line.get("seconds")),
+                line.get("phase"),
+                {part: value for part, value in parts.items() if value is not None},
+            )
+        elif event == "validation" and loss is not None:
+            validation[step] = loss
+
+    there = _read_lines(run, METRICS_FILE, take)
+    run.measured = [by_step[step] for step in sorted(by_step)]
+    run.validation = sorted(validation.items())
+    return there
+
+
+def _read_trainer_state(run: Run) -> bool:
+    """The log_history of the newest checkpoint of a Trainer that had no SelectionCallback: losses alone."""
+    states = sorted(run.folder.glob(f"checkpoint-*/{TRAINER_STATE_FILE}"), key=lambda path: path.stat().st_mtime)
+    if not states:
+        return False
+    name = str(states[-1].relative_to(run.folder))
+    text = _read_text(run, name)
+    state = None if text is None else _parse(run, name, text)
+    for line in (state or {}).get("log_history", []):
+        step, loss, validation = (line.get(key) for key in ("step", "loss", "eval_loss"))
+        if isinstance(step, int) and _number(loss) is not None:
+            run.measured.append(Measured(step - 1, _number(loss), None, None, {}))
+        if isinstance(step, int) and (value := _number(validation)) is not None:
+            run.validation.append((step, value))
+    return state is not None
+
+
+def _read_blocks(run: Run) -> None:
+    num_blocks = max((max(step.blocks, default=-1) for step in run.steps), default=-1) + 1
+    text = _read_text(run, BLOCKS_FILE)
+    described = None if text is None else _parse(run, BLOCKS_FILE, text)
+    if described is not None:
+        try:
+            names = [str(block["name"]) for block in described["blocks"]]
+            numels = [int(block["numel"]) for block in described["blocks"]]
+        except (KeyError, TypeError, ValueError) as error:
+            run.problems.append(f"{run.folder / BLOCKS_FILE}: {_why(error)}; blocks are shown by their indices")
+        else:
+            if len(names) >= num_blocks:
+                run.block_names, run.block_numels = names, numels
+                run.policy, run.select_percent = described.get("policy"), _number(described.get("select_percent"))
+                return
+            run.problems.append(
+                f"{run.folder / BLOCKS_FILE}: it names {len(names)} blocks, and {SELECTION_FILE} has {num_blocks}"
+            )
+    run.block_names = [f"block {index}" for index in range(num_blocks)]
+
+
+def _read_lines(run: Run, name: str, take: Callable[[dict[str, Any]], None]) -> bool:
+    """Give each line of a log to ``take``; a line that can't be read or taken is a problem. False: no such file."""
+    text = _read_text(run, name)
+    if text is None:
+        return False
+    for number, line in _numbered(text):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+            take(record)
+        except (KeyError, TypeError, ValueError) as error:
+            last = number == text.count("\n") + 1
+            why = "half-written" if last and isinstance(error, json.JSONDecodeError) else _why(error)
+            run.problems.append(f"{run.folder / name}, line {number}: {why}")
+    return True
+
+
+def _numbered(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _read_text(run: Run, name: str) -> str | None:
+    try:
+        return (run.folder / name).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        run.problems.append(f"{run.folder / name}: {error.strerror}")
+        return None
+
+
+def _parse(run: Run, name: str, text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+        run.problems.append(f"{run.folder / name}: not an object")
+    except ValueError as error:
+        run.problems.append(f"{run.folder / name}: {_why(error)}")
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """``value`` where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _why(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
