@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ds_agsel.report.runs import read_run
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 CORPUS = [f"{name} has {number} apples. How many? #### - + * =" for name in ("Ada", "Ben") for number in range(99)]
@@ -128,7 +130,13 @@ def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path,
 
     # 6 blocks, 20 %: one a step. Step 0 explores, as the explore rate is 1.
     selections = lines_of(tmp_path / "selection.jsonl")
-    assert [set(selection) for selection in selections] == [{"step", "phase", "blocks"}] * 16
+    fields = {"step", "phase", "blocks", "explore_rate", "traffic", "state_bytes"}
+    assert [set(selection) for selection in selections] == [fields] * 16
+    run = read_run(tmp_path)
+    assert run.problems == [] and run.is_finished and len(run.measured) == len(run.steps) == 16
+    assert run.state_bytes()["measured"] == selections[-1]["state_bytes"] > 0
+    for times in run.step_seconds().values():
+        assert sum(times[part] for part in ("forward", "backward", "step")) > 0
     assert selections[0]["phase"] == "explore" and all(len(selection["blocks"]) == 1 for selection in selections)
     assert summary["selection"]["explore_steps"] + summary["selection"]["exploit_steps"] == 16
 
@@ -156,7 +164,11 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(tiny_model: Pat
     assert "going on from" in second.stdout and "step00000006" in second.stdout
 
     def logged(output: Path) -> list[dict[str, Any]]:
-        return [{**record, "seconds": 0} for record in lines_of(output / "metrics.jsonl")]
+        timed = ("seconds", "forward_seconds", "backward_seconds", "step_seconds")
+        return [
+            {key: value for key, value in record.items() if key not in timed}
+            for record in lines_of(output / "metrics.jsonl")
+        ]
 
     assert logged(resumed) == logged(whole)
     assert (resumed / "selection.jsonl").read_text() == (whole / "selection.jsonl").read_text()
