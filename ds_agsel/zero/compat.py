@@ -17,6 +17,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -252,7 +253,7 @@ def swap_class(instance: Any, subclass: type) -> None:
     if type(instance) not in subclass.__mro__:
         raise ConfigError(
             f"deepspeed=={deepspeed.__version__} made a {type(instance).__name__} where adagrad_select needs a "
-            f"{subclass.__mro__[1].__name__}. Use ZeRO stage 1 or 2 with the plain DeepSpeed engine."
+            f"{subclass.__bases__[-1].__name__}. Use ZeRO stage 1 or 2 with the plain DeepSpeed engine."
         )
     instance.__class__ = subclass
 
@@ -270,6 +271,7 @@ __all__ = [
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer",
     "FusedAdam",
+    "ZeROOptimizer",
     "attribute",
     "cpu_adam_op",
     "is_coalescing",
