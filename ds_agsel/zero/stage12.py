@@ -7,6 +7,8 @@ shown goes through DeepSpeed's own arithmetic, so that with every block selected
 
 [Note: One rank] Where a gradient has nobody to be averaged with, the trip through the reduction bucket (a copy in,
 a division by 1, a collective of one, a copy out) changes no bit and is left out.
+
+Where states visit the accelerator, `visiting` has each group's there when DeepSpeed's loop comes to it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
 from ds_agsel.zero.host_adam import HostAdam
+from ds_agsel.zero.visiting import VisitingStates
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -37,8 +40,13 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
     ready_for_gradients: bool
     grads_in_partition: Tensor | None
 
-    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
+    def attach(
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, states_visit: bool
+    ) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
+
+        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
+        """
         self.selection = selection
         self._link = link
         self._block_of_group = tuple(block_of_group)
@@ -51,7 +59,20 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
             self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
         }
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
+        self._visiting = self._visiting_states() if states_visit else None
         self._link_all_hp_params()
+
+    def _visiting_states(self) -> VisitingStates:
+        selection, config = self.selection, self.selection.config
+
+        def count(direction: str, num_bytes: int) -> None:
+            name, traffic = f"{direction}_bytes", selection.current_traffic
+            setattr(traffic, name, getattr(traffic, name) + num_bytes)
+
+        return VisitingStates(
+            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
+            config.state_budget_bytes, config.keep_master, count,
+        )  # fmt: skip
 
     def _steps_with_hidden_state(self) -> bool:
         on_cpu = get_accelerator().device_name() == "cpu"
@@ -73,6 +94,12 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         self._blocks_with_gradient.clear()
         if self.cpu_offload:
             self._hold_gradient_buffers()
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Let the states of the planned blocks travel under forward and backward. Idempotent."""
+        if self._visiting is not None:
+            self._visiting.prefetch(self.selection.planned_blocks)
 
     def _hold_gradient_buffers(self) -> None:
         groups = self._groups_of(self.selection.active_blocks)
@@ -270,10 +297,17 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
             self._drop_gradients(set(selection.active_blocks) - set(selection.selected_blocks))
         else:
             self._require_gradients(selection.plan.blocks)
-        groups = self._groups_of(selection.selected_blocks)
+        if self._visiting is None:
+            groups = self._groups_of(selection.selected_blocks)
+        else:
+            groups = self._visiting.begin(selection.selected_blocks)
         self._shown_groups = groups
         with compat.only_groups(self, groups):
-            super().step()
+            try:
+                super().step()
+            finally:
+                if self._visiting is not None:
+                    self._visiting.leave_entered()
         if self.overflow:
             selection.skip()
             return
@@ -281,6 +315,18 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         for group in groups:
             self._link_state(group)
         selection.commit()
+        self._prefetch()
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
+        with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
+            return super().scaled_global_norm(norm_type)
+
+    def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
+        """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
+        if self._visiting is not None:
+            self._visiting.enter(group_idx, self._shown_groups[group_idx])
+        return super()._get_preflattened_grad_partition(group_idx)
 
     def _block_scores(self) -> Tensor:
         """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
@@ -391,9 +437,16 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         return _storage_bytes(tensors), _storage_bytes(host)
 
     def state_bytes(self) -> int:
-        """Bytes of the Adam moments that exist on this rank."""
+        """Bytes of the Adam moments that exist on this rank, wherever they are."""
         states = self.optimizer.state.values()
         return _storage_bytes([state[key] for state in states for key in ADAM_STATE_KEYS if key in state])
+
+    def resident_state_bytes(self) -> int:
+        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
+
+        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
+        """
+        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
 
     # --------------------------------------------------- states: accessors, checkpoints
 
@@ -427,6 +480,8 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        if self._visiting is not None:
+            self._visiting.bring_home((self._block_of_group[group],))
         return stock(optim_state_key)
 
     def _set_full_hp_param(
@@ -438,9 +493,13 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         optim_state_key: str | None = None,
     ) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
+        if self._visiting is not None:
+            self._visiting.send_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             partition = self.single_partition_of_fp32_groups[group]
             self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+            if self._visiting is not None:
+                self._visiting.adopt_loaded()
             self._link_state(group)
         stock(value, optim_state_key)
         if optim_state_key is None:
@@ -455,9 +514,34 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         if self._block_of_group[group] in self.selection.active_blocks:
             stock(value)
 
+    def bring_states_home(self) -> None:
+        """Make the host's copies of states that visit the accelerator current, for who reads them there. Host waits."""
+        if self._visiting is not None:
+            self._visiting.bring_home()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.bring_states_home()
+        return super().state_dict()
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._visiting is not None:
+            self._visiting.send_home()
         super().load_state_dict(*args, **kwargs)
+        if self._visiting is not None:
+            self._visiting.adopt_loaded()
+            self._states_linked.clear()
+            for group in range(len(self.bit16_groups)):
+                self._link_state(group)
         self._link.pull(self.optimizer.param_groups)
+
+    def refresh_fp32_params(self) -> None:
+        if self._visiting is not None:
+            self._visiting.send_home()
+        super().refresh_fp32_params()
+
+    def update_lp_params(self) -> None:
+        self.bring_states_home()
+        super().update_lp_params()
 
 
 def restrict(
@@ -465,8 +549,11 @@ def restrict(
     selection: Selection,
     block_of_group: Sequence[int],
     link: HyperparameterLink,
+    states_visit: bool = False,
 ) -> SelectiveZeroOptimizer:
     """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
+
+    With ``states_visit``, its states live on the host from now on and visit the accelerator.
 
     Raises ConfigError where the installed DeepSpeed, or the groups it made, are not the ones this was written for.
     """
@@ -477,7 +564,7 @@ def restrict(
             "one per block and hyperparameter set. Give it no param group that it drops or merges."
         )
     compat.swap_class(optimizer, SelectiveZeroOptimizer)
-    optimizer.attach(selection, block_of_group, link)
+    optimizer.attach(selection, block_of_group, link, states_visit)
     return optimizer
 
 
