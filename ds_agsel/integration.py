@@ -21,8 +21,8 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
 from ds_agsel.selection import Lottery, Selection
 from ds_agsel.zero import compat, step_device
+from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
-from ds_agsel.zero.stage12 import restrict
 from ds_agsel.zero.step_device import StepDevice
 from ds_agsel.zero.support import refuse_unsupported
 

@@ -18,6 +18,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -303,7 +304,7 @@ def swap_class(instance: Any, subclass: type) -> None:
     if type(instance) not in subclass.__mro__:
         raise ConfigError(
             f"deepspeed=={deepspeed.__version__} made a {type(instance).__name__} where adagrad_select needs a "
-            f"{subclass.__mro__[1].__name__}. Use ZeRO stage 1 or 2 with the plain DeepSpeed engine."
+            f"{subclass.__bases__[-1].__name__}. Use ZeRO stage 1 or 2 with the plain DeepSpeed engine."
         )
     instance.__class__ = subclass
 
@@ -321,6 +322,7 @@ __all__ = [
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer",
     "FusedAdam",
+    "ZeROOptimizer",
     "adam_step",
     "attribute",
     "cpu_adam_op",
