@@ -38,7 +38,9 @@ class ExploreStream:
         self._selection = selection
         self._numbers_of_params = numbers_of_params
         self._score, self._keep, self._forget = score, keep, forget
-        self._best = RunningTopK(selection.policy.context.num_selected)
+        policy = selection.policy
+        stays = policy.context.num_selected if policy.chooses_highest_scores else policy.context.num_blocks
+        self._best = RunningTopK(stays)
         self._waiting: dict[int, list[nn.Parameter]] = {}
         self._unscored: set[int] = set()
         self.scores: dict[int, float] = {}

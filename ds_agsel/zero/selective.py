@@ -175,6 +175,10 @@ class SelectiveStep(compat.ZeROOptimizer):
         super().load_state_dict(*args, **kwargs)
         self._link.pull(self.optimizer.param_groups)
 
+    def held_gradient_bytes(self) -> tuple[int, int]:
+        """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
+        raise NotImplementedError
+
     def state_bytes(self) -> int:
         """Bytes of the Adam moments that exist on this rank."""
         states = self.optimizer.state.values()

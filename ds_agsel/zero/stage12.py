@@ -40,7 +40,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     grads_in_partition: Tensor | None
 
     def attach(
-        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, states_visit: bool
+        self,
+        selection: Selection,
+        block_of_group: Sequence[int],
+        link: HyperparameterLink,
+        states_visit: bool = False,
     ) -> None:
         """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
 
@@ -87,17 +91,10 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _can_stream(self) -> bool:
         """Whether [Note: Streaming top-k] applies to this step: it explores, and one backward gives all scores.
 
-        Not with ZeRO-1, which keeps whole gradients to the end; nor where reduction runs on a stream of its own,
-        which would have to be waited for at every block.
+        Not with ZeRO-1, which keeps whole gradients to the end.
         """
-        selection = self.selection
-        return (
-            selection.plan.blocks is None
-            and selection.policy.chooses_highest_scores
-            and (self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch())
-            and self.partition_gradients
-            and (not self.overlap_comm or dist.get_world_size(group=self.dp_process_group) == 1)
-        )
+        one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
+        return self.selection.plan.blocks is None and one_backward and self.partition_gradients
 
     def _explores_on_first_micro_batch(self) -> bool:
         return self.selection.config.explore_on == "first_micro_batch"
@@ -258,13 +255,19 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _choose_on_first_micro_batch(self) -> None:
         """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
         scores = self._explore_scores()
-        if torch.isfinite(scores).all():
+        stream = self._stream
+        if stream is not None and torch.isfinite(scores).all():
             self._stream = None
-            self.selection.choose(scores.tolist())
+            for block in stream.kept.difference(self.selection.choose(scores.tolist())):
+                self._forget_block(block)
+            if self.cpu_offload:
+                self._hold_gradient_buffers()
             self.selection.narrow_window()
 
     def _streamed_score(self, block: int) -> float:
         self.reduce_ipg_grads()
+        if self.overlap_comm and self.reduction_stream is not None:
+            get_accelerator().current_stream().wait_stream(self.reduction_stream)
         with compat.attribute(self, _holds_gradients=True):
             return float(self._block_scores((block,))[block])
 
