@@ -37,7 +37,7 @@ class SelectiveEngine(CheckpointingEngine):
         super().step(lr_kwargs)
         if len(self.selection.history) > applied and self.monitor.enabled and self.global_rank == 0:
             scalars = metrics.scalars(self.selection)
-            if self.global_steps % self.steps_per_print() == 0:
+            if self.steps_per_print() and self.global_steps % self.steps_per_print() == 0:  # it may be null
                 scalars.update(metrics.block_counts(self.selection))
             self.monitor.write_events([
                 (f"{MONITOR_PREFIX}/{name}", value, self.global_samples) for name, value in scalars.items()
