@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -312,15 +314,34 @@ def attribute(target: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., None]) -> Iterator[None]:
+def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iterator[list[Path]]:
     """Inside, ``engine.save_checkpoint`` writes each file as ``attempt(write, *args)``: its checkpoint engine's
-    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530)."""
+    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530), beside the tag.
+    Gives the tag's files that this rank wrote, when they are written."""
     writer = engine.checkpoint_engine
+    written: list[Path] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        attempt(writer_save, state_dict, path)
+        written.append(Path(path))
+
+    writer_save = writer.save
     with (
-        attribute(writer, save=partial(attempt, writer.save)),
+        attribute(writer, save=save),
         attribute(engine, _copy_recovery_script=partial(attempt, engine._copy_recovery_script)),
     ):
-        yield
+        yield written
+
+
+def offloaded_files(engine: DeepSpeedEngine, folder: Path) -> list[Path]:
+    """What this rank has in ``folder`` of states that ZeRO-Infinity keeps on NVMe (engine.py:4940)."""
+    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+    return sorted((folder / "offloaded_tensors" / f"rank{dp_index_to_str(rank)}").rglob("*"))
+
+
+def deepspeed_version() -> str:
+    """The installed release."""
+    return deepspeed.__version__
 
 
 def norm_dtype() -> torch.dtype:
@@ -442,9 +463,10 @@ def swap_class(instance: Any, subclass: type) -> None:
     The way in that leaves DeepSpeed's long constructors to DeepSpeed (DEEPSPEED.md, "Ways in").
     """
     if type(instance) not in subclass.__mro__:
+        base = next(cls for cls in subclass.__mro__ if cls.__module__.startswith("deepspeed."))
         raise ConfigError(
             f"deepspeed=={deepspeed.__version__} made a {type(instance).__name__} where adagrad_select needs a "
-            f"{subclass.__bases__[-1].__name__}. Use ZeRO stage 1, 2 or 3 with the plain DeepSpeed engine."
+            f"{base.__name__}. Use ZeRO stage 1, 2 or 3 with the plain DeepSpeed engine."
         )
     instance.__class__ = subclass
 
@@ -467,6 +489,7 @@ __all__ = [
     "adam_step",
     "attribute",
     "cpu_adam_op",
+    "deepspeed_version",
     "gradient_partitions",
     "has_fused_adam",
     "is_coalescing",
@@ -481,6 +504,7 @@ __all__ = [
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
+    "offloaded_files",
     "only_groups",
     "only_sub_groups",
     "reduce_buckets",
