@@ -6,8 +6,8 @@
 //
 // [Note: Freed blocks] A freed block goes, as with torch's caching allocator, to the stream that it was allocated on
 // and may be used again by what is queued there next. Destructors can't take the GIL, so they leave freed blocks in a
-// list; the Python queue takes the list before it queues anything, poisons each block in stream order, and only then
-// gives it back for reuse. Blocks never go back to the system while a queued operation can touch them.
+// list; the Python queue takes the list before it queues anything, poisons each block before the next operation of its
+// stream, and only then gives it back for reuse. Blocks never go back to the system while a queued operation can touch them.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>

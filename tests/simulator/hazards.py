@@ -68,7 +68,7 @@ class Report:
         return (
             f"block {self.later.access.block}: no wait orders\n  {line(self.earlier)}\nand\n  {line(self.later)}\n"
             "Let the later stream wait for an event recorded after the earlier operation, or call "
-            "Tensor.record_stream where the later one is a free."
+            "Tensor.record_stream where the later one reuses memory that was freed."
         )
 
 

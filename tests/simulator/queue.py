@@ -63,6 +63,7 @@ class Queue:
         self.detector = detector
         self.lock = threading.RLock()
         self._streams: dict[int, _Stream] = {}
+        self._freed: dict[int, list[tuple[int, int, torch.Tensor]]] = {}
         self._running = False
         self.operations_run = 0
         self.host_syncs = 0
@@ -82,8 +83,9 @@ class Queue:
     ) -> None:
         """Queue ``run`` on ``stream`` (default: the calling thread's current one)."""
         with self.lock:
-            self._take_freed()
             stream = self.current() if stream is None else stream
+            self._take_freed()
+            self._reuse(stream)
             self.detector.submit(stream, name, accesses, call_site())
             self._append(stream, _Operation(name, run))
             if self._eagerness and not self._running and self._random.random() < self._eagerness:
@@ -99,19 +101,24 @@ class Queue:
         target.queued += 1
 
     def _take_freed(self) -> None:
-        """Queue the poisoning of blocks freed since; see [Note: Freed blocks] in backend.cpp."""
-        if not self._backend.any_freed():
-            return
+        """Take the blocks freed since; see [Note: Freed blocks] in backend.cpp."""
+        if self._backend.any_freed():
+            for block, size, stream, recorded, data in self._backend.take_freed():
+                if recorded:
+                    self._recycle_after(block, recorded)
+                else:
+                    self._freed.setdefault(stream, []).append((block, size, data))
+
+    def _reuse(self, stream: int) -> None:
+        """Let another tensor's bytes come into ``stream``'s freed blocks: the caching allocator may give them to what
+        is queued there next, so that all other streams' uses of them must be ordered before that."""
         hazard = None
-        for block, size, stream, recorded, data in self._backend.take_freed():
-            if recorded:
-                self._recycle_after(block, recorded)
-                continue
+        for block, size, data in self._freed.pop(stream, ()):
             try:
-                self.detector.submit(stream, "free", [Access(block, 0, size, True)], call_site())
+                self.detector.submit(stream, "reuse after free", [Access(block, 0, size, True)], call_site())
             except Hazard as error:
                 hazard = error
-            self._append(stream, _Operation("free", partial(data.fill_, 0xFF)))
+            self._append(stream, _Operation("reuse after free", partial(data.fill_, 0xFF)))
             self._backend.recycle(block)
         if hazard is not None:
             raise hazard
@@ -187,6 +194,8 @@ class Queue:
             self._take_freed()
             for stream in list(self._streams):
                 self.synchronize_stream(stream)
+            for stream in list(self._freed):
+                self._reuse(stream)
 
     def on_memory_pressure(self) -> None:
         """Run all that is queued, so that blocks held for recorded streams come back. The host learns nothing."""
@@ -198,7 +207,7 @@ class Queue:
     def pending(self) -> int:
         """Operations queued and not yet run."""
         return sum(
-            isinstance(item, _Operation) and item.name != "free"
+            isinstance(item, _Operation) and item.name != "reuse after free"
             for stream in self._streams.values()
             for item in stream.items
         )
