@@ -219,7 +219,8 @@ def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:
 
 def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> float:
     """One micro-step up to and including backward; its loss."""
-    loss = engine(**batch(case, step, micro_step, torch.distributed.get_rank())).loss
+    data = batch(case, step, micro_step, torch.distributed.get_rank())
+    loss = engine(**{name: tensor.to(engine.device) for name, tensor in data.items()}).loss
     engine.backward(loss)
     return loss.item()
 
@@ -278,8 +279,13 @@ def train_all(cases: Sequence[Case], observe: Callable[[str, Any, int], Any] | N
     return [train(case, observe) for case in cases]
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy that nothing changes."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def weights(engine: Any) -> dict[str, Tensor]:
-    return {name: whole(parameter).detach().clone() for name, parameter in engine.module.named_parameters()}
+    return {name: on_host(whole(parameter)) for name, parameter in engine.module.named_parameters()}
 
 
 def whole(parameter: Any) -> Tensor:
@@ -312,9 +318,9 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
         found.append(
             {
                 "shapes": {zero.param_names[parameter]: parameter.shape for parameter in members},
-                "masters": master.detach().clone(),
-                "exp_avg": state["exp_avg"].clone() if "exp_avg" in state else torch.zeros_like(master),
-                "exp_avg_sq": state["exp_avg_sq"].clone() if "exp_avg_sq" in state else torch.zeros_like(master),
+                "masters": on_host(master),
+                "exp_avg": on_host(state.get("exp_avg", torch.zeros_like(master))),
+                "exp_avg_sq": on_host(state.get("exp_avg_sq", torch.zeros_like(master))),
                 "step": int(state.get("step", 0)),
             }
         )
