@@ -427,8 +427,9 @@ def reference_run(
         schedule=schedule,
     )
     reference = Reference(
-        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2
-    )
+        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2,
+        section.get("explore_on") == "first_micro_batch",
+    )  # fmt: skip
     states = [reference_state(reference)]
     for step in range(case.steps):
         reference.step(

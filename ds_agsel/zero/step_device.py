@@ -137,7 +137,9 @@ def _least_available_bytes() -> int:
 
 
 def report(choice: StepDevice, reason: str) -> None:
-    """Log the choice, why, and what its speed hangs on, once a run."""
+    """Log the choice, why, and what its speed hangs on: once, on rank 0, where somebody listens."""
+    if dist.get_rank() != 0 or not logger.isEnabledFor(logging.INFO):
+        return
     where = {StepDevice.HOST: "on the host", StepDevice.VISIT: "on the accelerator, its states visit it"}
     logger.info(
         "adagrad_select: AdamW runs %s: %s. Processor: %s, SIMD %s. %s",
