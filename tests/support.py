@@ -24,6 +24,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SELECT = {"select_percent": 34, "steps_per_epoch": 6, "explore_decay": 0.15, "seed": 2}
 ALL = {"policy": "all"}
 VISIT = {"step_device": "accelerator"}  # on a CPU: the same moves, within one memory
+# Room for the largest block of `tiny_llama` and little more: blocks of a step pass through.
+NARROW = {**VISIT, "state_budget_bytes": 12 * 1900}
+FIRST = {**SELECT, "explore_on": "first_micro_batch"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SELECT, Case, assert_identical, build, finish, forward_backward, run_steps, train
+from support import (
+    FIRST,
+    NARROW,
+    SELECT,
+    VISIT,
+    Case,
+    assert_identical,
+    build,
+    finish,
+    forward_backward,
+    run_steps,
+    train,
+)
 
 SAVED_AT = 4
 CASES = [
@@ -17,6 +29,8 @@ CASES = [
     Case(model="net", decay_groups=True),
     Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}),
     Case(section={**SELECT, "policy": "cyclic"}),
+    Case(section={**SELECT, **NARROW}, dtype="bf16", clip=0.3),
+    Case(section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2),
     Case(section={**SELECT, "policy": "gradient_topk", "always_select": ["final_norm"]}, offload="cpu"),
 ]  # fmt: skip
 KINDS = ("between steps", "between planning and stepping")
