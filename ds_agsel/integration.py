@@ -234,7 +234,7 @@ def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared
 def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
     """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
     zero = ds_config["zero_optimization"]
-    offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    offloads = step_device.offloads_optimizer(ds_config)
     if choice is StepDevice.HOST and not offloads:
         offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
         return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}

@@ -35,11 +35,13 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
     if offload.get("super_offload"):
         setting = "zero_optimization.offload_optimizer.super_offload=true"
         _refuse(setting, "it steps outside ZeRO's loop", "Set it to false")
-    if offload_device not in ("none", "cpu"):
+    if offload_device not in (("none", "cpu", "nvme") if stage == 3 else ("none", "cpu")):
         _refuse(
             f"zero_optimization.offload_optimizer.device={offload_device!r}", "stages 1 and 2 offload to the cpu",
-            "Use 'cpu' or 'none'",
+            "Use 'cpu' or 'none', or stage 3",
         )  # fmt: skip
+    if stage == 3:
+        _refuse_for_stage3(zero, config)
     if float(offload.get("ratio", 1.0)) != 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
@@ -88,6 +90,27 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
     if mpu is not None:
         _refuse("initialize(mpu=...)", "block scores are summed over data-parallel ranks alone", "Leave mpu out")
     _refuse_model(model)
+
+
+def _refuse_for_stage3(zero: Mapping[str, Any], config: SelectionConfig) -> None:
+    if config.step_device == "accelerator":
+        _refuse(
+            "adagrad_select.step_device='accelerator' with zero_optimization.stage=3",
+            "DeepSpeed steps where offload_optimizer.device puts the states", "Set step_device to null",
+        )  # fmt: skip
+    if zero.get("mics_shard_size", -1) > 0:
+        _refuse(
+            f"zero_optimization.mics_shard_size={zero['mics_shard_size']}", "MiCS has an optimizer of its own",
+            "Leave it out",
+        )  # fmt: skip
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        _refuse(
+            f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']}",
+            "it drops the second copies of all weights at each step, updated or not", "Set it to 1",
+        )  # fmt: skip
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(name):
+            _refuse(f"zero_optimization.{name}=true", "it is not tested with frozen blocks", "Set it to false")
 
 
 def _refuse_model(model: nn.Module) -> None:

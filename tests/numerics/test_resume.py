@@ -25,6 +25,9 @@ SAVED_AT = 4
 CASES = [
     *(Case(stage=stage, offload=offload, dtype=dtype, clip=0.3) for stage, offload, dtype in product(
         (1, 2), ("none", "cpu"), ("fp32", "bf16"))),
+    Case(stage=3, dtype="bf16", clip=0.3, zero={"sub_group_size": 300}),
+    Case(stage=3, offload="cpu", accumulation=2, zero={"stage3_param_persistence_threshold": 0}),
+    Case(stage=3, offload="cpu", model="net", decay_groups=True, zero={"offload_param": {"device": "cpu"}}),
     Case(accumulation=3, decay_groups=True, offload="cpu"),
     Case(model="net", decay_groups=True),
     Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}),
