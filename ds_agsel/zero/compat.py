@@ -19,10 +19,12 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 from packaging.version import Version
+from pydantic import ValidationError
 
 from ds_agsel.errors import ConfigError
 
@@ -178,6 +180,19 @@ def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., None]) -> Ite
         yield
 
 
+def zero_section_problems(section: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed itself will refuse in a ``zero_optimization`` section that has no values "auto"."""
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        return [
+            f"zero_optimization.{'.'.join(map(str, found['loc']))}={found['input']!r} is refused by DeepSpeed: "
+            f"{found['msg']}. See the table of ZeRO settings in its documentation."
+            for found in error.errors(include_url=False)
+        ]
+    return []
+
+
 def norm_dtype() -> torch.dtype:
     """The dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
     return get_norm_dtype()
@@ -285,4 +300,5 @@ __all__ = [
     "require_known_deepspeed",
     "swap_class",
     "writes_through",
+    "zero_section_problems",
 ]
