@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
 from collections.abc import Mapping, Sized
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -18,9 +20,10 @@ from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_sectio
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
 from ds_agsel.selection import Lottery, Selection
-from ds_agsel.zero import compat
+from ds_agsel.zero import compat, step_device
+from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
-from ds_agsel.zero.stage12 import restrict
+from ds_agsel.zero.step_device import StepDevice
 from ds_agsel.zero.support import optimizer_problem, refuse_unsupported
 
 logger = logging.getLogger("ds_agsel")
@@ -85,15 +88,30 @@ def _initialize_selective(
         raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
     lottery = _lottery(blocks, split, config)
     policy = _policy(blocks, lottery, config, arguments.get("training_data"), ds_config)
-
-    engine, optimizer, dataloader, scheduler = deepspeed.initialize(
-        **{**arguments, **_split_arguments(arguments, user_optimizer, split)}
+    choice, reason = step_device.decide(
+        config.step_device,
+        step_device.situation(
+            ds_config,
+            config,
+            blocks,
+            lottery.drawn + lottery.always,
+            policy.max_selected + len(lottery.always),
+            _num_ranks(),
+            user_optimizer is not None,
+        ),
     )
+    step_device.report(choice, reason)
+    changed = _split_arguments(arguments, user_optimizer, split)
+    changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
+    visits = choice is StepDevice.VISIT
+
+    with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
+        engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
 
     selection = Selection(blocks, policy, lottery, config, named)
     link = HyperparameterLink(user_groups, split.parents)
     compat.swap_class(engine, SelectiveEngine)
-    engine.optimizer = restrict(optimizer, selection, split.blocks, link)
+    engine.optimizer = restrict(optimizer, selection, split.blocks, link, states_visit=visits)
     engine.selection = selection
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)
@@ -137,6 +155,34 @@ def _split_arguments(
         # a scheduler made on it warns at each run that it was called too early.
         user_optimizer.step()
     return changed
+
+
+def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
+    """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
+    zero = ds_config["zero_optimization"]
+    offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    if choice is StepDevice.HOST and not offloads:
+        offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
+        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
+    if choice is StepDevice.VISIT and "optimizer" in ds_config and not compat.has_fused_adam():
+        section = ds_config["optimizer"]
+        return {**ds_config, "optimizer": {**section, "params": {**section.get("params", {}), "torch_adam": True}}}
+    return ds_config
+
+
+def _with_ds_config(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that hand DeepSpeed ``ds_config`` in the place of the one it would find."""
+    if _read_config(arguments) == ds_config:
+        return {}
+    args = copy.copy(arguments.get("args"))
+    if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args.deepspeed_config = None
+    return {"args": args, "config": dict(ds_config), "config_params": None}
+
+
+def _num_ranks() -> int:
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    return int(deepspeed.comm.get_world_size())
 
 
 def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> torch.optim.Optimizer:
@@ -207,8 +253,7 @@ def _steps_per_epoch(training_data: Any, ds_config: Mapping[str, Any]) -> int | 
         micro = ds_config.get("train_micro_batch_size_per_gpu")
         if micro is None:
             return None
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * deepspeed.comm.get_world_size()
+        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * _num_ranks()
     return max(1, math.ceil(len(training_data) / batch))
 
 

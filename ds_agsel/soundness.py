@@ -12,7 +12,7 @@ from ds_agsel.config import SECTION, SelectionConfig, find_section, section_prob
 from ds_agsel.errors import ConfigError
 from ds_agsel.policies import PolicyContext, create, num_selected
 from ds_agsel.policies.registry import policy_class
-from ds_agsel.zero import compat
+from ds_agsel.zero import compat, step_device
 from ds_agsel.zero.support import optimizer_problem, unsupported
 
 
@@ -38,13 +38,31 @@ def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = No
             problems += wrong
             config = config if wrong else SelectionConfig(**section)
     filled = _without_auto(ds_config)
-    zero = filled.get("zero_optimization", {})
-    problems += compat.zero_section_problems(zero if isinstance(zero, Mapping) else {})
+    problems += compat.zero_section_problems(_section(filled, "zero_optimization"))
     problems += unsupported(filled, config, model)
+    problems += _step_device_problems(filled, config)
     wrong_optimizer = optimizer_problem(filled) if filled.get("optimizer") else None  # else an object is to come
     problems += [wrong_optimizer] if wrong_optimizer else []
     problems += _policy_problems(config) if model is None else _model_problems(config, model)
     return problems
+
+
+def _step_device_problems(ds_config: Mapping[str, Any], config: SelectionConfig) -> list[str]:
+    """Contradictions that hold on every machine: it is taken to have an accelerator, with room."""
+    zero = _section(ds_config, "zero_optimization")
+    anywhere = step_device.Situation(
+        offloads=_section(zero, "offload_optimizer").get("device") == "cpu",
+        can_offload=True,
+        can_visit=zero.get("stage") != 3,
+        has_own_memory=True,
+        needed_bytes=0,
+        available_bytes=0,
+    )
+    try:
+        step_device.decide(config.step_device, anywhere)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _policy_problems(config: SelectionConfig) -> list[str]:
@@ -89,3 +107,8 @@ def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in section.items()
         if value != "auto"
     }
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}

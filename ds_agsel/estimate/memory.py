@@ -13,9 +13,10 @@ from fractions import Fraction
 from typing import Literal
 
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, STATE_BYTES, Setup
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.steps import Step, full_step, weighted
+from ds_agsel.residency.plan import default_budget_bytes
 
 Stepping = Literal["resident", "host", "accelerator"]
 
@@ -174,16 +175,29 @@ class _Ledger:
         home = "accelerator" if self._stepping == "resident" else "host"
         if self._setup.offload_optimizer == "nvme":
             home = "nvme"
+        if self._stepping != "accelerator":
+            return [(home, "master_weights", masters), (home, "states", moments)]
+        visiting = min(self._visiting(), Fraction(self._budget())) / self._setup.visiting_bytes  # elements
         entries: list[tuple[str, str, Fraction | int]] = [
-            (home, "master_weights", masters), (home, "states", moments)
+            ("host", "states", moments), ("accelerator", "states", visiting * MOMENT_BYTES)
         ]  # fmt: skip
-        if self._stepping == "accelerator":
-            visiting = self._sum(self._step.selected, shares)
-            entries += [
-                ("accelerator", "master_weights", visiting * MASTER_BYTES),
-                ("accelerator", "states", visiting * MOMENT_BYTES),
-            ]
-        return entries
+        if self._setup.keep_master == "accelerator":
+            return [*entries, ("accelerator", "master_weights", masters)]
+        masters_there = visiting * MASTER_BYTES
+        return [*entries, ("host", "master_weights", masters), ("accelerator", "master_weights", masters_there)]
+
+    def _visiting(self) -> Fraction:
+        """Bytes of the states that are on the accelerator when the step ends."""
+        return self._sum(self._step.selected, self._shares()) * self._setup.visiting_bytes
+
+    def _budget(self) -> int:
+        """Bytes that states take on the accelerator at most: residency/plan.py, [Note: Budget]."""
+        if self._setup.state_budget_bytes is not None:
+            return self._setup.state_budget_bytes
+        block_bytes = dict.fromkeys(range(len(self._step.selected)), 0)
+        for block, share in zip(self._blocks, self._shares(), strict=True):
+            block_bytes[block] += share * self._setup.visiting_bytes
+        return default_budget_bytes(block_bytes, self._step.max_selected)
 
     # ----------------------------------------------------------------- staging
 
@@ -210,11 +224,8 @@ class _Ledger:
             if setup.offload_optimizer == "nvme":
                 largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
                 on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
-        if self._stepping == "accelerator" and step.phase == "explore":
-            sizes = [0] * len(step.selected)
-            for block, share in zip(self._blocks, self._shares(), strict=True):
-                sizes[block] += share
-            on_accelerator += 2 * max(sizes) * STATE_BYTES  # one block arrives while another leaves
+        if self._stepping == "accelerator":  # room for what is leaving still, or arrives early
+            on_accelerator += max(Fraction(0), self._budget() - self._visiting())
         return [("accelerator", "staging", on_accelerator), ("host", "staging", on_host)]
 
     def _buckets(self, reduced_numel: Fraction) -> Fraction:

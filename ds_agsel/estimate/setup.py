@@ -12,7 +12,6 @@ Device = Literal["none", "cpu", "nvme"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
 MOMENT_BYTES = 8  # exp_avg and exp_avg_sq
-STATE_BYTES = MASTER_BYTES + MOMENT_BYTES  # what travels with a block that visits the accelerator
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Setup:
     persistence_threshold_numel: int = 100_000
     max_live_numel: int = 1_000_000_000
     nvme_buffer_count: int = 4
+    keep_master: str = "host"
+    state_budget_bytes: int | None = None
     assumed: tuple[str, ...] = ()
 
     @property
@@ -48,6 +49,11 @@ class Setup:
     @property
     def accumulation_bytes(self) -> int:
         return DTYPE_BYTES[self.accumulation_dtype]
+
+    @property
+    def visiting_bytes(self) -> int:
+        """Bytes that travel with an element of a block that visits the accelerator."""
+        return MOMENT_BYTES + (MASTER_BYTES if self.keep_master == "host" else 0)
 
     @property
     def keeps_fp32_partitions(self) -> bool:

@@ -23,8 +23,10 @@ class Step:
         with_gradient: its gradient exists when backward ends.
         reduced: its gradient was computed and reduced, though it may be gone when backward ends.
         with_moments: it was updated by this step or an earlier one.
-        arriving: its states come to the accelerator for this step, and an equal share of states leaves.
+        arriving: its states come to the accelerator for this step.
+        leaving: its states leave the accelerator for this step.
         in_backward: backward reaches it.
+        max_selected: as many blocks as a step can update.
     """
 
     phase: Phase
@@ -33,7 +35,9 @@ class Step:
     reduced: Shares
     with_moments: Shares
     arriving: Shares
+    leaving: Shares
     in_backward: Shares
+    max_selected: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ def exact_step(
         reduced=shares(gradients),
         with_moments=shares(updated),
         arriving=shares(set(selected) - set(resident)),
+        leaving=shares(set(resident) - set(selected)),
         in_backward=shares(range(lowest, num_blocks)),
+        max_selected=len(selected),
     )
 
 
@@ -102,7 +108,9 @@ def typical_step(lot: Lot, phase: Phase, which: Which, streaming: bool) -> Step:
         reduced=everything if explores else selected,
         with_moments=everything,
         arriving=arriving,
+        leaving=arriving,  # as likely as the other way round
         in_backward=_indicator(num_blocks, range(min(lot.active), num_blocks)) if explores else reach,
+        max_selected=k + len(lot.always),
     )
 
 
@@ -110,7 +118,7 @@ def full_step(num_groups: int) -> Step:
     """A step of plain training, which has everything of every group."""
     every = _indicator(num_groups, range(num_groups))
     none = _indicator(num_groups, ())
-    return Step("explore", every, every, every, every, none, every)
+    return Step("explore", every, every, every, every, none, none, every, num_groups)
 
 
 def _indicator(num_blocks: int, blocks: Collection[int]) -> Shares:

@@ -75,6 +75,7 @@ def estimate(
     for percent in percentages:
         if not 0 < percent <= 100:
             raise ConfigError(f"--select-percent {percent:g} is outside (0, 100]. Use 100 to train every block.")
+    setup = setup.but(keep_master=config.keep_master, state_budget_bytes=config.state_budget_bytes)
     rows = [_full_row(model, setup)]
     for percent in percentages:
         lot = _lot(model, config, percent)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from ds_agsel.estimate.memory import Stepping, partitions_of
-from ds_agsel.estimate.setup import MASTER_BYTES, STATE_BYTES, Setup
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.steps import Step, full_step, weighted
 
@@ -39,7 +39,7 @@ def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: i
 
 
 def selective_traffic(model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0) -> TrafficBytes:
-    """ds_agsel at ``step``."""
+    """ds_agsel at ``step``. Where states visit, the first visit of a block, which brings no moments, costs less."""
     return _traffic(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping)
 
 
@@ -80,9 +80,10 @@ def _traffic(
             d2h += micro_steps * whole
             h2d += (micro_steps - 1) * whole
     if stepping == "accelerator":
-        moved = total(step.arriving, numels) * STATE_BYTES
-        h2d, d2h = h2d + moved, d2h + moved
-    states = total(step.selected, numels) * STATE_BYTES if setup.offload_optimizer == "nvme" else Fraction(0)
+        h2d += total(step.arriving, numels) * setup.visiting_bytes
+        d2h += total(step.leaving, numels) * setup.visiting_bytes
+    swapped = total(step.selected, numels) * (MASTER_BYTES + MOMENT_BYTES)
+    states = swapped if setup.offload_optimizer == "nvme" else Fraction(0)
     return TrafficBytes(
         gathered=round(gathered) if many else 0,
         reduced=round(reduced) if many else 0,

@@ -33,6 +33,11 @@ CASES = [
     Case(dtype="bf16", offload="cpu", accumulation=2, steps=4, section=SHORT, config=FP32_SUMS),
     Case(dtype="bf16", steps=4, section=SHORT, zero={"overlap_comm": True}),
 ]  # fmt: skip
+VISITING = [
+    Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
+    Case(model="net", stage=1, dtype="bf16", accumulation=2, steps=6, section={**SHORT, "step_device": "accelerator"}),
+    Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "keep_master": "accelerator"}),
+]
 PLAIN = [
     Case(model=model, stage=stage, offload=offload, dtype="bf16", steps=2, section=None)
     for model, stage, offload in product(("llama", "net"), (1, 2), ("none", "cpu"))
@@ -63,6 +68,8 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
             "states": SelectiveZeroOptimizer.state_bytes(zero),
         }
         if hasattr(engine, "selection"):
+            seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
+            seen["planned"] = engine.selection.planned_blocks
             seen |= {"counts": engine.selection.update_counts, "traffic": asdict(engine.selection.traffic[-1])}
         return seen
     return None
@@ -132,6 +139,32 @@ def test_traffic_is_what_an_engine_counts(measured, case, ranks):
             assert moved.reduced == counted["reduced_bytes"]
             assert moved.h2d == counted["h2d_bytes"]
             assert moved.d2h == counted["d2h_bytes"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", VISITING, ids=case_id)
+def test_what_visits_the_accelerator_is_what_an_engine_brings(measured, case, ranks):
+    model, setup = described(case, ranks)
+    blocks = range(len(model.blocks))
+    setup = setup.but(keep_master=case.section.get("keep_master", "host"))
+    for rank, run in enumerate(measured(case, ranks)):
+        resident, before = (), set()
+        for (_, phase, selected), seen in zip(run["history"], measured_steps(run), strict=True):
+            updated = {index for index, count in enumerate(seen["counts"]) if count}
+            step = exact_step(phase, len(blocks), selected, blocks, updated, resident)
+            held = selective_memory(model, setup, "accelerator", step, rank)
+            there = exact_step(phase, len(blocks), seen["planned"] or selected, blocks, updated)
+            visiting = selective_memory(model, setup, "accelerator", there, rank).accelerator
+            assert held.accelerator.gradients == seen["accelerator"]
+            assert held.host.states == seen["states"]
+            assert held.host.master_weights == (seen["masters"] if setup.keep_master == "host" else 0)
+            masters_there = visiting.master_weights if setup.keep_master == "host" else 0
+            assert visiting.states + masters_there == seen["resident"]
+            moved = selective_traffic(model, setup, "accelerator", step, rank)
+            assert moved.d2h == seen["traffic"]["d2h_bytes"]
+            if set(selected) - set(resident) <= before:  # a first visit brings no moments
+                assert moved.h2d == seen["traffic"]["h2d_bytes"]
+            resident, before = selected, updated
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

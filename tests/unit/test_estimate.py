@@ -102,12 +102,24 @@ def test_a_visit_to_the_accelerator_brings_twelve_bytes_an_element():
     step = exact_step("exploit", 3, selected=[1], active=[0, 1, 2], updated=[1, 2])
     held = selective_memory(model, Setup(), "accelerator", step)
     assert held.accelerator.gradients == 6 * 2
-    assert held.accelerator.master_weights + held.accelerator.states == 6 * 12
+    assert held.accelerator.master_weights == 6 * 4
+    assert held.accelerator.states == 6 * 8
     assert held.host.master_weights == 20 * 4
     assert held.host.states == 10 * 8
-    assert held.accelerator.staging == 6 * 2
-    exploring = exact_step("explore", 3, selected=[1], active=[0, 1, 2], updated=[1, 2])
-    assert selective_memory(model, Setup(), "accelerator", exploring).accelerator.staging == 10 * 2 + 2 * 10 * 12
+    # One gradient, and the rest of a budget of the selection and the two largest blocks.
+    assert held.accelerator.staging == 6 * 2 + (20 - 6) * 12
+    tight = selective_memory(model, Setup(state_budget_bytes=100), "accelerator", step)
+    assert tight.accelerator.staging == 6 * 2 + 100 - 6 * 12
+    kept = selective_memory(model, Setup(keep_master="accelerator"), "accelerator", step)
+    assert (kept.accelerator.master_weights, kept.host.master_weights) == (20 * 4, 0)
+    assert kept.accelerator.staging == 6 * 2 + (20 - 6) * 8
+
+
+def test_what_is_larger_than_the_budget_passes_through_it():
+    step = exact_step("exploit", 2, selected=[0, 1], active=[0, 1], updated=[0, 1])
+    held = selective_memory(model_of((10,), (6,)), Setup(state_budget_bytes=120), "accelerator", step)
+    assert held.accelerator.master_weights + held.accelerator.states == 120
+    assert held.accelerator.staging == 10 * 2
 
 
 def test_features_not_built_yet_are_flags():
@@ -191,7 +203,9 @@ def test_traffic_of_stage_2_by_hand():
     assert selective_traffic(model, setup, "host", step) == TrafficBytes(gathered=16, reduced=10, h2d=8, d2h=16)
     assert selective_traffic(model, setup.but(offload_optimizer="none"), "resident", step).h2d == 0
     visiting = selective_traffic(model, setup.but(offload_optimizer="none"), "accelerator", step)
-    assert visiting.h2d == visiting.d2h == 4 * 12
+    assert (visiting.h2d, visiting.d2h) == (4 * 12, 0)
+    leaving = exact_step("exploit", 2, selected=[0], active=[0, 1], updated=[0], resident=[1])
+    assert selective_traffic(model, setup.but(keep_master="accelerator"), "accelerator", leaving).d2h == 2 * 8
     staying = exact_step("exploit", 2, selected=[0], active=[0, 1], updated=[0], resident=[0])
     assert selective_traffic(model, setup.but(offload_optimizer="none"), "accelerator", staying).h2d == 0
 
@@ -435,6 +449,7 @@ def test_check_names_all_problems_one_a_line(tmp_path, capsys):
             {"always_select": ["embeding"], "never_select": ["layers"]}, True,
             ['"embeding", which is not a block', '"layers", which is not a block'],
         ),
+        ({"step_device": "cpu"}, False, ["step_device='cpu' and zero_optimization.offload_optimizer.device='none'"]),
         ({"blocks": {"all": ["model.*layers.*"]}}, True, ["leaves 2 trainable parameters"]),
         (
             {"always_select": ["head"], "never_select": ["head"], "fixed_blocks": []}, False,
