@@ -122,11 +122,12 @@ def _reading(table: Sequence[Line], tokens: int) -> list[str]:
     hidden = sum(line.exploit.is_hidden for line in table)
     explore = [line.explore.exposed_seconds / line.explore.step_seconds for line in table]
     text = (
-        f"Of the {len(table)} lines, {hidden} hide every transfer of every exploit step at {tokens} tokens. Hiding ends "
-        "where forward and backward are shorter than the states of the newly selected blocks take on the link; the last "
-        "column is the tokens per step and rank from which all 64 exploit steps hide theirs. A card that computes faster "
-        "over a link that is not as much faster needs more of them. What decides is the least computing that a draw can "
-        "have (high blocks alone: backward ends at the lowest of them) and the largest block, the embedding.",
+        f"Of the {len(table)} lines, {hidden} hide every transfer of every exploit step at {tokens} tokens. Hiding "
+        "ends where forward and backward are shorter than the states of the newly selected blocks take on the link; "
+        "the last column is the tokens per step and rank from which all 64 exploit steps hide theirs. A card that "
+        "computes faster over a link that is not as much faster needs more of them. What decides is the least "
+        "computing that a draw can have (high blocks alone: backward ends at the lowest of them) and the largest "
+        "block, the embedding.",
         "Explore steps know their blocks only when backward has ended, and an update is far shorter than an arrival: "
         f"what they move is exposed, here {min(explore):.0%} to {max(explore):.0%} of the step. Blocks that are there "
         "already cost nothing. More tokens make that share smaller, not the time.",

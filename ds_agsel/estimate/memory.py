@@ -28,12 +28,10 @@ class Features:
     Attributes:
         streaming_top_k: explore steps of one micro-step keep the gradients of k + 1 blocks at most.
         lean_host_staging: the bf16 staging buffer of host stepping holds one step's selection, not all parameters.
-        lean_stage3_gradients: ZeRO-3's flat gradient buffer holds one step's gradients, not all.
     """
 
     streaming_top_k: bool = False
     lean_host_staging: bool = False
-    lean_stage3_gradients: bool = False
 
 
 BUILT = Features()
@@ -144,14 +142,11 @@ class _Ledger:
         setup, held = self._setup, self._step.with_gradient
         shares = self._shares()
         if setup.stage == 3:
-            lean = self._features is not None and self._features.lean_stage3_gradients
-            flat = (self._sum(held, shares) if lean else sum(shares)) * setup.accumulation_bytes
+            flat = self._sum(held, shares)
             if not self._on_host:
-                return [("accelerator", "gradients", flat)]
-            if setup.offload_optimizer == "nvme":
-                return [("host", "gradients", flat)]
-            stepped = sum(shares) if self._features is None else self._sum(held, shares)
-            return [("host", "gradients", flat + stepped * MASTER_BYTES)]
+                return [("accelerator", "gradients", flat * setup.accumulation_bytes)]
+            stepped = 0 if setup.offload_optimizer == "nvme" else MASTER_BYTES
+            return [("host", "gradients", flat * (setup.accumulation_bytes + stepped))]
         if setup.keeps_fp32_partitions:
             on_accelerator = self._sum(held, shares) * setup.accumulation_bytes
         elif self._on_host:
@@ -204,19 +199,20 @@ class _Ledger:
     def _staging(self) -> list[tuple[str, str, Fraction | int]]:
         setup, step = self._setup, self._step
         reduced_numel = self._sum(step.reduced, [partition.group_numel for partition in self._partitions])
-        reduced = [p for p, block in zip(self._partitions, self._blocks, strict=True) if step.reduced[block]]
-        largest = max(partition.largest_numel for partition in reduced)
-        on_accelerator = self._buckets(reduced_numel) + largest * self._item  # the one gradient that backward is at
-        on_host: Fraction | int = 0
+        largest = max(partition.largest_numel for partition in self._partitions)
+        unreduced = Fraction(largest * self._item)  # the one gradient that backward is at, at most
         if setup.stage == 1 and not setup.overlap_comm:  # reduced once backward has ended; until then all are whole
             width = setup.accumulation_bytes if setup.keeps_fp32_partitions else self._item
-            on_accelerator += reduced_numel * width - largest * self._item
+            unreduced = max(unreduced, reduced_numel * width)
+        on_accelerator = self._buckets(reduced_numel) + unreduced
+        on_host: Fraction | int = 0
         if self._on_host and setup.stage < 3:
-            largest_of_all = max(partition.largest_numel for partition in self._partitions)
-            on_accelerator += largest_of_all * self._item  # temp_grad_buffer_for_gpu_offload
+            on_accelerator += largest * self._item  # temp_grad_buffer_for_gpu_offload
+            if self._item != MASTER_BYTES:
+                on_accelerator += largest * MASTER_BYTES  # the one gradient again, in fp32, before it goes to the host
             lean = self._features is not None and self._features.lean_host_staging
             staged = self._sum(step.selected, self._shares()) if lean else sum(self._shares())
-            on_host = staged * self._item + largest_of_all * self._item
+            on_host = (staged + largest) * self._item
         if setup.stage == 3:
             every = [n for group in [*self._groups, self._frozen] for n in group]
             gathered = min(sum(every), setup.max_live_numel + max(every))
@@ -233,7 +229,7 @@ class _Ledger:
         if not (setup.contiguous_gradients or self._on_host):
             return Fraction(0)
         numel = Fraction(setup.reduce_bucket_numel)
-        if self._features is not None and setup.stage < 3:
+        if self._features is not None:
             if setup.stage == 2 and setup.ranks == 1:
                 return Fraction(0)  # nobody to reduce with: stage12.py, [Note: One rank]
             numel = min(numel, reduced_numel)

@@ -18,7 +18,8 @@ class Partition:
         flat_numel: elements of the group's flat buffer on all ranks together, padding included.
         numel: elements of this rank's share, padding included; equal on all ranks.
         covered_numel: those of them that are a parameter's.
-        whole_numel: elements of all parameters of which at least one lies in this share.
+        whole_numel: elements of all parameters of which at least one lies in this share; with stage 3 of their
+            shares, padding included.
         group_numel: elements of the group's parameters.
         largest_numel: elements of the group's largest parameter.
     """
@@ -71,12 +72,12 @@ def flat_partition(
 def parameter_partition(numels: Sequence[int], ranks: int, rank: int) -> Partition:
     """Stage 3: every parameter is padded to a multiple of the ranks and cut by itself."""
     shares = [math.ceil(numel / ranks) for numel in numels]
-    covered = sum(max(0, min(share, numel - rank * share)) for share, numel in zip(shares, numels, strict=True))
+    covered = [max(0, min(share, numel - rank * share)) for share, numel in zip(shares, numels, strict=True)]
     return Partition(
         flat_numel=sum(shares) * ranks,
         numel=sum(shares),
-        covered_numel=covered,
-        whole_numel=sum(shares),
+        covered_numel=sum(covered),
+        whole_numel=sum(share for share, here in zip(shares, covered, strict=True) if here),
         group_numel=sum(numels),
         largest_numel=max(numels, default=0),
     )

@@ -57,24 +57,33 @@ def _traffic(
     covered = [p.covered_numel for p in partitions]
     h2d, d2h, nvme = Fraction(0), Fraction(0), Fraction(0)
     width = setup.accumulation_bytes if setup.stage == 1 and setup.keeps_fp32_partitions else item
-    reduced = total(step.reduced, [p.group_numel for p in partitions]) * width
+    sent = [p.flat_numel if setup.stage == 3 else p.group_numel for p in partitions]
+    reduced = total(step.reduced, sent) * width
     if setup.stage > 1:
         reduced *= micro_steps
     if setup.stage < 3:
         gathered = total(step.selected, [p.flat_numel for p in partitions]) * item
     else:
-        # Forward gathers every parameter, backward those that it gets down to.
+        # Forward gathers every parameter, backward those that it gets down to; those kept whole follow an update.
         kept = [sum(n for n in group if n > setup.persistence_threshold_numel) for group in groups]
         frozen_numel = sum(n for n in frozen if n > setup.persistence_threshold_numel)
         gathered = (sum(kept) + total(step.in_backward, kept) + 2 * frozen_numel) * item * micro_steps
+        small = [tuple(n for n in group if n <= setup.persistence_threshold_numel) for group in groups]
+        gathered += total(step.selected, [p.flat_numel for p in partitions_of(small, setup, rank)]) * item
         if setup.offload_param != "none":
             h2d += gathered / setup.ranks
         if setup.offload_param == "nvme":
             nvme += gathered / setup.ranks
-    if stepping == "host":
-        d2h += total(step.reduced, covered) * MASTER_BYTES
+    if stepping == "host" and setup.stage == 3:
+        # Each micro-step's sum goes to the host and comes back; the last goes there once more, in fp32.
+        sums = total(step.reduced, [p.whole_numel for p in partitions])
+        d2h += sums * (micro_steps * setup.accumulation_bytes + MASTER_BYTES)
+        h2d += sums * micro_steps * setup.accumulation_bytes
         if setup.offload_param == "none":
             h2d += total(step.selected, numels) * item
+    elif stepping == "host":
+        d2h += total(step.reduced, covered) * MASTER_BYTES
+        h2d += total(step.selected, numels) * item
         if setup.stage == 2 and micro_steps > 1 and not setup.keeps_fp32_partitions:
             whole = total(step.reduced, [p.whole_numel for p in partitions]) * item
             d2h += micro_steps * whole

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ALL, Case, build, case_id, ds_config, finish, param_groups, run_steps, tiny_model
+from support import ALL, Case, build, case_id, ds_config, param_groups, run_steps, tiny_model
 from workers import Workers
 
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
@@ -40,7 +40,7 @@ VISITING = [
 ]
 PLAIN = [
     Case(model=model, stage=stage, offload=offload, dtype="bf16", steps=2, section=None)
-    for model, stage, offload in product(("llama", "net"), (1, 2), ("none", "cpu"))
+    for model, stage, offload in product(("llama", "net"), (1, 2, 3), ("none", "cpu"))
 ]
 
 
@@ -51,20 +51,32 @@ def measure(case: Case) -> dict[str, Any]:
         model = tiny_model(case)
         arguments = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     engine = build(case, **arguments)
-    return finish(engine, run_steps(engine, case, observe=_held))
+    result = run_steps(engine, case, observe=_held)
+    if case.section is not None:
+        result["history"] = [(record.step, record.phase, record.blocks) for record in engine.selection.history]
+    engine.destroy()
+    return result
 
 
 def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
     from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
 
     zero = engine.optimizer
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     if event == "backward" and engine.is_gradient_accumulation_boundary():
-        # Called as a function: plain DeepSpeed's optimizer is measured in the same way.
-        on_accelerator, on_host = SelectiveZeroOptimizer.held_gradient_bytes(zero)
+        if hasattr(zero, "held_gradient_bytes"):
+            on_accelerator, on_host = zero.held_gradient_bytes()
+        elif stage3:
+            flat = zero.grad_partitions_flat_buffer.nbytes
+            fp32 = sum(p.grad.nbytes for p in zero.fp32_partitioned_groups_flat if p.grad is not None)
+            on_accelerator, on_host = (0, flat + fp32) if zero.offload_optimizer else (flat, 0)
+        else:  # called as a function, so that plain DeepSpeed's optimizer is measured in the same way
+            on_accelerator, on_host = SelectiveZeroOptimizer.held_gradient_bytes(zero)
         return {"accelerator": on_accelerator, "host": on_host}
     if event == "step":
+        masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
         seen = {
-            "masters": sum(p.numel() * p.element_size() for p in zero.single_partition_of_fp32_groups),
+            "masters": sum(master.nbytes for master in masters),
             "states": SelectiveZeroOptimizer.state_bytes(zero),
         }
         if hasattr(engine, "selection"):

@@ -107,12 +107,12 @@ def test_a_visit_to_the_accelerator_brings_twelve_bytes_an_element():
     assert held.host.master_weights == 20 * 4
     assert held.host.states == 10 * 8
     # One gradient, and the rest of a budget of the selection and the two largest blocks.
-    assert held.accelerator.staging == 6 * 2 + (20 - 6) * 12
+    assert held.accelerator.staging == 10 * 2 + (20 - 6) * 12
     tight = selective_memory(model, Setup(state_budget_bytes=100), "accelerator", step)
-    assert tight.accelerator.staging == 6 * 2 + 100 - 6 * 12
+    assert tight.accelerator.staging == 10 * 2 + 100 - 6 * 12
     kept = selective_memory(model, Setup(keep_master="accelerator"), "accelerator", step)
     assert (kept.accelerator.master_weights, kept.host.master_weights) == (20 * 4, 0)
-    assert kept.accelerator.staging == 6 * 2 + (20 - 6) * 8
+    assert kept.accelerator.staging == 10 * 2 + (20 - 6) * 8
 
 
 def test_what_is_larger_than_the_budget_passes_through_it():
@@ -159,10 +159,11 @@ def test_stage_3_selective_by_hand():
     model = model_of((5,), (3,))
     step = exact_step("exploit", 2, selected=[1], active=[0, 1], updated=[1])
     held = selective_memory(model, STAGE3, "resident", step)
-    assert held.accelerator.gradients == 5 * 2  # DeepSpeed's one flat buffer
+    assert held.accelerator.gradients == 2 * 2
     assert held.accelerator.states == 2 * 8
-    lean = selective_memory(model, STAGE3, "resident", step, features=Features(lean_stage3_gradients=True))
-    assert lean.accelerator.gradients == 2 * 2
+    offloaded = selective_memory(model, STAGE3.but(offload_optimizer="cpu"), "host", step)
+    assert offloaded.host.gradients == 2 * (2 + 4)
+    assert selective_memory(model, STAGE3.but(offload_optimizer="nvme"), "host", step).host.gradients == 2 * 2
 
 
 # ------------------------------------------------------------------- expected, worst
@@ -215,12 +216,16 @@ def test_traffic_of_stage_3_by_hand():
     step = exact_step("exploit", 3, selected=[1], active=[0, 1, 2], updated=[1])
     moved = selective_traffic(model, STAGE3, "resident", step)
     assert moved.gathered == (9 + 4) * 2  # forward; backward ends at block 1
-    assert moved.reduced == 3 * 2
+    assert moved.reduced == 4 * 2
+    kept = selective_traffic(model, STAGE3.but(persistence_threshold_numel=4), "resident", step)
+    assert kept.gathered == (5 + 0) * 2 + 4 * 2  # small parameters are gathered when they have been updated
+    offloaded = selective_traffic(model, STAGE3.but(offload_optimizer="cpu", accumulation_steps=2), "host", step)
+    assert (offloaded.d2h, offloaded.h2d) == (2 * (2 * 2 + 4), 2 * 2 * 2 + 2 * 2)
     swapped = selective_traffic(model, STAGE3.but(offload_optimizer="nvme"), "host", step)
     assert swapped.nvme_read == swapped.nvme_write == 2 * 12
     full = full_traffic([(9,)], (), STAGE3.but(ranks=1, offload_optimizer="cpu", offload_param="cpu"))
     assert (full.gathered, full.reduced) == (0, 0)
-    assert (full.h2d, full.d2h) == (2 * 9 * 2, 9 * 4)
+    assert (full.h2d, full.d2h) == (2 * 9 * 2 + 9 * 2, 9 * (2 + 4))
 
 
 # ------------------------------------------------------------------ models and setups
