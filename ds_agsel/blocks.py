@@ -53,7 +53,8 @@ def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None 
     """The model's blocks in order: every trainable parameter is in exactly one, frozen ones are in none.
 
     A parameter with several names (a tied head) counts once, under its first. Blocks without trainable
-    parameters are left out. Works on any device, meta included. [Note: how blocks are found] has the rule.
+    parameters are left out. Works on any device, meta included, and where ZeRO-3 has partitioned the parameters.
+    [Note: how blocks are found] has the rule.
 
     Args:
         overrides: block name -> regular expressions that match whole parameter names; replaces the rule.
@@ -61,7 +62,7 @@ def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None 
     Raises BlockError where nothing is trainable or repeated, and where overrides leave a trainable parameter
     in no block or put it in two.
     """
-    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and p.numel() > 0}
+    trainable = {name: numel(p) for name, p in model.named_parameters() if p.requires_grad and numel(p) > 0}
     if not trainable:
         raise BlockError(
             f"{type(model).__name__} has no trainable parameters. Set requires_grad=True on what is to be"
@@ -75,6 +76,11 @@ def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None 
         if parameters:
             blocks.append(Block(len(blocks), block, parameters, sum(trainable[name] for name in parameters)))
     return tuple(blocks)
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 (zero.Init) has left an empty tensor in its place."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:

@@ -157,8 +157,8 @@ def _what_is_missing(args: TrainingArguments) -> str:
     if not hasattr(deepspeed.initialize, "__wrapped__"):
         return start + "ds_agsel.install() was not called. Call it before Trainer.train()."
     return start + (
-        "The Trainer's optimizer is not DeepSpeed's ZeRO optimizer. Set zero_optimization.stage to 1 or 2, and leave "
-        "use_cpu to DS_ACCELERATOR=cpu."
+        "The Trainer's optimizer is not DeepSpeed's ZeRO optimizer. Set zero_optimization.stage to 1, 2 or 3, and "
+        "leave use_cpu to DS_ACCELERATOR=cpu."
     )
 
 

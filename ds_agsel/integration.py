@@ -6,15 +6,17 @@ import copy
 import inspect
 import logging
 import math
+import os
 from collections.abc import Mapping, Sized
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel import callers, installation, policies
+from ds_agsel import agreement, callers, installation, policies
 from ds_agsel.blocks import Block, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
 from ds_agsel.errors import ConfigError
@@ -43,18 +45,23 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     Raises ConfigError, before DeepSpeed does anything, for what can't work.
     """
     with installation.stock_initialize():
+        number = agreement.next_call()
         call = _SIGNATURE.bind(*args, **kwargs)
         ds_config = _read_config(call.arguments)
-        section = None if ds_config is None else find_section(ds_config)
-        if ds_config is None or section is None:
-            return deepspeed.initialize(*args, **kwargs)
-        config = parse_section(section)
-        if not config.enabled:
+        try:
+            section = None if ds_config is None else find_section(ds_config)
+            config = None if section is None else parse_section(section)
+        except ConfigError as error:
+            _tell_other_ranks(number, call.arguments, error)
+            raise
+        if ds_config is None or config is None or not config.enabled:
+            agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
         if call.arguments.get("optimizer") is None and not ds_config.get("optimizer"):
             logger.warning("adagrad_select: this engine was given no optimizer, so it can only evaluate.")
+            agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
-        return _initialize_selective(call.arguments, ds_config, config)
+        return _initialize_selective(number, call.arguments, ds_config, config)
 
 
 def _read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -70,8 +77,63 @@ def _read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _initialize_selective(
-    arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
+    number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
 ) -> tuple[Any, Any, Any, Any]:
+    try:
+        prepared = _prepare(arguments, ds_config, config)
+    except ConfigError as error:
+        _tell_other_ranks(number, arguments, error)
+        raise
+    blocks, named = prepared.blocks, prepared.named
+    user_optimizer, split = prepared.user_optimizer, prepared.split
+    _init_distributed(arguments)
+    agreement.require(
+        number,
+        agreement.parts(
+            ds_config,
+            config,
+            arguments["model"],
+            [(block.name, block.parameter_names) for block in blocks],
+            split.groups,
+            prepared.steps_per_epoch,
+            deepspeed.__version__,
+        ),
+    )
+
+    choice = _step_device(ds_config, config, prepared)
+    changed = _split_arguments(arguments, user_optimizer, split)
+    changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
+    visits = choice is StepDevice.VISIT
+
+    with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
+        engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
+
+    selection = Selection(blocks, prepared.policy, prepared.lottery, config, named)
+    link = HyperparameterLink(prepared.user_groups, split.parents)
+    compat.swap_class(engine, SelectiveEngine)
+    engine.optimizer = restrict(optimizer, selection, split.blocks, link, states_visit=visits)
+    engine.selection = selection
+    if not compat.is_known():
+        known = ", ".join(compat.KNOWN_VERSIONS)
+        logger.warning("ds_agsel was tested with deepspeed %s, not yet with %s.", known, deepspeed.__version__)
+    return engine, engine.optimizer, dataloader, scheduler
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is made of the caller's arguments before DeepSpeed is called."""
+
+    blocks: tuple[Block, ...]
+    named: dict[str, torch.nn.Parameter]
+    user_optimizer: torch.optim.Optimizer | None
+    user_groups: list[ParamGroup]
+    split: SplitGroups
+    lottery: Lottery
+    steps_per_epoch: int | None
+    policy: policies.Policy
+
+
+def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig) -> _Prepared:
     model = arguments["model"]
     refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
     callers.warn_of_unseen_ranks()
@@ -87,36 +149,26 @@ def _initialize_selective(
     if not split.groups:
         raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
     lottery = _lottery(blocks, split, config)
-    policy = _policy(blocks, lottery, config, arguments.get("training_data"), ds_config)
-    choice, reason = step_device.decide(
-        config.step_device,
-        step_device.situation(
-            ds_config,
-            config,
-            blocks,
-            lottery.drawn + lottery.always,
-            policy.max_selected + len(lottery.always),
-            _num_ranks(),
-            user_optimizer is not None,
-        ),
+    steps = (
+        config.steps_per_epoch
+        or _steps_per_epoch(arguments.get("training_data"), ds_config)
+        or callers.steps_per_epoch(ds_config)
     )
-    step_device.report(choice, reason)
-    changed = _split_arguments(arguments, user_optimizer, split)
-    changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
-    visits = choice is StepDevice.VISIT
+    policy = _policy(blocks, lottery, config, steps)
+    return _Prepared(blocks, named, user_optimizer, user_groups, split, lottery, steps, policy)
 
-    with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
-        engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
 
-    selection = Selection(blocks, policy, lottery, config, named)
-    link = HyperparameterLink(user_groups, split.parents)
-    compat.swap_class(engine, SelectiveEngine)
-    engine.optimizer = restrict(optimizer, selection, split.blocks, link, states_visit=visits)
-    engine.selection = selection
-    if not compat.is_known():
-        known = ", ".join(compat.KNOWN_VERSIONS)
-        logger.warning("ds_agsel was tested with deepspeed %s, not yet with %s.", known, deepspeed.__version__)
-    return engine, engine.optimizer, dataloader, scheduler
+def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigError) -> None:
+    """Let the other ranks raise what this one is about to."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _init_distributed(arguments)
+    agreement.require(number, {}, failure=str(error))
+
+
+def _init_distributed(arguments: Mapping[str, Any]) -> None:
+    """As `deepspeed.initialize` will (deepspeed/__init__.py:501); nothing where it is done already."""
+    given = {name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments}
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **given)
 
 
 def _user_optimizer(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torch.optim.Optimizer | None:
@@ -157,6 +209,24 @@ def _split_arguments(
     return changed
 
 
+def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared: _Prepared) -> StepDevice:
+    """Where AdamW runs, logged with the reason. Collective, where it hangs on the memory of all ranks."""
+    lottery = prepared.lottery
+    choice, reason = step_device.decide(
+        config.step_device,
+        step_device.situation(
+            ds_config,
+            config,
+            prepared.blocks,
+            lottery.drawn + lottery.always,
+            prepared.policy.max_selected + len(lottery.always),
+            prepared.user_optimizer is not None,
+        ),
+    )
+    step_device.report(choice, reason)
+    return choice
+
+
 def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
     """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
     zero = ds_config["zero_optimization"]
@@ -178,11 +248,6 @@ def _with_ds_config(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) 
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
         args.deepspeed_config = None
     return {"args": args, "config": dict(ds_config), "config_params": None}
-
-
-def _num_ranks() -> int:
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-    return int(deepspeed.comm.get_world_size())
 
 
 def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> torch.optim.Optimizer:
@@ -227,8 +292,7 @@ def _policy(
     blocks: tuple[Block, ...],
     lottery: Lottery,
     config: SelectionConfig,
-    training_data: Any,
-    ds_config: Mapping[str, Any],
+    steps_per_epoch: int | None,
 ) -> policies.Policy:
     num_drawn = len(lottery.drawn)
     return policies.create(
@@ -237,9 +301,7 @@ def _policy(
             num_blocks=num_drawn,
             num_selected=policies.num_selected(config.select_percent, num_drawn),
             block_names=tuple(blocks[index].name for index in lottery.drawn),
-            steps_per_epoch=config.steps_per_epoch
-            or _steps_per_epoch(training_data, ds_config)
-            or callers.steps_per_epoch(ds_config),
+            steps_per_epoch=steps_per_epoch,
         )
     )
 
@@ -253,7 +315,8 @@ def _steps_per_epoch(training_data: Any, ds_config: Mapping[str, Any]) -> int | 
         micro = ds_config.get("train_micro_batch_size_per_gpu")
         if micro is None:
             return None
-        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * _num_ranks()
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * deepspeed.comm.get_world_size()
     return max(1, math.ceil(len(training_data) / batch))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_agsel.blocks import numel
 from ds_agsel.errors import ConfigError
 
 ParamGroup = dict[str, Any]
@@ -50,7 +51,7 @@ def split_param_groups(
     for parent, group in enumerate(param_groups):
         by_block: dict[int, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            if not parameter.requires_grad or parameter.numel() == 0:
+            if not parameter.requires_grad or numel(parameter) == 0:
                 continue
             if parameter not in block_of:
                 raise ConfigError(

@@ -219,7 +219,8 @@ def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:
 
 def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> float:
     """One micro-step up to and including backward; its loss."""
-    loss = engine(**batch(case, step, micro_step, torch.distributed.get_rank())).loss
+    data = batch(case, step, micro_step, torch.distributed.get_rank())
+    loss = engine(**{name: tensor.to(engine.device) for name, tensor in data.items()}).loss
     engine.backward(loss)
     return loss.item()
 
@@ -278,16 +279,38 @@ def train_all(cases: Sequence[Case], observe: Callable[[str, Any, int], Any] | N
     return [train(case, observe) for case in cases]
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy that nothing changes."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def weights(engine: Any) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    return {name: on_host(whole(parameter)) for name, parameter in engine.module.named_parameters()}
+
+
+def whole(parameter: Any) -> Tensor:
+    """The model weight; with stage 3 put together from all ranks' partitions, which a gathered copy must equal."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    local = parameter.ds_tensor.detach().flatten()
+    parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, local)
+    full = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE and not torch.equal(parameter.data, full):
+        raise AssertionError(f"{parameter.ds_summary()} is gathered, and not what its partitions are")
+    return full
 
 
 def partitions(engine: Any) -> list[dict[str, Any]]:
     """This rank's raw ZeRO partition of each param group, with the group's parameters in the order they lie in it.
 
-    A group without Adam state answers as one that was never updated: zeros, step 0.
+    With stage 3 of each parameter. A group without Adam state answers as one that was never updated: zeros, step 0.
     """
     zero = engine.optimizer
+    if hasattr(zero, "fp16_groups"):
+        return stage3_partitions(zero)
     getattr(zero, "bring_states_home", lambda: None)()  # where they visit the accelerator
     found = []
     for members, master in zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
@@ -295,12 +318,32 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
         found.append(
             {
                 "shapes": {zero.param_names[parameter]: parameter.shape for parameter in members},
-                "masters": master.detach().clone(),
-                "exp_avg": state["exp_avg"].clone() if "exp_avg" in state else torch.zeros_like(master),
-                "exp_avg_sq": state["exp_avg_sq"].clone() if "exp_avg_sq" in state else torch.zeros_like(master),
+                "masters": on_host(master),
+                "exp_avg": on_host(state.get("exp_avg", torch.zeros_like(master))),
+                "exp_avg_sq": on_host(state.get("exp_avg_sq", torch.zeros_like(master))),
                 "step": int(state.get("step", 0)),
             }
         )
+    return found
+
+
+def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
+    found = []
+    for sub_group, members in enumerate(zero.fp16_groups):
+        master = zero.fp32_partitioned_groups_flat[sub_group]
+        swapped = zero._swappable_optimizer_subgroup(sub_group)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(sub_group)
+        state = zero.optimizer.state.get(master, {})
+        for parameter in members:
+            _, start, numel = zero.grad_position[zero.get_param_id(parameter)]
+            held = {"masters": master} | {key: state.get(key, torch.zeros_like(master)) for key in STATES[1:]}
+            found.append(
+                {"shapes": {zero.param_names[parameter]: parameter.ds_shape}, "step": int(state.get("step", 0))}
+                | {kind: tensor.detach().narrow(0, start, numel).clone() for kind, tensor in held.items()}
+            )
+        if swapped:
+            zero._release_swap_buffers(sub_group)
     return found
 
 
@@ -384,7 +427,7 @@ def reference_run(
         schedule=schedule,
     )
     reference = Reference(
-        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage == 2
+        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2
     )
     states = [reference_state(reference)]
     for step in range(case.steps):

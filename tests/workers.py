@@ -42,10 +42,12 @@ def _free_port() -> int:
 
 
 class Workers:
-    """``world_size`` gloo processes, started when first used."""
+    """``world_size`` processes over gloo, started when first used; ``simulated`` ones have the accelerator of
+    tests/simulator, whose seed and budget a job sets by `simulator.simulated`."""
 
-    def __init__(self, world_size: int, directory: Path):
+    def __init__(self, world_size: int, directory: Path, simulated: bool = False):
         self.world_size = world_size
+        self.simulated = simulated
         self._directory = directory
         self._processes: list[subprocess.Popen] = []
         self._connections: list[Connection] = []
@@ -75,7 +77,8 @@ class Workers:
         self._processes, self._connections = [], []
 
     def _logs(self) -> list[Path]:
-        return [self._directory / f"world{self.world_size}_rank{rank}.log" for rank in range(self.world_size)]
+        kind = "simulated" if self.simulated else "world"
+        return [self._directory / f"{kind}{self.world_size}_rank{rank}.log" for rank in range(self.world_size)]
 
     def _start(self) -> None:
         port = _free_port()
@@ -96,7 +99,7 @@ class Workers:
                 "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             }
             with log.open("ab") as output:
-                command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid())]
+                command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid()), str(int(self.simulated))]
                 process = subprocess.Popen(
                     command,
                     env=environment,
@@ -151,7 +154,7 @@ def _die_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)  # compilers too
 
 
-def _serve(connection: Connection, parent: int) -> None:
+def _serve(connection: Connection, parent: int, is_simulated: bool) -> None:
     """Be one rank: run jobs until the test session goes away."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
@@ -166,7 +169,11 @@ def _serve(connection: Connection, parent: int) -> None:
     torch.set_num_threads(1)
     CPUAdamBuilder().load()
     FusedAdamBuilder().load()
-    deepspeed.init_distributed("gloo")
+    if is_simulated:
+        from simulator import simulated
+
+        simulated()
+    deepspeed.init_distributed("simccl" if is_simulated else "gloo")
     connection.send_bytes(pickle.dumps((True, None)))
     while True:
         try:
@@ -186,4 +193,4 @@ def _serve(connection: Connection, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3] == "1")

@@ -9,7 +9,17 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.selective import SelectiveStep
+from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+
+
+def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:
+    """The restricted class for DeepSpeed's ``optimizer``."""
+    match optimizer:
+        case compat.DeepSpeedZeroOptimizer_Stage3():
+            return SelectiveZero3Optimizer
+        case _:
+            return SelectiveZeroOptimizer
 
 
 def restrict(
@@ -25,13 +35,15 @@ def restrict(
     on and visit the accelerator. Raises ConfigError where the installed DeepSpeed, or the
     groups it made, are not the ones this was written for.
     """
-    adapter = SelectiveZeroOptimizer
     compat.require_known_deepspeed(optimizer)
     if len(optimizer.optimizer.param_groups) != len(block_of_group):
         raise ConfigError(
             f"DeepSpeed made {len(optimizer.optimizer.param_groups)} param groups of the {len(block_of_group)} it was "
             "given, one per block and hyperparameter set. Give it no param group that it drops or merges."
         )
-    compat.swap_class(optimizer, adapter)
-    optimizer.attach(selection, block_of_group, link, states_visit)
+    compat.swap_class(optimizer, adapter_for(optimizer))
+    if states_visit:
+        optimizer.attach(selection, block_of_group, link, states_visit=True)
+    else:
+        optimizer.attach(selection, block_of_group, link)
     return optimizer

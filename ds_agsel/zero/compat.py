@@ -1,7 +1,7 @@
 """The one place that touches what DeepSpeed does not document, with the versions it is known to work on.
 
-`stage12.py` overrides public-looking methods of `DeepSpeedZeroOptimizer`; what those methods read and write
-is listed here, so that a release that moved something is met by `require_known_deepspeed` with a sentence
+`stage12.py` and `stage3.py` override public-looking methods of DeepSpeed's ZeRO optimizers; what those methods read
+and write is listed here, so that a release that moved something is met by `require_known_deepspeed` with a sentence
 instead of by wrong numbers.
 """
 
@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
@@ -106,16 +111,92 @@ METHODS = (
 )
 
 
-def require_known_deepspeed(optimizer: DeepSpeedZeroOptimizer) -> None:
+
+# What a ZeRO-3 optimizer keeps per sub-group (stage3.py, _create_fp16_partitions_with_defragmentation and
+# _create_fp32_partitions): lists indexed by sub-group, dicts keyed by it.
+SUB_GROUP_LISTS = (
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp16_partitioned_groups_flat_numel",
+    "fp16_partitioned_groups_flat_id",
+    "fp32_partitioned_groups_flat",
+    "groups_padding",
+    "sub_group_process_groups",
+    "sub_group_partition_counts",
+)
+SUB_GROUP_DICTS = ("averaged_gradients", "sub_group_to_group_id")
+STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
+STAGE3_ATTRIBUTES = (
+    "next_swappable_fp32_partitioned_groups",
+    "grad_position",
+    "micro_step_id",
+    "ipg_buckets",
+    "reduce_bucket_size",
+    "communication_data_type",
+    "gradient_accumulation_dtype",
+    "master_weights_and_grads_dtype",
+    "grad_partitions_flat_buffer",
+    "persistent_parameters",
+    "offload_optimizer",
+    "offload_optimizer_pin_memory",
+    "offload_param",
+    "swap_optimizer",
+    "parameter_offload",
+    "dp_process_group",
+    f"{STAGE3_PRIVATE}param_id_to_grad_partition",
+)
+STAGE3_OFFLOAD_ATTRIBUTES = ("subgroup_to_device", "norm_for_param_grads")
+STAGE3_METHODS = (
+    "reduce_ready_partitions_and_remove_grads",
+    "partition_grads",
+    "independent_gradient_partition_epilogue",
+    "has_overflow",
+    "step",
+    "_get_norm_groups",
+    "_prepare_sub_group",
+    "_optimizer_step",
+    "_optimizer_states_and_gradient_swap_in",
+    "_optimizer_states_and_gradient_swap_out",
+    "_offload_grad_partition_at_boundary",
+    "_swap_out_offload_fp32_gradients",
+    "_swappable_optimizer_subgroup",
+    "_reassign_or_swap_out_partitioned_parameters",
+    "_release_sub_group",
+    "_get_param_partition_rank",
+    "_get_param_partition_world_size",
+    "_partition_all_parameters",
+    "get_full_hp_param",
+    "set_full_hp_param",
+    "get_fp32_grad_for_param",
+    "set_fp32_grad_for_param",
+    "get_local_fp32_param",
+    "set_local_hp_param",
+    "get_local_fp32_grad_for_param",
+    "set_local_grad_for_param",
+    "update_fp32_grad_for_param_vectorized",
+    "get_hp_param_device",
+    f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads",
+)
+
+
+def require_known_deepspeed(optimizer: ZeROOptimizer) -> None:
     """Raise ConfigError unless ``optimizer`` has all that this package relies on."""
-    missing = [name for name in METHODS if not hasattr(DeepSpeedZeroOptimizer, name)]
-    attributes: tuple[str, ...] = GROUP_LISTS + GROUP_DICTS + OTHER_ATTRIBUTES
-    if getattr(optimizer, "cpu_offload", False):
-        attributes += OFFLOAD_GROUP_LISTS + OFFLOAD_ATTRIBUTES
+    methods: tuple[str, ...]
+    attributes: tuple[str, ...]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        stage, methods, attributes = "3", STAGE3_METHODS, SUB_GROUP_LISTS + SUB_GROUP_DICTS + STAGE3_ATTRIBUTES
+        if getattr(optimizer, "offload_optimizer", False):
+            attributes += STAGE3_OFFLOAD_ATTRIBUTES
+    else:
+        stage, methods, attributes = "1/2", METHODS, GROUP_LISTS + GROUP_DICTS + OTHER_ATTRIBUTES
+        if getattr(optimizer, "cpu_offload", False):
+            attributes += OFFLOAD_GROUP_LISTS + OFFLOAD_ATTRIBUTES
+    missing = [name for name in methods if not hasattr(type(optimizer), name)]
     missing += [name for name in attributes if not hasattr(optimizer, name)]
     if missing:
         raise ConfigError(
-            f"deepspeed=={deepspeed.__version__} has no {', '.join(missing)} in its ZeRO-1/2 optimizer, which "
+            f"deepspeed=={deepspeed.__version__} has no {', '.join(missing)} in its ZeRO-{stage} optimizer, which "
             f"ds_agsel relies on. Known to work: {', '.join(KNOWN_VERSIONS)}; "
             f"install one of them: pip install 'deepspeed=={KNOWN_VERSIONS[-1]}'."
         )
@@ -161,6 +242,67 @@ def only_groups(optimizer: DeepSpeedZeroOptimizer, indices: Sequence[int]) -> It
 
 
 @contextmanager
+def only_sub_groups(optimizer: DeepSpeedZeroOptimizer_Stage3, indices: Sequence[int]) -> Iterator[None]:
+    """`only_groups` for ZeRO-3: inside, sub-group i is what was sub-group ``indices[i]``. Param groups stay.
+
+    Of sub-groups that are swapped, each knows the next one shown: DeepSpeed reads that one's states ahead.
+    """
+    lists = {name: getattr(optimizer, name) for name in SUB_GROUP_LISTS}
+    names = SUB_GROUP_DICTS + (("subgroup_to_device",) if optimizer.offload_optimizer else ())
+    dicts = {name: getattr(optimizer, name) for name in names}
+    for name, values in lists.items():
+        setattr(optimizer, name, [values[index] for index in indices])
+    for name, by_group in dicts.items():
+        setattr(optimizer, name, {new: by_group[old] for new, old in enumerate(indices) if old in by_group})
+    next_swappable = optimizer.next_swappable_fp32_partitioned_groups
+    optimizer.next_swappable_fp32_partitioned_groups = []
+    optimizer._create_next_swappable_fp32_groups()
+    try:
+        yield
+    finally:
+        optimizer.next_swappable_fp32_partitioned_groups = next_swappable
+        for name, by_group in dicts.items():
+            shown = getattr(optimizer, name)
+            for new, old in enumerate(indices):
+                if new in shown:
+                    by_group[old] = shown[new]
+                else:
+                    by_group.pop(old, None)
+            setattr(optimizer, name, by_group)
+        for name, values in lists.items():
+            setattr(optimizer, name, values)
+
+
+def gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> dict[int, torch.Tensor]:
+    """By parameter's ``ds_id``: where its reduced gradient is accumulated, a slice of a flat buffer."""
+    return getattr(optimizer, f"{STAGE3_PRIVATE}param_id_to_grad_partition")
+
+
+def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Reduce what waits in ZeRO-3's buckets and give each rank its partition. Collective."""
+    for dtype in sort_dtypes(optimizer.ipg_buckets.keys()):
+        getattr(optimizer, f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads")(dtype)
+
+
+@contextmanager
+def left_gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """Inside, ZeRO-3 takes gathered ``parameters`` for partitioned, so that it neither frees nor gathers them."""
+    gathered = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.AVAILABLE]
+    for parameter in gathered:
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    try:
+        yield
+    finally:
+        for parameter in gathered:
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def is_gathered(parameter: Any) -> bool:
+    """Whether a ZeRO-3 parameter is whole on this rank now."""
+    return parameter.ds_status is ZeroParamStatus.AVAILABLE
+
+
+@contextmanager
 def attribute(target: Any, **values: Any) -> Iterator[None]:
     """Set attributes of ``target`` for the length of the block."""
     saved = {name: getattr(target, name) for name in values}
@@ -174,15 +316,34 @@ def attribute(target: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., None]) -> Iterator[None]:
+def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iterator[list[Path]]:
     """Inside, ``engine.save_checkpoint`` writes each file as ``attempt(write, *args)``: its checkpoint engine's
-    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530)."""
+    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530), beside the tag.
+    Gives the tag's files that this rank wrote, when they are written."""
     writer = engine.checkpoint_engine
+    written: list[Path] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        attempt(writer_save, state_dict, path)
+        written.append(Path(path))
+
+    writer_save = writer.save
     with (
-        attribute(writer, save=partial(attempt, writer.save)),
+        attribute(writer, save=save),
         attribute(engine, _copy_recovery_script=partial(attempt, engine._copy_recovery_script)),
     ):
-        yield
+        yield written
+
+
+def offloaded_files(engine: DeepSpeedEngine, folder: Path) -> list[Path]:
+    """What this rank has in ``folder`` of states that ZeRO-Infinity keeps on NVMe (engine.py:4940)."""
+    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+    return sorted((folder / "offloaded_tensors" / f"rank{dp_index_to_str(rank)}").rglob("*"))
+
+
+def deepspeed_version() -> str:
+    """The installed release."""
+    return deepspeed.__version__
 
 
 def zero_section_problems(section: Mapping[str, Any]) -> list[str]:
@@ -317,9 +478,10 @@ def swap_class(instance: Any, subclass: type) -> None:
     The way in that leaves DeepSpeed's long constructors to DeepSpeed (DEEPSPEED.md, "Ways in").
     """
     if type(instance) not in subclass.__mro__:
+        base = next(cls for cls in subclass.__mro__ if cls.__module__.startswith("deepspeed."))
         raise ConfigError(
             f"deepspeed=={deepspeed.__version__} made a {type(instance).__name__} where adagrad_select needs a "
-            f"{subclass.__bases__[-1].__name__}. Use ZeRO stage 1 or 2 with the plain DeepSpeed engine."
+            f"{base.__name__}. Use ZeRO stage 1, 2 or 3 with the plain DeepSpeed engine."
         )
     instance.__class__ = subclass
 
@@ -336,14 +498,19 @@ __all__ = [
     "DeepSpeedCPUAdam",
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
     "FusedAdam",
     "ZeROOptimizer",
     "adam_step",
     "attribute",
     "cpu_adam_op",
+    "deepspeed_version",
+    "gradient_partitions",
     "has_fused_adam",
     "is_coalescing",
+    "is_gathered",
     "is_known",
+    "left_gathered",
     "link_adam_state",
     "link_reordered_params",
     "load_ds_config",
@@ -352,7 +519,10 @@ __all__ = [
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
+    "offloaded_files",
     "only_groups",
+    "only_sub_groups",
+    "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",
     "swap_class",

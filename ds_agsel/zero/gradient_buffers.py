@@ -1,4 +1,4 @@
-"""The fp32 host gradients of ZeRO-Offload, held for the groups that this step needs and for no others."""
+"""Flat gradient buffers, held for the groups that this step needs and for no others."""
 
 from __future__ import annotations
 
@@ -53,3 +53,35 @@ class HostGradientBuffers:
     def held_bytes(self) -> int:
         """Bytes of the buffers held now, on this rank."""
         return sum(p.grad.numel() * p.grad.element_size() for p in self._partitions if p.grad is not None)
+
+
+class FlatGradients:
+    """A flat gradient buffer for each group that needs one, of the size of its partition; ZeRO-3's of either kind.
+
+    Stock ZeRO-3 keeps all of them for good (stage3.py:682 and 1456).
+    """
+
+    def __init__(self, numels: Sequence[int], dtype: torch.dtype, device: str, pin_memory: bool) -> None:
+        self._numels = numels
+        self._dtype = dtype
+        self._device = device
+        self._pin_memory = pin_memory
+        self.held: dict[int, torch.Tensor] = {}
+
+    def hold(self, groups: Iterable[int]) -> None:
+        """Make ``groups`` the ones in `held`. A new holder's buffer is zero; one that stays keeps what it has."""
+        wanted = set(groups)
+        free: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for group in self.held.keys() - wanted:
+            free[self._numels[group]].append(self.held.pop(group))
+        for group in sorted(wanted - self.held.keys()):
+            spare = free[self._numels[group]]
+            self.held[group] = spare.pop().zero_() if spare else self._allocate(self._numels[group])
+        if self._pin_memory:
+            for buffers in free.values():
+                for buffer in buffers:
+                    get_accelerator().unpin_memory(buffer)
+
+    def _allocate(self, numel: int) -> torch.Tensor:
+        buffer = torch.zeros(numel, dtype=self._dtype, device=self._device)
+        return get_accelerator().pin_memory(buffer) if self._pin_memory else buffer

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_agsel import processor
@@ -100,10 +101,13 @@ def situation(
     blocks: Sequence[Block],
     selectable: Sequence[int],
     max_selected: int,
-    ranks: int,
     optimizer_is_given: bool,
 ) -> Situation:
-    """What `decide` needs to know of this run, on this machine, now."""
+    """What `decide` needs to know of this run, on this machine, now; the memory is that of the rank with the least.
+
+    Collective.
+    """
+    ranks = dist.get_world_size()
     zero = ds_config.get("zero_optimization", {})
     half = any((ds_config.get(name) or {}).get("enabled") is True for name in ("bf16", "bfloat16", "fp16"))
     weight_bytes = 2 if half else 4
@@ -119,8 +123,17 @@ def situation(
         can_visit=zero.get("stage") in (1, 2),
         has_own_memory=own_memory,
         needed_bytes=needed,
-        available_bytes=int(accelerator.available_memory()) if own_memory else 0,
+        available_bytes=_least_available_bytes() if own_memory else 0,
     )
+
+
+def _least_available_bytes() -> int:
+    accelerator = get_accelerator()
+    device = accelerator.current_device_name()
+    available = torch.tensor(accelerator.available_memory(), dtype=torch.int64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(available, op=dist.ReduceOp.MIN)
+    return int(available.item())
 
 
 def report(choice: StepDevice, reason: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import ConfigError
 
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 ADAM_NAMES = ("adam", "adamw")
 
 
@@ -38,9 +38,9 @@ def unsupported(
     offload_device = str(offload.get("device", "none"))
 
     if stage not in STAGES:
-        hint = {0: "use 1, which keeps the same weights on each rank", 3: "3 is not supported yet; use 2"}
+        hint = {0: "use 1, which keeps the same weights on each rank"}
         problems.append(
-            f"zero_optimization.stage={stage} can't be used with adagrad_select. Stages 1 and 2 are allowed: "
+            f"zero_optimization.stage={stage} can't be used with adagrad_select. Stages 1, 2 and 3 are allowed: "
             f"{hint.get(stage, 'use one of them')}."
         )
     if zero.get("zenflow") is not None:
@@ -57,6 +57,12 @@ def unsupported(
         _refuse(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
             "Set it to 1.0",
+        )  # fmt: skip
+    if config.explore_on != "batch" and stage != 2:
+        _refuse(
+            f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={stage}",
+            "only ZeRO-2 reduces each micro-batch's gradients by themselves, and lets a block's go",
+            "Use stage 2, or explore_on='batch'",
         )  # fmt: skip
     if zero.get("elastic_checkpoint"):
         _refuse(

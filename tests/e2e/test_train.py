@@ -158,7 +158,7 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(tiny_model: Pat
     for name in ("model", "summary.json"):
         path = resumed / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (resumed / "checkpoints" / "step00000012" / "whole.json").unlink()
+    (resumed / "checkpoints" / "step00000012" / "manifest.json").unlink()
     second = train(tiny_model, resumed, ranks=2, resume=None, **options)
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
     assert "going on from" in second.stdout and "step00000006" in second.stdout
@@ -237,7 +237,7 @@ def test_sigterm_saves_and_leaves(tiny_model: Path, tmp_path: Path) -> None:
     assert "stopped by SIGTERM after" in log.read_text()
     assert "Traceback" not in log.read_text()
     [checkpoint] = [path for path in (output / "checkpoints").iterdir() if path.is_dir()]
-    assert (checkpoint / "whole.json").is_file()
+    assert (checkpoint / "manifest.json").is_file()
     assert int(checkpoint.name.removeprefix("step")) == len(lines_of(output / "selection.jsonl"))
     assert not (output / "model").exists()
 

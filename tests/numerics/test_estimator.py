@@ -26,6 +26,10 @@ CASES = [
       if (dtype == "bf16") ^ (accumulation == 2) ^ (stage == 1)),
     *(Case(model="net", stage=stage, offload=offload, dtype=dtype, steps=4, section=SHORT)
       for stage, offload, dtype in product((1, 2), ("none", "cpu"), ("fp32", "bf16"))),
+    *(Case(model="net", stage=3, offload=offload, dtype=dtype, accumulation=accumulation, steps=4, section=SHORT)
+      for offload, dtype, accumulation in product(("none", "cpu"), ("fp32", "bf16"), (1, 2))
+      if (dtype == "bf16") ^ (accumulation == 2)),
+    Case(stage=3, offload="cpu", steps=4, section=SHORT, zero={"sub_group_size": 100}),
     Case(model="net", decay_groups=True, steps=4, section={**SHORT, "never_select": ["layers.1"]}),
     Case(model="net", dtype="bf16", steps=4, section=SHORT, zero={"parameter_alignment": True}),
     Case(model="net", offload="cpu", steps=4, section=SHORT, zero={"round_robin_gradients": True}),

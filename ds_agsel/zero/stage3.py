@@ -1,0 +1,384 @@
+"""ZeRO-3, restricted to the sub-groups of the selected blocks.
+
+[Note: Sub-groups] Every param group belongs to one block; DeepSpeed cuts it into sub-groups of about `sub_group_size`
+elements, each with one flat fp32 partition that is a torch parameter with Adam state of its own. DeepSpeed's loops
+over sub-groups (the epilogue of backward, `step`) run inside `compat.only_sub_groups`: what is not shown is not
+prepared, swapped in, clipped, stepped, written back or swapped out.
+
+[Note: Gradient partitions] A parameter's partition, and with CPU offload its slice of the fp32 gradient, holds the
+numbers of an earlier step where this window brought it none; stock ZeRO-3 applies those and counts them in the norm
+(stage3.py:1456). Here a selected parameter without a gradient in the window has gradient 0: its moments decay and its
+weight decay applies, as in an expert that got no token. Buffers exist for the blocks that this step needs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ds_agsel.param_groups import HyperparameterLink
+from ds_agsel.selection import Selection
+from ds_agsel.zero import compat
+from ds_agsel.zero.gradient_buffers import FlatGradients
+from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
+
+ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 hangs on it: ds_id, ds_numel, ds_shape, ds_tensor, ...
+
+
+class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage3):
+    """A `DeepSpeedZeroOptimizer_Stage3` whose step updates the selected blocks. Made by `adapters.restrict`."""
+
+    reduce_bucket_size: int
+    grad_partitions_flat_buffer: Tensor
+
+    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
+        members = [(param, sub_group) for sub_group, params in enumerate(self.fp16_groups) for param in params]
+        self._number_of_param = {param.ds_id: number for number, (param, _) in enumerate(members)}
+        self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
+        self._attach(
+            selection, [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))], link
+        )
+        self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
+        self._stock_bucket_size = self.reduce_bucket_size
+        self._partitions = self._flat_gradients(self.gradient_accumulation_dtype)
+        if self.offload_optimizer:
+            self._fp32_gradients = self._flat_gradients(self.master_weights_and_grads_dtype)
+        self._free_stock_buffers()
+
+    def _flat_gradients(self, dtype: torch.dtype) -> FlatGradients:
+        device = str(getattr(self.device, "value", self.device))
+        return FlatGradients(
+            self.fp16_partitioned_groups_flat_numel, dtype, device, self.offload_optimizer_pin_memory
+        )
+
+    def _free_stock_buffers(self) -> None:
+        if self.offload_optimizer_pin_memory:
+            get_accelerator().unpin_memory(self.grad_partitions_flat_buffer)
+            for partition in self.fp32_partitioned_groups_flat:
+                if partition.grad is not None:
+                    get_accelerator().unpin_memory(partition.grad)
+        self.grad_partitions_flat_buffer = self.grad_partitions_flat_buffer.new_empty(0)
+        compat.gradient_partitions(self).clear()
+        for partition in self.fp32_partitioned_groups_flat:
+            partition.grad = None
+        for bucket in self.ipg_buckets.values():
+            bucket.buffer = None
+
+    def _sub_group_of(self, param: ZeroParameter) -> int:
+        return self._group_of_param[self._number_of_param[param.ds_id]]
+
+    def _is_active(self, param: ZeroParameter) -> bool:
+        return self._block_of_group[self._sub_group_of(param)] in self.selection.active_blocks
+
+    # ------------------------------------------------------------------ window
+
+    def open_window(self) -> None:
+        """Freeze and make room for the planned step. Before the first forward of an accumulation window; idempotent."""
+        if self.selection.window_is_open:
+            return
+        self.selection.open_window()
+        self._blocks_with_gradient.clear()
+        self._received.clear()
+        self._hold_gradient_buffers()
+
+    def _hold_gradient_buffers(self) -> None:
+        groups = self._groups_of(self.selection.active_blocks)
+        self._partitions.hold(groups)
+        partitions = compat.gradient_partitions(self)
+        partitions.clear()
+        for group in groups:
+            for param in self.fp16_groups[group]:
+                _, start, numel = self.grad_position[self.get_param_id(param)]
+                partitions[param.ds_id] = self._partitions.held[group].narrow(0, start, numel)
+        if self.offload_optimizer:
+            in_memory = [group for group in groups if not self._swappable_optimizer_subgroup(group)]
+            self._fp32_gradients.hold(in_memory)
+            for group, partition in enumerate(self.fp32_partitioned_groups_flat):
+                if not self._swappable_optimizer_subgroup(group):
+                    partition.grad = self._fp32_gradients.held.get(group)
+        self._resize_buckets(sum(param.ds_numel for group in groups for param in self.fp16_groups[group]))
+
+    def _resize_buckets(self, active_numel: int) -> None:
+        """Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large."""
+        self.reduce_bucket_size = min(self._stock_bucket_size, active_numel)
+        if self.contiguous_gradients:
+            device = get_accelerator().current_device_name()
+            for dtype, bucket in self.ipg_buckets.items():
+                if bucket.buffer is None or bucket.buffer.numel() != self.reduce_bucket_size:
+                    bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
+
+    # ---------------------------------------------------------------- backward
+
+    def reduce_ready_partitions_and_remove_grads(self, param: ZeroParameter) -> None:
+        if not self._is_active(param):  # a leaf module, or a backward without the engine's forward
+            param.grad = None
+            return
+        if param.ds_id not in compat.gradient_partitions(self):
+            self._hold_gradient_buffers()
+        super().reduce_ready_partitions_and_remove_grads(param)
+
+    def partition_grads(self, params_to_release: list[ZeroParameter], grad_partitions: list[Tensor]) -> list[Tensor]:
+        traffic = self.selection.current_traffic
+        for param in params_to_release:
+            world_size = self._get_param_partition_world_size(param)
+            if world_size > 1:
+                comm_dtype = self.get_param_comm_dtype(param)
+                sent = param.partition_numel() * world_size if self.reduce_scatter else param.ds_numel
+                traffic.reduced_bytes += sent * comm_dtype.itemsize
+            self._blocks_with_gradient.add(self._block_of_group[self._sub_group_of(param)])
+            if param.ds_id not in self._received:
+                self._received.add(param.ds_id)
+                if self.micro_step_id > 0:
+                    compat.gradient_partitions(self)[param.ds_id].zero_()  # [Note: Gradient partitions]
+            if self.offload_optimizer and self._holds_part_of(param):
+                # Stock code keeps the sum on the host, and brings it back for the norm and for the next addition.
+                size = param.partition_numel() * self.gradient_accumulation_dtype.itemsize
+                traffic.d2h_bytes += size
+                traffic.h2d_bytes += size
+        return super().partition_grads(params_to_release, grad_partitions)
+
+    def _holds_part_of(self, param: ZeroParameter) -> bool:
+        return param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel
+
+    def _offload_grad_partition_at_boundary(
+        self, param: ZeroParameter, grad_buffer: Tensor, *fragments: dict[int, list[Any]]
+    ) -> None:
+        size = grad_buffer.numel() * self.master_weights_and_grads_dtype.itemsize
+        self.selection.current_traffic.d2h_bytes += size
+        super()._offload_grad_partition_at_boundary(param, grad_buffer, *fragments)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
+        with compat.only_sub_groups(self, self._groups_of(self.selection.active_blocks)):
+            super().independent_gradient_partition_epilogue()
+
+    # -------------------------------------------------------------------- step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        super().step(closure)
+        self._received.clear()
+
+    def _complete_gradients(self, blocks: Sequence[int]) -> None:
+        """[Note: Gradient partitions]"""
+        partitions = compat.gradient_partitions(self)
+        late: tuple[dict[int, list[Tensor]], dict[int, list[int]]] = ({}, {})
+        for group in self._groups_of(blocks):
+            for param in self.fp16_groups[group]:
+                if param.ds_id not in self._received:
+                    self._zero_gradient(param, group)
+                elif (
+                    self.offload_optimizer
+                    and self._holds_part_of(param)
+                    and self.get_param_id(param) not in self.norm_for_param_grads
+                ):
+                    # It had a gradient in an earlier micro-step but none in the last one.
+                    self._offload_grad_partition_at_boundary(param, partitions[param.ds_id], *late)
+        if self.offload_optimizer:
+            self._swap_out_offload_fp32_gradients(*late)
+
+    def _zero_gradient(self, param: ZeroParameter, group: int) -> None:
+        compat.gradient_partitions(self)[param.ds_id].zero_()
+        fp32_gradient = self.fp32_partitioned_groups_flat[group].grad
+        if self.offload_optimizer and fp32_gradient is not None:
+            _, start, numel = self.grad_position[self.get_param_id(param)]
+            fp32_gradient.narrow(0, start, numel).zero_()
+
+    def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
+        params = self.fp16_groups[group]
+        if self.offload_optimizer:
+            norms = [(param, self.norm_for_param_grads.get(self.get_param_id(param))) for param in params]
+            return [(self._number_of_param[param.ds_id], norm) for param, norm in norms if norm is not None]
+        return [
+            (self._number_of_param[param.ds_id], torch.linalg.vector_norm(piece.to(compat.norm_dtype())))
+            for param, piece in zip(params, self.averaged_gradients[group])
+        ]
+
+    def _drop_gradients(self, blocks: set[int]) -> None:
+        for group in self._groups_of(tuple(blocks)):
+            self.averaged_gradients.pop(group, None)
+            if self.offload_optimizer:
+                for param in self.fp16_groups[group]:
+                    self.norm_for_param_grads.pop(self.get_param_id(param), None)
+
+    @contextmanager
+    def _shown(self, groups: Sequence[int]) -> Iterator[None]:
+        shown = set(groups)
+        updated: list[ZeroParameter] = []
+        others: list[ZeroParameter] = []
+        for param in self.persistent_parameters:
+            number = self._number_of_param.get(param.ds_id)
+            (updated if number is not None and self._group_of_param[number] in shown else others).append(param)
+        with (
+            compat.left_gathered(others),
+            compat.attribute(self, persistent_parameters=updated),
+            compat.only_sub_groups(self, groups),
+        ):
+            yield
+
+    def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
+        return self._shown(groups)
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        """What is known already: the norm, taken at every step, is finite just where the gradients are."""
+        return self._overflow_is_known
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        if self._overflow_is_known:
+            return [torch.tensor(float("inf"))]
+        return super()._get_norm_groups()
+
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        super()._prepare_sub_group(sub_group_id, timer_names)
+        if self._swappable_optimizer_subgroup(sub_group_id):
+            self._complete_swapped_gradient(sub_group_id)
+
+    def _complete_swapped_gradient(self, sub_group_id: int) -> None:
+        """The gradient that was just read, of this window alone: 0 where the file or buffer has older numbers."""
+        partition = self.fp32_partitioned_groups_flat[sub_group_id]
+        if partition.grad is None:
+            partition.grad = torch.zeros_like(partition, requires_grad=False)
+        for param in self.fp16_groups[sub_group_id]:
+            _, start, numel = self.grad_position[self.get_param_id(param)]
+            real = min(numel, max(0, param.ds_numel - numel * self._get_param_partition_rank(param)))
+            if param.ds_id not in self._received:
+                real = 0
+            partition.grad.narrow(0, start + real, numel - real).zero_()
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        partition = self.fp32_partitioned_groups_flat[sub_group_id]
+        self.selection.current_traffic.stepped_numel += partition.numel()
+        group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
+        with (
+            compat.attribute(self.optimizer, param_groups=[group]),  # stock code walks all groups, empty but for one
+            compat.attribute(self, sub_group_to_group_id={sub_group_id: 0}),
+        ):
+            if self._host_adam is None:
+                super()._optimizer_step(sub_group_id)
+                return
+            with self._host_adam.stepping(self._shown_groups[sub_group_id], partition, group):
+                super()._optimizer_step(sub_group_id)
+
+    def _after_update(self, groups: Sequence[int]) -> None:
+        traffic = self.selection.current_traffic
+        updated = {param.ds_id for group in groups for param in self.fp16_groups[group]}
+        for param in self.persistent_parameters:
+            world_size = self._get_param_partition_world_size(param)
+            if param.ds_id in updated and world_size > 1:
+                traffic.gathered_bytes += param.partition_numel() * world_size * param.element_size()
+        if self.offload_optimizer and not self.offload_param:
+            numel = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups)
+            traffic.h2d_bytes += numel * self.dtype.itemsize
+
+    # ------------------------------------------------------------------ memory
+
+    def held_gradient_bytes(self) -> tuple[int, int]:
+        """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
+        buckets = [bucket.buffer for bucket in self.ipg_buckets.values()]
+        accelerator = [param.grad for params in self.fp16_groups for param in params] + buckets
+        partitions = list(compat.gradient_partitions(self).values())
+        if not self.offload_optimizer:
+            return storage_bytes(accelerator + partitions), 0
+        return storage_bytes(accelerator), storage_bytes(
+            partitions + [partition.grad for partition in self.fp32_partitioned_groups_flat]
+        )
+
+    # ----------------------------------------------------------- states: accessors
+
+    def _has_state(self, group: int) -> bool:
+        return bool(self.optimizer.state.get(self.fp32_partitioned_groups_flat[group]))
+
+    def _make_state(self, group: int) -> None:
+        partition = self.fp32_partitioned_groups_flat[group]
+        swapped = self._swappable_optimizer_subgroup(group)
+        if swapped:
+            self._optimizer_states_and_gradient_swap_in(group)
+        self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+        if swapped:
+            self._optimizer_states_and_gradient_swap_out(group)
+
+    def _own_slice(self, value: Tensor, param: ZeroParameter) -> Tensor:
+        """This rank's part of ``value``, with zeros where it is padded: stock setters can't do uneven parts."""
+        numel = param.partition_numel()
+        padded = value.new_zeros(numel * self._get_param_partition_world_size(param))
+        padded[: value.numel()].copy_(value.flatten())
+        return padded.narrow(0, numel * self._get_param_partition_rank(param), numel)
+
+    def get_full_hp_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
+        """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
+        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
+            return torch.zeros(param.ds_shape, dtype=torch.float32, device=get_accelerator().current_device_name())
+        with _trainable(param):
+            return super().get_full_hp_param(param, optim_state_key)
+
+    def get_local_fp32_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
+        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
+            device = get_accelerator().current_device_name()
+            return torch.zeros(param.partition_numel(), dtype=torch.float32, device=device)
+        with _trainable(param):
+            return super().get_local_fp32_param(param, optim_state_key)
+
+    def get_hp_param_device(self, param: ZeroParameter, optim_state_key: str | None = None) -> torch.device:
+        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
+            return torch.device(str(getattr(self.device, "value", self.device)))
+        with _trainable(param):
+            return super().get_hp_param_device(param, optim_state_key)
+
+    def set_full_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
+        """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
+        self.set_local_hp_param(self._own_slice(value, param), param, optim_state_key)
+        if optim_state_key is None and compat.is_gathered(param):
+            param.data.copy_(value.view(param.ds_shape))
+
+    def set_local_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
+        """As `deepspeed.utils.safe_set_local_*`; the partition of the model weight follows at once."""
+        group = self._sub_group_of(param)
+        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
+            self._make_state(group)
+        with _trainable(param):
+            super().set_local_hp_param(value, param, optim_state_key)
+        if optim_state_key is None:
+            param.ds_tensor.data.copy_(value.view(param.ds_tensor.shape))
+
+    def get_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor:
+        """As `deepspeed.utils.safe_get_full_grad`; zeros where this window brought no gradient. Collective."""
+        if param.ds_id not in self._received:
+            return torch.zeros(param.ds_shape, dtype=torch.float32, device=get_accelerator().current_device_name())
+        return super().get_fp32_grad_for_param(param)
+
+    def get_local_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor:
+        if param.ds_id not in self._received:
+            device = get_accelerator().current_device_name()
+            return torch.zeros(param.partition_numel(), dtype=torch.float32, device=device)
+        return super().get_local_fp32_grad_for_param(param)
+
+    def set_fp32_grad_for_param(self, value: Tensor, param: ZeroParameter) -> None:
+        """As `deepspeed.utils.safe_set_full_grad`; nothing for a block that this step does not need."""
+        self.set_local_grad_for_param(self._own_slice(value, param), param)
+
+    def set_local_grad_for_param(self, value: Tensor, param: ZeroParameter) -> None:
+        if param.ds_id in self._received:
+            super().set_local_grad_for_param(value, param)
+
+    def update_fp32_grad_for_param_vectorized(
+        self, update_func: Callable[[Tensor, ZeroParameter], Tensor], param_list: list[ZeroParameter]
+    ) -> None:
+        for param in param_list:
+            if param.ds_id in self._received:
+                self.set_fp32_grad_for_param(update_func(self.get_fp32_grad_for_param(param), param), param)
+
+
+@contextmanager
+def _trainable(param: ZeroParameter) -> Iterator[None]:
+    """``param`` requires gradients inside: stock accessors answer None for one that is frozen."""
+    required = param.requires_grad
+    param.requires_grad_(True)
+    try:
+        yield
+    finally:
+        param.requires_grad_(required)

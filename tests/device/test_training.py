@@ -1,0 +1,86 @@
+"""ZeRO-1 and ZeRO-2, stock and restricted, train on the simulated accelerator as on the host, with every wait declared.
+
+The kernels are the host's, so that the bits must be the host's too, whatever order the seed gives to what is queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from simulator import simulated
+from support import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Case, assert_identical, case_id, observe_state, train
+from workers import Workers
+
+# Without DeepSpeed's CUDA kernels, AdamW on the device is torch's; with offload it is DeepSpeed's on the host.
+PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
+PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+ON_DEVICE = Case(config=TORCH_ADAM, steps=6)
+ON_HOST = Case(offload="cpu", zero=PINNED, steps=6)
+
+CASES = [
+    ON_DEVICE.but(section=None, zero={"overlap_comm": True}),
+    ON_HOST.but(section=None, zero={**PINNED, "overlap_comm": True}),
+    ON_DEVICE.but(stage=1, accumulation=2),
+    ON_DEVICE.but(dtype="bf16", accumulation=2, clip=0.5, zero={"overlap_comm": True}),
+    ON_DEVICE.but(zero={"overlap_comm": False}, model="net", tied=False),
+    ON_HOST.but(zero={**PINNED, "overlap_comm": True}),
+    ON_HOST.but(dtype="bf16", accumulation=2, clip=0.5, zero={**PINNED, "overlap_comm": True}),
+    ON_HOST.but(stage=1, accumulation=2),
+    ON_HOST.but(zero={}, dtype="bf16"),
+]
+
+
+def train_simulated(case: Case, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """`support.train` on the simulated accelerator, and the hazards met."""
+    accelerator = simulated(seed=seed, strict=False)
+    try:
+        result = train(case, observer(case))
+    finally:
+        accelerator.synchronize()  # before the next job meets the other rank
+    return result, [str(report) for report in accelerator.detector.found]
+
+
+@pytest.fixture(scope="module")
+def on_host(workers: Callable[[int], Workers]) -> Callable[[Case, int], list[dict[str, Any]]]:
+    """``on_host(case, n)``: the same run on the CPU accelerator; made once."""
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+    def run(case: Case, world_size: int) -> list[dict[str, Any]]:
+        key = (repr(case), world_size)
+        if key not in runs:
+            runs[key] = workers(world_size).run(train, case, observer(case))
+        return runs[key]
+
+    return run
+
+
+def observer(case: Case) -> Callable[[str, Any, int], Any] | None:
+    return observe_state if case.section is not None else None
+
+
+def check(case: Case, expected: list[dict[str, Any]], ranks: Workers, seed: int) -> None:
+    """``case`` on ``ranks`` leaves ``expected`` behind, bit for bit, and meets no hazard."""
+    for host, (device, hazards) in zip(expected, ranks.run(train_simulated, case, seed), strict=True):
+        assert not hazards, f"{len(hazards)} hazards, the first:\n{hazards[0]}"
+        assert_identical(host, device)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_training_has_the_hosts_bits(
+    case: Case, world_size: int, on_host: Any, simulated_workers: Callable[[int], Workers]
+) -> None:
+    check(case, on_host(case, world_size), simulated_workers(world_size), seed=world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_training_has_the_hosts_bits_in_many_orders(
+    case: Case, world_size: int, on_host: Any, simulated_workers: Callable[[int], Workers]
+) -> None:
+    for seed in range(10, 22):
+        check(case, on_host(case, world_size), simulated_workers(world_size), seed)
