@@ -26,12 +26,11 @@ from ds_agsel.zero import compat, step_device
 from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
-from ds_agsel.zero.support import refuse_unsupported
+from ds_agsel.zero.support import optimizer_problem, refuse_unsupported
 
 logger = logging.getLogger("ds_agsel")
 
 ADAM_CLASSES = (torch.optim.AdamW, torch.optim.Adam, compat.DeepSpeedCPUAdam, compat.FusedAdam)
-ADAM_NAMES = ("adam", "adamw")
 _SIGNATURE = inspect.signature(deepspeed.initialize)  # now: what wraps it later need not say its own
 
 
@@ -176,12 +175,9 @@ def _user_optimizer(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) 
     """The optimizer object the caller gave, or made by the callable that he gave; None: the ds_config names one."""
     optimizer = arguments.get("optimizer")
     if optimizer is None:
-        name = str(ds_config.get("optimizer", {}).get("type", ""))
-        if name.lower() not in ADAM_NAMES:
-            raise ConfigError(
-                f"optimizer.type={name!r} can't be used with adagrad_select. Adam and AdamW are allowed, in the "
-                "ds_config's optimizer section or as an object given to initialize."
-            )
+        problem = optimizer_problem(ds_config)
+        if problem is not None:
+            raise ConfigError(problem)
         return None
     if not isinstance(optimizer, torch.optim.Optimizer):
         parameters = arguments.get("model_parameters")

@@ -24,12 +24,14 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.torch_autocast import sort_dtypes
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 from packaging.version import Version
+from pydantic import ValidationError
 
 from ds_agsel.errors import ConfigError
 
@@ -344,6 +346,19 @@ def deepspeed_version() -> str:
     return deepspeed.__version__
 
 
+def zero_section_problems(section: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed itself will refuse in a ``zero_optimization`` section that has no values "auto"."""
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        return [
+            f"zero_optimization.{'.'.join(map(str, found['loc']))}={found['input']!r} is refused by DeepSpeed: "
+            f"{found['msg']}. See the table of ZeRO settings in its documentation."
+            for found in error.errors(include_url=False)
+        ]
+    return []
+
+
 def norm_dtype() -> torch.dtype:
     """The dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
     return get_norm_dtype()
@@ -512,4 +527,5 @@ __all__ = [
     "require_known_deepspeed",
     "swap_class",
     "writes_through",
+    "zero_section_problems",
 ]

@@ -88,7 +88,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def destroy(self) -> None:
         if self.cpu_offload:
             self._staging.release()
-            self.param_buffer_of_bit16_for_cpu_offload_groups = []
+            self.param_buffer_of_bit16_for_cpu_offload_groups.clear()
         super().destroy()
 
     # ------------------------------------------------------------------ window
@@ -251,6 +251,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 device = get_accelerator().current_device_name()
                 self.grads_in_partition = torch.empty(numel, dtype=self.dtype, device=device)
                 self.grads_in_partition_offset = 0
+        group = self._group_of_param[self.get_param_id(param)]
+        at_boundary = self.is_gradient_accumulation_boundary()
+        if self.cpu_offload and at_boundary and self._use_compact_grad_partition_buffer(group):
+            numel = self.grad_position[self.get_param_id(param)][3]  # copied in there; other gradients count themselves
+            self.selection.current_traffic.d2h_bytes += numel * self.master_weights_and_grads_dtype.itemsize
         super().copy_grads_in_partition(param, group_idx)
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
