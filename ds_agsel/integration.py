@@ -136,11 +136,22 @@ def _split_arguments(
     scheduler = arguments.get("lr_scheduler")
     if callable(scheduler) and not hasattr(scheduler, "step"):
         changed["lr_scheduler"] = lambda _: scheduler(user_optimizer)
-    if all(p.grad is None for group in user_optimizer.param_groups for p in group["params"]):
-        # Without gradients this changes nothing but torch's note that the optimizer has stepped, in whose absence
-        # a scheduler made on it warns at each run that it was called too early.
-        user_optimizer.step()
+    _note_a_step(user_optimizer)
     return changed
+
+
+def _note_a_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch note that ``optimizer`` has stepped; else a scheduler made on it warns that it was called too early.
+
+    Without gradients a step changes nothing more, but for a count that FusedAdam puts into the groups.
+    """
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        return
+    before = [set(group) for group in optimizer.param_groups]
+    optimizer.step()
+    for group, keys in zip(optimizer.param_groups, before):
+        for key in set(group) - keys:
+            del group[key]
 
 
 def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> torch.optim.Optimizer:
@@ -198,6 +209,7 @@ def _policy(
             steps_per_epoch=config.steps_per_epoch
             or _steps_per_epoch(training_data, ds_config)
             or callers.steps_per_epoch(ds_config),
+            block_indices=lottery.drawn,
         )
     )
 
