@@ -138,12 +138,12 @@ def replay_a_run(case: Case, path: Path) -> dict[str, Any]:
     """``case``, whose optimizer lacks the embedding, and a run that replays its selections."""
     first = train_without_embedding(case)
     if torch.distributed.get_rank() == 0:
-        fields = ("step", "phase", "blocks")
-        lines = [json.dumps(dict(zip(fields, record, strict=True))) for record in first["history"]]
+        history = [*first["history"], (case.steps, "exploit", [1])]  # what comes after the last step is planned too
+        lines = [json.dumps(dict(zip(("step", "phase", "blocks"), record, strict=True))) for record in history]
         path.write_text("\n".join(lines) + "\n")
     torch.distributed.barrier()
     section = {"policy": "replay", "replay_file": str(path)}
-    return {"first": first, "again": train_without_embedding(case.but(section=section, steps=case.steps - 1))}
+    return {"first": first, "again": train_without_embedding(case.but(section=section))}
 
 
 def train_without_embedding(case: Case) -> dict[str, Any]:
