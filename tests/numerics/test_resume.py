@@ -146,7 +146,8 @@ def saved_keys(case: Case, directory: Path) -> dict[str, Any]:
     del optimizer["param_slice_mappings"]  # which parameters this rank has slices of, in plain DeepSpeed too
     return {
         "keys": keys_of(optimizer),
-        "states": [sorted(state) for state in optimizer["base_optimizer_state"]],
+        "states": len(optimizer["base_optimizer_state"]["state"]),
+        "groups": len(optimizer["base_optimizer_state"]["param_groups"]),
         "ours": json.loads((directory / "here" / "adagrad_select.json").read_text()),
         "counts": counts,
     }
@@ -166,5 +167,5 @@ def test_checkpoints_have_the_same_keys_on_every_rank_and_our_part_is_json(worke
     case = Case(model="net", decay_groups=True, offload=offload)
     first, second = workers(2).run(saved_keys, case, tmp_path)
     assert first["keys"] == second["keys"]
-    assert [] in first["states"] and any("exp_avg" in state for state in first["states"])
+    assert 0 < first["states"] < first["groups"]
     assert first["ours"]["update_counts"] == list(first["counts"])
