@@ -202,11 +202,22 @@ def _split_arguments(
     scheduler = arguments.get("lr_scheduler")
     if callable(scheduler) and not hasattr(scheduler, "step"):
         changed["lr_scheduler"] = lambda _: scheduler(user_optimizer)
-    if all(p.grad is None for group in user_optimizer.param_groups for p in group["params"]):
-        # Without gradients this changes nothing but torch's note that the optimizer has stepped, in whose absence
-        # a scheduler made on it warns at each run that it was called too early.
-        user_optimizer.step()
+    _note_a_step(user_optimizer)
     return changed
+
+
+def _note_a_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch note that ``optimizer`` has stepped; else a scheduler made on it warns that it was called too early.
+
+    Without gradients a step changes nothing more, but for a count that FusedAdam puts into the groups.
+    """
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        return
+    before = [set(group) for group in optimizer.param_groups]
+    optimizer.step()
+    for group, keys in zip(optimizer.param_groups, before):
+        for key in set(group) - keys:
+            del group[key]
 
 
 def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared: _Prepared) -> StepDevice:
@@ -302,6 +313,7 @@ def _policy(
             num_selected=policies.num_selected(config.select_percent, num_drawn),
             block_names=tuple(blocks[index].name for index in lottery.drawn),
             steps_per_epoch=steps_per_epoch,
+            block_indices=lottery.drawn,
         )
     )
 

@@ -172,7 +172,7 @@ def ds_config(case: Case) -> dict[str, Any]:
         **case.config,
     }
     if case.dtype != "fp32":
-        config[case.dtype] = {"enabled": True}
+        config[case.dtype] = {"enabled": True, **case.config.get(case.dtype, {})}
     if case.section is not None:
         config["adagrad_select"] = dict(case.section)
     return config

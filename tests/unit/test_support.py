@@ -65,3 +65,20 @@ def test_a_step_on_the_accelerator_from_host_states_is_refused_with_stage_3():
 def test_a_model_parallel_unit_is_refused():
     with pytest.raises(ConfigError, match=r"initialize\(mpu=\.\.\.\).*Leave mpu out"):
         refuse_unsupported(ZERO2, nn.Linear(1, 1), object(), SelectionConfig())
+
+
+def test_a_pipeline_is_refused():
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    model = PipelineModule.__new__(PipelineModule)  # its constructor wants as many ranks as stages
+    nn.Module.__init__(model)
+    with pytest.raises(ConfigError, match=r"model=PipelineModule can't be used.*Use the plain module"):
+        refuse_unsupported(ZERO2, model, None, SelectionConfig())
+
+
+def test_deepspeeds_experts_are_refused():
+    from deepspeed.moe.layer import MoE
+
+    model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
+    with pytest.raises(ConfigError, match=r"with DeepSpeed MoE layers can't be used.*ordinary modules"):
+        refuse_unsupported(ZERO2, model, None, SelectionConfig())
