@@ -288,7 +288,7 @@ def step_seconds(runs: Sequence[Run]) -> tuple[Draw, float]:
         _head_rows(axes, [(place, name) for place, (name, times) in enumerate(rows) if times is None])
         axes.set_xlabel("seconds a step, median")
         if has_parts:
-            parts = [*zip(PARTS, theme.series), ("else", theme.reference)]
+            parts = [*zip(PARTS, theme.series), ("other", theme.reference)]
             handles = [matplotlib.patches.Patch(color=colour, label=part) for part, colour in parts]
             figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=9)
 
