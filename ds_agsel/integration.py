@@ -137,6 +137,7 @@ def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config:
     model = arguments["model"]
     refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
     callers.warn_of_unseen_ranks()
+    callers.warn_of_replaced_optimizer(arguments.get("optimizer"))
     user_optimizer = _user_optimizer(arguments, ds_config)
     user_groups = (
         as_param_groups(arguments.get("model_parameters"), model)
