@@ -238,7 +238,7 @@ def test_memory_is_counted_to_the_byte_and_the_budget_kept():
     assert accelerator.max_memory_allocated() - start == 4000
     accelerator.reset_peak_memory_stats()
     assert accelerator.max_memory_allocated() - start == 2000
-    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate 9000 bytes, .* of the budget of 10000 bytes"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"tried to allocate 9000 bytes, .* of the budget of 10000 bytes"):
         torch.empty(9000, dtype=torch.uint8, device=accelerator.device())
     simulated(budget_bytes=start + 11_000)
     assert torch.empty(9000, dtype=torch.uint8, device=accelerator.device()).numel() == 9000

@@ -73,10 +73,11 @@ def _kernels_hidden_by_composites() -> Iterator[tuple[str, torch._ops.OpOverload
     """Operators with a kernel for the CPU and a composite one, which would come before the fallback."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("aten::") and has_kernel(name, "CPU") and not has_kernel(name, "PrivateUse1"):
-            if any(has_kernel(name, f"Composite{kind}Autograd") for kind in ("Implicit", "Explicit")):
-                base, _, overload = name.removeprefix("aten::").partition(".")
-                yield name, getattr(getattr(torch.ops.aten, base), overload or "default")
+        composite = any(has_kernel(name, f"Composite{kind}Autograd") for kind in ("Implicit", "Explicit"))
+        ours = has_kernel(name, "PrivateUse1")
+        if name.startswith("aten::") and composite and has_kernel(name, "CPU") and not ours:
+            base, _, overload = name.removeprefix("aten::").partition(".")
+            yield name, getattr(getattr(torch.ops.aten, base), overload or "default")
 
 
 class Operators:
