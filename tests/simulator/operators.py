@@ -175,7 +175,7 @@ class Operators:
         """The result itself, after everything queued before on this stream."""
         result: list[Any] = []
         self._queue.submit(str(op), lambda: result.append(kernel(*args, **kwargs)), accesses)
-        self._queue.synchronize_stream(self._queue.current())
+        self._queue.finish_stream(self._queue.current())
         return result[0]
 
     def _upload(self, result: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Operators:
             taken = source.detach().to(target.dtype).clone()
         self._queue.submit("copy H2D", lambda: alias.copy_(taken), accesses)
         if not non_blocking:
-            self._queue.synchronize_stream(self._queue.current())
+            self._queue.finish_stream(self._queue.current())
 
     def _copy_to_host(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if source.dtype != target.dtype:
@@ -248,7 +248,7 @@ class Operators:
         destination = target.detach()
         self._queue.submit("copy D2H", lambda: destination.copy_(alias), accesses)
         if not (non_blocking and block != 0 and target.is_contiguous()):
-            self._queue.synchronize_stream(self._queue.current())
+            self._queue.finish_stream(self._queue.current())
 
 
 def _map(function: Callable[[Tensor], Any], value: Any) -> Any:
