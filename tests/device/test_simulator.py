@@ -41,12 +41,14 @@ def pinned(values: Tensor) -> Tensor:
 
 @in_simulation
 def test_a_copy_to_pinned_memory_lands_when_waited_for():
-    device = simulated(seed=1).device()
-    source = torch.arange(6.0).to(device)
+    accelerator = simulated(seed=1)
+    source = torch.arange(6.0).to(accelerator.device())
     target = pinned(torch.zeros(6))
     target.copy_(source, non_blocking=True)
     assert target.tolist() == [0] * 6
+    assert accelerator.queue.pending() == 1
     torch.accelerator.synchronize()
+    assert accelerator.queue.pending() == 0
     assert target.tolist() == list(range(6))
 
 
@@ -159,7 +161,7 @@ def test_each_wait_left_out_gives_wrong_numbers_and_a_hazard():
     for site in (*device_waits, host_wait):
         wrong = found = 0
         for seed in SEEDS:
-            accelerator = simulated(seed=seed, strict=False, without=site)
+            accelerator = simulated(seed=seed, strict=False, without=[site])
             wrong += pipeline(accelerator) != RIGHT
             found += bool(accelerator.detector.found)
         assert wrong > 0, site
@@ -174,6 +176,20 @@ def test_a_hazard_names_both_sides_and_raises_where_strict():
     with pytest.raises(Hazard, match=r"(?s)zero_.*writes bytes 0-16.*test_simulator.py.*mul.*reads bytes 4-8"):
         tensor[1] * 2
     accelerator.synchronize()
+
+
+@in_simulation
+def test_a_known_hazard_of_others_is_kept_apart():
+    accelerator = simulated(strict=True, allowed=lambda report: report.later.site.function == "theirs")
+
+    def theirs(tensor: Tensor) -> None:
+        tensor.add_(1)
+
+    with accelerator.stream(accelerator.Stream()):
+        tensor = torch.zeros(4, device=accelerator.device())
+    theirs(tensor)
+    assert len(accelerator.detector.tolerated) == 1
+    assert accelerator.detector.found == []
 
 
 @in_simulation

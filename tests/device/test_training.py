@@ -5,12 +5,23 @@ The kernels are the host's, so that the bits must be the host's too, whatever or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
-from simulator import simulated
-from support import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Case, assert_identical, case_id, observe_state, train
+from simulator import Site, simulated
+from support import (
+    BETAS,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    Case,
+    assert_identical,
+    case_id,
+    differences,
+    observe_state,
+    train,
+)
 from workers import Workers
 
 # Without DeepSpeed's CUDA kernels, AdamW on the device is torch's; with offload it is DeepSpeed's on the host.
@@ -21,6 +32,9 @@ TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": 
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 ON_DEVICE = Case(config={**UNTIMED, **TORCH_ADAM}, steps=6)
 ON_HOST = Case(config=UNTIMED, offload="cpu", zero=PINNED, steps=6)
+
+# Where stock ZeRO-Offload waits, once more than it needs to (stage_1_and_2.py:1028, 1737).
+HOST_WAITS = ("independent_gradient_partition_epilogue", "_wait_for_offload_copies")
 
 CASES = [
     ON_DEVICE.but(section=None, zero={"overlap_comm": True}),
@@ -35,14 +49,16 @@ CASES = [
 ]
 
 
-def train_simulated(case: Case, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """`support.train` on the simulated accelerator, and the hazards met."""
-    accelerator = simulated(seed=seed, strict=False)
+def train_simulated(
+    case: Case, seed: int, without: Collection[Site] = ()
+) -> tuple[dict[str, Any], list[str], set[Site]]:
+    """`support.train` on the simulated accelerator, the hazards met, and the lines that declare waits."""
+    accelerator = simulated(seed=seed, strict=False, without=without)
     try:
         result = train(case, observer(case))
     finally:
-        accelerator.synchronize()  # before the next job meets the other rank
-    return result, [str(report) for report in accelerator.detector.found]
+        accelerator.queue.finish()  # before the next job meets the other rank
+    return result, [str(report) for report in accelerator.detector.found], accelerator.queue.declared_waits
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +81,7 @@ def observer(case: Case) -> Callable[[str, Any, int], Any] | None:
 
 def check(case: Case, expected: list[dict[str, Any]], ranks: Workers, seed: int) -> None:
     """``case`` on ``ranks`` leaves ``expected`` behind, bit for bit, and meets no hazard."""
-    for host, (device, hazards) in zip(expected, ranks.run(train_simulated, case, seed), strict=True):
+    for host, (device, hazards, _) in zip(expected, ranks.run(train_simulated, case, seed), strict=True):
         assert not hazards, f"{len(hazards)} hazards, the first:\n{hazards[0]}"
         assert_identical(host, device)
 
@@ -76,6 +92,19 @@ def test_training_has_the_hosts_bits(
     case: Case, world_size: int, on_host: Any, simulated_workers: Callable[[int], Workers]
 ) -> None:
     check(case, on_host(case, world_size), simulated_workers(world_size), seed=world_size)
+
+
+def test_waits_left_out_of_deepspeed_are_noticed(simulated_workers: Callable[[int], Workers]) -> None:
+    """Offload with overlap_comm copies gradients on a side stream; the host must wait for it before it steps."""
+    case = CASES[1].but(steps=3)
+    ((expected, _, sites),) = simulated_workers(1).run(train_simulated, case, 0)
+    host_waits = [site for site in sites if site.function in HOST_WAITS]
+    assert {site.function for site in host_waits} == set(HOST_WAITS)
+    wrong = 0
+    for seed in range(4):
+        ((result, _, _),) = simulated_workers(1).run(train_simulated, case, seed, host_waits)
+        wrong += bool(differences(expected["weights"], result["weights"]))
+    assert wrong > 0
 
 
 @pytest.mark.slow

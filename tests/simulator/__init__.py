@@ -9,7 +9,7 @@ order, hazards.py missing waits, collectives.py ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from simulator.hazards import Hazard, Report, Site
@@ -22,7 +22,7 @@ def simulated(
     seed: int = 0,
     strict: bool = True,
     allowed: Callable[[Report], bool] = lambda report: False,
-    without: Site | None = None,
+    without: Collection[Site] = (),
 ) -> Any:
     """This process's `SimulatedAccelerator`, as DeepSpeed's accelerator too; the arguments are `configure`'s."""
     global _accelerator

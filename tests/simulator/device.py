@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         seed: int,
         strict: bool,
         allowed: Callable[[Report], bool],
-        without: Site | None,
+        without: Collection[Site],
     ) -> None:
         """Start afresh, after what is queued has run.
 
@@ -75,7 +75,7 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
             seed: decides the order of all that may run in more than one.
             strict: a hazard raises where it is completed; else it is kept in ``detector.found``.
             allowed: which hazards are known faults of others (see `Detector`).
-            without: drop the waits that this line declares, to see that they are missed. ``queue.declared_waits``
+            without: drop the waits that these lines declare, to see that they are missed. ``queue.declared_waits``
                 of an earlier run has the lines there are.
         """
         self.queue.reseed(seed, without)

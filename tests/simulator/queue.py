@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,12 +65,10 @@ class Queue:
         self._streams: dict[int, _Stream] = {}
         self._freed: dict[int, list[tuple[int, int, torch.Tensor]]] = {}
         self._running = False
-        self.operations_run = 0
-        self.host_syncs = 0
         self.reseed(0)
 
-    def reseed(self, seed: int, left_out: Site | None = None) -> None:
-        """Let ``seed`` decide all orders from here on, and drop the waits that ``left_out`` declares."""
+    def reseed(self, seed: int, left_out: Collection[Site] = ()) -> None:
+        """Let ``seed`` decide all orders from here on, and drop the waits that the lines ``left_out`` declare."""
         self.finish()
         self.declared_waits: set[Site] = set()
         self.left_out = left_out
@@ -182,7 +180,7 @@ class Queue:
         """Note who declares a wait; False where this one is to be left out."""
         site = call_site()
         self.declared_waits.add(site)
-        return site != self.left_out
+        return site not in self.left_out
 
     # ------------------------------------------------------------- host waits
 
@@ -218,7 +216,6 @@ class Queue:
         with self.lock:
             self._take_freed()
             if event.stream is not None and event.clock is not None:
-                self.host_syncs += 1
                 self._drain(event.stream, event.position)
                 self.detector.join_host(event.clock)
 
@@ -286,7 +283,6 @@ class Queue:
         item = stream.items.popleft()
         stream.done += 1
         if isinstance(item, _Operation):
-            self.operations_run += 1
             with self._on_the_device():
                 item.run()
 
