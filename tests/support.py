@@ -220,12 +220,12 @@ def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:
     return initialize(model=model, config=ds_config(case), **arguments)[0]
 
 
-def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> float:
-    """One micro-step up to and including backward; its loss."""
+def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> Tensor:
+    """One micro-step up to and including backward; its loss, not read: that would wait for the accelerator."""
     data = batch(case, step, micro_step, torch.distributed.get_rank())
     loss = engine(**{name: tensor.to(engine.device) for name, tensor in data.items()}).loss
     engine.backward(loss)
-    return loss.item()
+    return loss.detach()
 
 
 def run_steps(
@@ -254,6 +254,7 @@ def run_steps(
         result["norms"].append(float(engine.get_global_grad_norm()))
         result["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
         event("step", step)
+    result["losses"] = [loss.item() for loss in result["losses"]]
     return result
 
 
