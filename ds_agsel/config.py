@@ -41,6 +41,9 @@ class SelectionConfig(BaseModel):
     steps_per_epoch: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
     step_device: Literal["cpu", "accelerator"] | None = None
+    keep_master: Literal["host", "accelerator"] = "host"
+    state_budget_bytes: int | None = Field(None, ge=1)
+    explore_on: Literal["batch", "first_micro_batch"] = "batch"
     blocks: dict[str, tuple[str, ...]] | None = None
     fixed_blocks: tuple[str, ...] | None = None
     replay_file: str | None = Field(None, min_length=1)
@@ -66,11 +69,12 @@ class SelectionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> SelectionConfig:
-        if self.step_device == "accelerator":
-            raise ConfigError(
-                f'{SECTION}.step_device="accelerator" is not available yet: states visiting the accelerator'
-                ' are still to come. Use null or "cpu".'
-            )
+        for field, default in (("keep_master", "host"), ("state_budget_bytes", None)):
+            if self.step_device == "cpu" and getattr(self, field) != default:
+                raise ConfigError(
+                    f'{SECTION}.{field}={_shown(getattr(self, field))} is about states on the accelerator, and'
+                    f' {SECTION}.step_device="cpu" leaves them on the host. Remove one of the two.'
+                )
         both = sorted(set(self.always_select) & set(self.never_select))
         if both:
             raise ConfigError(
@@ -203,7 +207,14 @@ _WORDS = {
         "an integer", "Use the optimizer steps in one pass over the data, or null to count them.", "[1, inf)"
     ),
     "seed": _Words("an integer", "Use 42, or any integer from 0 on.", "[0, inf)"),
-    "step_device": _Words('"cpu" or null', 'Use null to follow offload_optimizer, or "cpu".'),
+    "step_device": _Words(
+        '"cpu", "accelerator" or null', "Use null to follow offload_optimizer and the memory there is."
+    ),
+    "keep_master": _Words('"host" or "accelerator"', 'Use "host": master weights travel with the moments.'),
+    "state_budget_bytes": _Words(
+        "an integer", "Use null for the largest selection and two blocks more.", "[1, inf)"
+    ),
+    "explore_on": _Words('"batch" or "first_micro_batch"', 'Use "batch" to score the whole batch\'s gradient.'),
     "blocks": _Words(
         "a map from block name to a list of regular expressions",
         'Write it as {"embedding": ["wte\\\\.weight"], ...}, or null for the automatic blocks.',

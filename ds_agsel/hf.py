@@ -18,7 +18,7 @@ from ds_agsel.config import SECTION
 from ds_agsel.errors import ConfigError
 from ds_agsel.report import metrics
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
-from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+from ds_agsel.zero.selective import SelectiveStep
 
 logger = logging.getLogger("ds_agsel")
 
@@ -39,7 +39,7 @@ class SelectionCallback(TrainerCallback):
         self.folder = folder
         self.required = required
         self._users_optimizer: Any = None
-        self._optimizer: SelectiveZeroOptimizer | None = None
+        self._optimizer: SelectiveStep | None = None
         self._selection_log: SelectionLog | None = None
         self._metrics: JsonLines | None = None
         self._last_log_seconds = 0.0
@@ -137,9 +137,9 @@ class SelectionCallback(TrainerCallback):
         self._selection_log = self._metrics = None
 
 
-def _selective(optimizer: Any) -> SelectiveZeroOptimizer | None:
+def _selective(optimizer: Any) -> SelectiveStep | None:
     """Our optimizer inside Accelerate's wrappers; None where there is none."""
-    while optimizer is not None and not isinstance(optimizer, SelectiveZeroOptimizer):
+    while optimizer is not None and not isinstance(optimizer, SelectiveStep):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
 import os
 from collections.abc import Mapping, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +22,10 @@ from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_sectio
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
 from ds_agsel.selection import Lottery, Selection
-from ds_agsel.zero import compat
+from ds_agsel.zero import compat, step_device
+from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
-from ds_agsel.zero.stage12 import restrict
+from ds_agsel.zero.step_device import StepDevice
 from ds_agsel.zero.support import refuse_unsupported
 
 logger = logging.getLogger("ds_agsel")
@@ -82,30 +85,21 @@ def _initialize_selective(
     except ConfigError as error:
         _tell_other_ranks(number, arguments, error)
         raise
-    blocks, named = prepared.blocks, prepared.named
-    user_optimizer, split = prepared.user_optimizer, prepared.split
+    choice, reason = prepared.place
     _init_distributed(arguments)
-    agreement.require(
-        number,
-        agreement.parts(
-            ds_config,
-            config,
-            arguments["model"],
-            [(block.name, block.parameter_names) for block in blocks],
-            split.groups,
-            prepared.steps_per_epoch,
-            deepspeed.__version__,
-        ),
-    )
+    agreement.require(number, _shared_parts(prepared, arguments["model"], ds_config, config))
+    step_device.report(choice, reason)
+    changed = _split_arguments(arguments, prepared.user_optimizer, prepared.split)
+    changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
+    visits = choice is StepDevice.VISIT
 
-    engine, optimizer, dataloader, scheduler = deepspeed.initialize(
-        **{**arguments, **_split_arguments(arguments, user_optimizer, split)}
-    )
+    with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
+        engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
 
-    selection = Selection(blocks, prepared.policy, prepared.lottery, config, named)
-    link = HyperparameterLink(prepared.user_groups, split.parents)
+    selection = Selection(prepared.blocks, prepared.policy, prepared.lottery, config, prepared.named)
+    link = HyperparameterLink(prepared.user_groups, prepared.split.parents)
     compat.swap_class(engine, SelectiveEngine)
-    engine.optimizer = restrict(optimizer, selection, split.blocks, link)
+    engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)
@@ -125,6 +119,7 @@ class _Prepared:
     lottery: Lottery
     steps_per_epoch: int | None
     policy: policies.Policy
+    place: tuple[StepDevice, str]
 
 
 def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig) -> _Prepared:
@@ -149,7 +144,35 @@ def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config:
         or callers.steps_per_epoch(ds_config)
     )
     policy = _policy(blocks, lottery, config, steps)
-    return _Prepared(blocks, named, user_optimizer, user_groups, split, lottery, steps, policy)
+    place = step_device.decide(
+        config.step_device,
+        step_device.situation(
+            ds_config,
+            config,
+            blocks,
+            lottery.drawn + lottery.always,
+            policy.max_selected + len(lottery.always),
+            _num_ranks(),
+            user_optimizer is not None,
+        ),
+    )
+    return _Prepared(blocks, named, user_optimizer, user_groups, split, lottery, steps, policy, place)
+
+
+def _shared_parts(
+    prepared: _Prepared, model: torch.nn.Module, ds_config: Mapping[str, Any], config: SelectionConfig
+) -> dict[str, Any]:
+    """What all ranks must have alike."""
+    return {
+        **agreement.parts(ds_config, config, model),
+        "versions": {**agreement.versions(), "deepspeed": deepspeed.__version__},
+        "blocks": [[block.name, list(block.parameter_names)] for block in prepared.blocks],
+        "param groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in prepared.split.groups
+        ],
+        "steps_per_epoch": prepared.steps_per_epoch,
+        "step_device": prepared.place[0].name,
+    }
 
 
 def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigError) -> None:
@@ -204,6 +227,34 @@ def _split_arguments(
         # a scheduler made on it warns at each run that it was called too early.
         user_optimizer.step()
     return changed
+
+
+def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
+    """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
+    zero = ds_config["zero_optimization"]
+    offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    if choice is StepDevice.HOST and not offloads:
+        offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
+        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
+    if choice is StepDevice.VISIT and "optimizer" in ds_config and not compat.has_fused_adam():
+        section = ds_config["optimizer"]
+        return {**ds_config, "optimizer": {**section, "params": {**section.get("params", {}), "torch_adam": True}}}
+    return ds_config
+
+
+def _with_ds_config(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that hand DeepSpeed ``ds_config`` in the place of the one it would find."""
+    if _read_config(arguments) == ds_config:
+        return {}
+    args = copy.copy(arguments.get("args"))
+    if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args.deepspeed_config = None
+    return {"args": args, "config": dict(ds_config), "config_params": None}
+
+
+def _num_ranks() -> int:
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    return int(deepspeed.comm.get_world_size())
 
 
 def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> torch.optim.Optimizer:
@@ -271,8 +322,7 @@ def _steps_per_epoch(training_data: Any, ds_config: Mapping[str, Any]) -> int | 
         micro = ds_config.get("train_micro_batch_size_per_gpu")
         if micro is None:
             return None
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * deepspeed.comm.get_world_size()
+        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * _num_ranks()
     return max(1, math.ceil(len(training_data) / batch))
 
 

@@ -98,6 +98,16 @@ class Selection:
         return self._plan
 
     @property
+    def planned_blocks(self) -> tuple[int, ...] | None:
+        """The blocks that the next step will update, where they are known before it."""
+        return None if self._plan is None else self._plan.blocks
+
+    @property
+    def max_selected(self) -> int:
+        """As many blocks as a step can update."""
+        return self.policy.max_selected + len(self.lottery.always)
+
+    @property
     def update_counts(self) -> tuple[int, ...]:
         """f: how many optimizer steps updated each block."""
         return tuple(self._counts)

@@ -33,7 +33,7 @@ import ds_agsel
 from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks
 from ds_agsel.policies.adagrad_select import AdaGradSelect
-from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+from ds_agsel.zero.selective import SelectiveStep
 
 PERCENTAGES = (10, 20, 30)
 FLOOR_PERCENT = 20
@@ -190,7 +190,7 @@ class DeepSpeedTrainer:
         with watch.phase("backward"):
             engine.backward(loss)
         # The same yardstick for plain DeepSpeed, whose optimizer has what these two read.
-        accelerator_bytes, host_bytes = SelectiveZeroOptimizer.held_gradient_bytes(self._optimizer)
+        accelerator_bytes, host_bytes = SelectiveStep.held_gradient_bytes(self._optimizer)
         with watch.phase("optimizer"):
             engine.step()
         measured = {
@@ -198,7 +198,7 @@ class DeepSpeedTrainer:
             "loss": loss.item(),
             "accelerator_gradient_bytes": accelerator_bytes,
             "host_gradient_bytes": host_bytes,
-            "state_bytes": SelectiveZeroOptimizer.state_bytes(self._optimizer),
+            "state_bytes": SelectiveStep.state_bytes(self._optimizer),
             "phase": "full",
             "blocks": [block.index for block in self.blocks],
         }

@@ -33,6 +33,7 @@ from stopping import StopRequest
 from tqdm import tqdm
 
 import ds_agsel
+from ds_agsel import processor
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
 
@@ -190,8 +191,8 @@ class Job:
         on_host = get_accelerator().device_name() == "cpu"
         offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
         self.precision = settings.precision(config)
-        if (on_host or offloads) and hardware.processor()["warning"]:
-            self._say(f"warning: {hardware.processor()['warning']}")
+        if (on_host or offloads) and processor.describe()["warning"]:
+            self._say(f"warning: {processor.describe()['warning']}")
         if on_host and self.precision in ("bf16", "autocast bfloat16") and not hardware.bf16_is_fast():
             self._say(
                 f"warning: {self.precision} on this processor, which has no instructions for it, is many times "
@@ -476,7 +477,7 @@ class Job:
                 "dropped_rows": train.dropped_rows,
             },
             "versions": outputs.versions(),
-            "processor": hardware.processor(),
+            "processor": processor.describe(),
         }
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Two blocks of six or seven a step. With this seed steps 0, 3 and 4 explore, and 6 and 7, in epoch 2, can't.
 SELECT = {"select_percent": 34, "steps_per_epoch": 6, "explore_decay": 0.15, "seed": 2}
 ALL = {"policy": "all"}
+VISIT = {"step_device": "accelerator"}  # on a CPU: the same moves, within one memory
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,7 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
     A group without Adam state answers as one that was never updated: zeros, step 0.
     """
     zero = engine.optimizer
+    getattr(zero, "bring_states_home", lambda: None)()  # where they visit the accelerator
     found = []
     for members, master in zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         state = zero.optimizer.state.get(master, {})

@@ -87,6 +87,16 @@ class Policy(ABC):
                 )
         return top_k(scores, self.context.num_selected)
 
+    @property
+    def max_selected(self) -> int:
+        """As many blocks as a step can choose: what memory for one step is sized by."""
+        return self.context.num_selected
+
+    @property
+    def chooses_highest_scores(self) -> bool:
+        """Whether `choose` is the one here, so that a block may be given up once k others have scored higher."""
+        return type(self).choose is Policy.choose
+
     def explore_probability(self, step: int) -> float:
         """ε_t, the probability that ``step`` explores."""
         return 0.0

@@ -21,6 +21,10 @@ class Replay(Policy):
         self._path = context.config.replay_file or ""
         self._selections = _read(self._path, context.num_blocks)
 
+    @property
+    def max_selected(self) -> int:
+        return max(map(len, self._selections.values()))
+
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
         if step not in self._selections:
             raise ConfigError(

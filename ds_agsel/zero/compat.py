@@ -16,9 +16,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -98,6 +100,9 @@ METHODS = (
     "_use_compact_grad_partition_buffer",
     "_get_compact_grad_partition_slice",
     "_restore_cpu_offload_grad_to_gpu",
+    "_get_preflattened_grad_partition",
+    "refresh_fp32_params",
+    "update_lp_params",
 )
 
 
@@ -131,7 +136,7 @@ def only_groups(optimizer: DeepSpeedZeroOptimizer, indices: Sequence[int]) -> It
     """
     base = optimizer.optimizer
     all_base_groups = base.param_groups
-    if len(indices) == len(all_base_groups):
+    if list(indices) == list(range(len(all_base_groups))):
         yield
         return
     names = GROUP_LISTS + (OFFLOAD_GROUP_LISTS if optimizer.cpu_offload else ())
@@ -245,12 +250,59 @@ def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
 
 def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:
     """A state for ``partition`` as ``optimizer`` makes it at its first update: zeros, step 0."""
-    own_count = isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam))
     return {
-        "step": 0 if own_count else torch.zeros((), dtype=torch.float32),
+        "step": adam_step(optimizer, 0),
         "exp_avg": torch.zeros_like(partition, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(partition, requires_grad=False),
     }
+
+
+def adam_step(
+    optimizer: torch.optim.Optimizer,
+    count: int,
+    param_group: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> int | torch.Tensor:
+    """A step count as ``optimizer`` keeps it: an int for DeepSpeed's, fp32 of no dimension for torch's.
+
+    On the host; on ``device`` where ``param_group`` is given and torch's fused or capturable form wants it there.
+    """
+    if isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam)):
+        return count
+    on_device = param_group is not None and (param_group.get("fused") or param_group.get("capturable"))
+    return torch.tensor(float(count), dtype=torch.float32, device=device if on_device else None)
+
+
+def replace_masters(optimizer: DeepSpeedZeroOptimizer, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put ``convert(master)`` in the place of each param group's fp32 partition. Before anything is linked to it."""
+    partitions = optimizer.single_partition_of_fp32_groups
+    for group, param_group in enumerate(optimizer.optimizer.param_groups):
+        partitions[group] = convert(partitions[group]).requires_grad_(True)
+        param_group["params"] = [partitions[group]]
+
+
+@contextmanager
+def masters_made_on_host() -> Iterator[None]:
+    """Inside, a new ZeRO-1/2 optimizer makes its fp32 partitions in host memory, also without offload.
+
+    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560), the accelerator; there they would take
+    4 bytes an element of the whole model, for the short time until they are taken away.
+    """
+
+    def keep(self: DeepSpeedZeroOptimizer, value: Any) -> None:
+        self.__dict__["device"] = value  # what the attribute is again once the property has gone
+
+    DeepSpeedZeroOptimizer.device = property(lambda self: "cpu", keep)
+    try:
+        yield
+    finally:
+        del DeepSpeedZeroOptimizer.device
+
+
+def has_fused_adam() -> bool:
+    """Whether DeepSpeed's FusedAdam can be made for this accelerator."""
+    builder = get_accelerator().create_op_builder("FusedAdamBuilder")
+    return builder is not None and builder.is_compatible(verbose=False)
 
 
 def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
@@ -292,20 +344,25 @@ __all__ = [
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer",
     "FusedAdam",
+    "ZeROOptimizer",
+    "adam_step",
     "attribute",
     "cpu_adam_op",
     "deepspeed_version",
+    "has_fused_adam",
     "is_coalescing",
     "is_known",
     "link_adam_state",
     "link_reordered_params",
     "load_ds_config",
     "mark_compiled",
+    "masters_made_on_host",
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
     "offloaded_files",
     "only_groups",
+    "replace_masters",
     "require_known_deepspeed",
     "swap_class",
     "writes_through",

@@ -31,9 +31,11 @@ class HostAdam:
         weakref.finalize(self, _destroy, self._op, self._ids)
 
     @contextmanager
-    def stepping(self, group: int, param_group: dict[str, Any]) -> Iterator[None]:
-        """Let the optimizer's next ``step`` run on the C++ object of ``group``. It must step that group alone, once."""
-        partition = param_group["params"][0]
+    def stepping(self, group: int, partition: torch.Tensor, param_group: dict[str, Any]) -> Iterator[None]:
+        """Let the optimizer's next ``step`` run on the C++ object of ``group``. It must step ``partition`` alone, once.
+
+        ``group`` is any number that stands for the partition; ``param_group`` has its hyperparameters.
+        """
         count = self._optimizer.state[partition].get("step", 0) if partition in self._optimizer.state else 0
         self._bring_to(count, group, param_group)
         identifier = self._ids[group]

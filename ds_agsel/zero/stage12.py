@@ -7,11 +7,14 @@ shown goes through DeepSpeed's own arithmetic, so that with every block selected
 
 [Note: One rank] Where a gradient has nobody to be averaged with, the trip through the reduction bucket (a copy in,
 a division by 1, a collective of one, a copy out) changes no bit and is left out.
+
+Where states visit the accelerator, `visiting` has each group's there when DeepSpeed's loop comes to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,50 +23,49 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ds_agsel.errors import ConfigError, TrainingError
-from ds_agsel.param_groups import HyperparameterLink, ParamGroup
+from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
-from ds_agsel.zero.host_adam import HostAdam
+from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
+from ds_agsel.zero.visiting import VisitingStates
 
-ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
+class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
+    """A `DeepSpeedZeroOptimizer` whose step updates the selected blocks' groups. Made by `adapters.restrict`."""
 
-class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
-    """A `DeepSpeedZeroOptimizer` whose step updates the selected blocks' groups. Made by `restrict`."""
-
-    selection: Selection
     ready_for_gradients: bool
     grads_in_partition: Tensor | None
 
-    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
-        self.selection = selection
-        self._link = link
-        self._block_of_group = tuple(block_of_group)
-        self._shown_groups: Sequence[int] = range(len(block_of_group))
-        self._states_linked: set[int] = set()
-        self._blocks_with_gradient: set[int] = set()
-        self._overflow_is_known = False
-        self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
+    def attach(
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, states_visit: bool
+    ) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
+
+        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
+        """
         self._group_of_param = {
             self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
         }
+        self._attach(selection, block_of_group, link)
+        self._states_linked: set[int] = set()
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
+        self._visiting = self._visiting_states() if states_visit else None
         self._link_all_hp_params()
 
-    def _steps_with_hidden_state(self) -> bool:
-        on_cpu = get_accelerator().device_name() == "cpu"
-        return isinstance(self.optimizer, compat.DeepSpeedCPUAdam) or (
-            isinstance(self.optimizer, compat.FusedAdam) and on_cpu
-        )
+    def _visiting_states(self) -> VisitingStates:
+        selection, config = self.selection, self.selection.config
+
+        def count(direction: str, num_bytes: int) -> None:
+            name, traffic = f"{direction}_bytes", selection.current_traffic
+            setattr(traffic, name, getattr(traffic, name) + num_bytes)
+
+        return VisitingStates(
+            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
+            config.state_budget_bytes, config.keep_master, count,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ window
-
-    def _groups_of(self, blocks: Sequence[int]) -> list[int]:
-        wanted = set(blocks)
-        return [group for group, block in enumerate(self._block_of_group) if block in wanted]
 
     def open_window(self) -> None:
         """Freeze and make room for the planned step. Before the first forward of an accumulation window; idempotent."""
@@ -73,6 +75,12 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         self._blocks_with_gradient.clear()
         if self.cpu_offload:
             self._hold_gradient_buffers()
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Let the states of the planned blocks travel under forward and backward. Idempotent."""
+        if self._visiting is not None:
+            self._visiting.prefetch(self.selection.planned_blocks)
 
     def _hold_gradient_buffers(self) -> None:
         groups = self._groups_of(self.selection.active_blocks)
@@ -236,8 +244,11 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
             self.local_overflow |= not bool(torch.isfinite(norms).all())
         return super().has_overflow(partition_gradients)
 
-    def _complete_host_gradients(self, groups: Sequence[int]) -> None:
+    def _complete_gradients(self, groups: Sequence[int]) -> None:
         """Host gradients of this window and of nothing else: 0 where a parameter had none in it."""
+        if not self.cpu_offload:
+            return
+        self._wait_for_offload_copies()
         for group in groups:
             written = []
             for param in self.params_in_partition[group]:
@@ -254,56 +265,28 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
 
     # -------------------------------------------------------------------- step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Choose where the step explores, then update the chosen blocks. Collective."""
-        self._link.push(self.optimizer.param_groups)
-        selection = self.selection
-        if self.cpu_offload:
-            self._wait_for_offload_copies()
-            self._complete_host_gradients(self._groups_of(selection.active_blocks))
-        if selection.plan.blocks is None:
-            scores = self._block_scores()
-            if not torch.isfinite(scores).all():
-                self._skip_step()
-                return
-            selection.choose(scores.tolist())
-            self._drop_gradients(set(selection.active_blocks) - set(selection.selected_blocks))
-        else:
-            self._require_gradients(selection.plan.blocks)
-        groups = self._groups_of(selection.selected_blocks)
-        self._shown_groups = groups
+    @contextmanager
+    def _only(self, groups: Sequence[int]) -> Iterator[None]:
         with compat.only_groups(self, groups):
-            super().step()
-        if self.overflow:
-            selection.skip()
-            return
-        self._count_written(groups)
-        for group in groups:
-            self._link_state(group)
-        selection.commit()
+            try:
+                yield
+            finally:
+                if self._visiting is not None:
+                    self._visiting.leave_entered()
 
-    def _block_scores(self) -> Tensor:
-        """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
+    def _begin_update(self, blocks: Sequence[int]) -> list[int]:
+        return self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
 
-        Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that can't be chosen.
-        Algorithm 1, lines 2-6, of arXiv:2512.15764. Collective over the data-parallel group.
-        """
-        device = get_accelerator().current_device_name()
-        squares = torch.zeros(len(self._group_of_param), dtype=compat.norm_dtype(), device=device)
-        param_ids, norms = [], []
-        for group in self._groups_of(self.selection.active_blocks):
-            for param_id, norm in self._slice_norms(group):
-                param_ids.append(param_id)
-                norms.append(norm.to(device, squares.dtype))
-        if norms:
-            squares[torch.tensor(param_ids, device=device)] = torch.stack(norms).square()
-        if dist.get_world_size(group=self.dp_process_group) > 1:
-            dist.all_reduce(squares, group=self.dp_process_group)
-        blocks = torch.tensor(
-            [self._block_of_group[self._group_of_param[i]] for i in range(len(squares))], device=device
-        )
-        scores = squares.new_zeros(len(self.selection.blocks))
-        return scores.index_add_(0, blocks, squares.sqrt() / self.loss_scale).cpu()
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
+        with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
+            return super().scaled_global_norm(norm_type)
+
+    def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
+        """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
+        if self._visiting is not None:
+            self._visiting.enter(group_idx, self._shown_groups[group_idx])
+        return super()._get_preflattened_grad_partition(group_idx)
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
         """(param id, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
@@ -318,14 +301,8 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         ]
 
     def _skip_step(self) -> None:
-        """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""
-        self._overflow_is_known = True
-        try:
-            with compat.attribute(self, check_grad_overflow=True):
-                super().step()
-        finally:
-            self._overflow_is_known = False
-        self.selection.skip()
+        with compat.attribute(self, check_grad_overflow=True):
+            super()._skip_step()
 
     def _drop_gradients(self, blocks: set[int]) -> None:
         for group in self._groups_of(tuple(blocks)):
@@ -335,25 +312,20 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
                 for param in self.params_in_partition[group]:
                     self.norm_for_param_grads.pop(self.get_param_id(param), None)
 
-    def _require_gradients(self, planned: Sequence[int]) -> None:
-        """Refuse to step on silence: reentrant checkpointing drops gradients where no input requires any."""
-        silent = [self.selection.blocks[block].name for block in planned if block not in self._blocks_with_gradient]
-        if silent:
-            raise TrainingError(
-                f"step {self.selection.plan.step}: no parameter of the selected block(s) {', '.join(silent)} received "
-                "a gradient. With activation checkpointing, set use_reentrant=False or call "
-                "model.enable_input_require_grads(): the reentrant form drops the gradients of a segment whose inputs "
-                "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
-            )
-
     def _optimizer_step(self, group_no: int) -> None:
         partition = self.single_partition_of_fp32_groups[group_no]
         self.selection.current_traffic.stepped_numel += partition.numel()
         if self._host_adam is None:
             super()._optimizer_step(group_no)
             return
-        with self._host_adam.stepping(self._shown_groups[group_no], self.optimizer.param_groups[group_no]):
+        hyperparameters = self.optimizer.param_groups[group_no]
+        with self._host_adam.stepping(self._shown_groups[group_no], partition, hyperparameters):
             super()._optimizer_step(group_no)
+
+    def _after_update(self, groups: Sequence[int]) -> None:
+        self._count_written(groups)
+        for group in groups:
+            self._link_state(group)
 
     def _count_written(self, groups: Sequence[int]) -> None:
         traffic = self.selection.current_traffic
@@ -366,16 +338,7 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
             if many:
                 traffic.gathered_bytes += flat.numel() * flat.element_size()
 
-    # ------------------------------------------------------ hyperparameters, memory
-
-    def _get_param_groups(self) -> list[ParamGroup]:
-        self._link.push(self.optimizer.param_groups)
-        return self.optimizer.param_groups
-
-    def _set_param_groups(self, value: list[ParamGroup]) -> None:
-        self.optimizer.param_groups = value
-
-    param_groups = property(_get_param_groups, _set_param_groups)
+    # ------------------------------------------------------------------ memory
 
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
@@ -388,12 +351,14 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         if self.cpu_offload:
             host = [p.grad for p in self.single_partition_of_fp32_groups]
             host += list(self.accumulated_grads_in_cpu.values())
-        return _storage_bytes(tensors), _storage_bytes(host)
+        return storage_bytes(tensors), storage_bytes(host)
 
-    def state_bytes(self) -> int:
-        """Bytes of the Adam moments that exist on this rank."""
-        states = self.optimizer.state.values()
-        return _storage_bytes([state[key] for state in states for key in ADAM_STATE_KEYS if key in state])
+    def resident_state_bytes(self) -> int:
+        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
+
+        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
+        """
+        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
 
     # --------------------------------------------------- states: accessors, checkpoints
 
@@ -427,6 +392,8 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        if self._visiting is not None:
+            self._visiting.bring_home((self._block_of_group[group],))
         return stock(optim_state_key)
 
     def _set_full_hp_param(
@@ -438,9 +405,13 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         optim_state_key: str | None = None,
     ) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
+        if self._visiting is not None:
+            self._visiting.send_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             partition = self.single_partition_of_fp32_groups[group]
             self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+            if self._visiting is not None:
+                self._visiting.adopt_loaded()
             self._link_state(group)
         stock(value, optim_state_key)
         if optim_state_key is None:
@@ -455,36 +426,30 @@ class SelectiveZeroOptimizer(compat.DeepSpeedZeroOptimizer):
         if self._block_of_group[group] in self.selection.active_blocks:
             stock(value)
 
+    def bring_states_home(self) -> None:
+        """Make the host's copies of states that visit the accelerator current, for who reads them there. Host waits."""
+        if self._visiting is not None:
+            self._visiting.bring_home()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.bring_states_home()
+        return super().state_dict()
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._visiting is not None:
+            self._visiting.send_home()
         super().load_state_dict(*args, **kwargs)
-        self._link.pull(self.optimizer.param_groups)
+        if self._visiting is not None:
+            self._visiting.adopt_loaded()
+            self._states_linked.clear()
+            for group in range(len(self.bit16_groups)):
+                self._link_state(group)
 
+    def refresh_fp32_params(self) -> None:
+        if self._visiting is not None:
+            self._visiting.send_home()
+        super().refresh_fp32_params()
 
-def restrict(
-    optimizer: compat.DeepSpeedZeroOptimizer,
-    selection: Selection,
-    block_of_group: Sequence[int],
-    link: HyperparameterLink,
-) -> SelectiveZeroOptimizer:
-    """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
-
-    Raises ConfigError where the installed DeepSpeed, or the groups it made, are not the ones this was written for.
-    """
-    compat.require_known_deepspeed(optimizer)
-    if len(optimizer.bit16_groups) != len(block_of_group):
-        raise ConfigError(
-            f"DeepSpeed made {len(optimizer.bit16_groups)} param groups of the {len(block_of_group)} it was given, "
-            "one per block and hyperparameter set. Give it no param group that it drops or merges."
-        )
-    compat.swap_class(optimizer, SelectiveZeroOptimizer)
-    optimizer.attach(selection, block_of_group, link)
-    return optimizer
-
-
-def _storage_bytes(tensors: Sequence[Tensor | None]) -> int:
-    storages = {}
-    for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    def update_lp_params(self) -> None:
+        self.bring_states_home()
+        super().update_lp_params()

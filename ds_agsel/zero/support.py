@@ -45,11 +45,6 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
             "Set it to 1.0",
         )  # fmt: skip
-    if config.step_device == "cpu" and offload_device != "cpu":
-        raise ConfigError(
-            "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
-            "other. Set offload_optimizer.device to 'cpu', or step_device to null."
-        )
     if zero.get("elastic_checkpoint"):
         _refuse(
             "zero_optimization.elastic_checkpoint=true", "it asks every block for the state of the first",

@@ -1,0 +1,184 @@
+"""What the restricted ZeRO optimizers of all stages share: the order of a step, scores, hyperparameters.
+
+A *group* here is what DeepSpeed steps at once, with one flat fp32 partition on this rank: a param group with stages
+1 and 2, a sub-group of one with stage 3. Every group belongs to one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ds_agsel.errors import TrainingError
+from ds_agsel.param_groups import HyperparameterLink, ParamGroup
+from ds_agsel.selection import Selection
+from ds_agsel.zero import compat
+from ds_agsel.zero.host_adam import HostAdam
+
+ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+class SelectiveStep(compat.ZeROOptimizer):
+    """Goes before DeepSpeed's optimizer class among a restricted one's bases.
+
+    Attributes:
+        _group_of_param: group of each parameter, by a number from 0 that counts parameters, equal on all ranks. Set
+            before `_attach`.
+    """
+
+    selection: Selection
+    _group_of_param: Mapping[int, int]
+
+    def _attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
+        self.selection = selection
+        self._link = link
+        self._block_of_group = tuple(block_of_group)
+        self._shown_groups: Sequence[int] = range(len(block_of_group))
+        self._blocks_with_gradient: set[int] = set()
+        self._overflow_is_known = False
+        self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
+
+    def _steps_with_hidden_state(self) -> bool:
+        on_cpu = get_accelerator().device_name() == "cpu"
+        return isinstance(self.optimizer, compat.DeepSpeedCPUAdam) or (
+            isinstance(self.optimizer, compat.FusedAdam) and on_cpu
+        )
+
+    def _groups_of(self, blocks: Sequence[int]) -> list[int]:
+        wanted = set(blocks)
+        return [group for group, block in enumerate(self._block_of_group) if block in wanted]
+
+    # -------------------------------------------------- what each stage does its way
+
+    def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
+        """Inside, DeepSpeed's own loops see ``groups`` and no others."""
+        raise NotImplementedError
+
+    def _complete_gradients(self, groups: Sequence[int]) -> None:
+        """Make the gradients of ``groups`` those of this window and of nothing else, before they are looked at."""
+        raise NotImplementedError
+
+    def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
+        """(parameter number, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
+        raise NotImplementedError
+
+    def _drop_gradients(self, blocks: set[int]) -> None:
+        """Forget the gradients of ``blocks``, which the choice has left out."""
+        raise NotImplementedError
+
+    def _begin_update(self, blocks: Sequence[int]) -> list[int]:
+        """The groups of ``blocks`` in the order of their update, which begins now."""
+        return self._groups_of(blocks)
+
+    def _prefetch(self) -> None:
+        """Let what the planned step needs start to travel. Called as soon as it is planned; idempotent."""
+
+    def _after_update(self, groups: Sequence[int]) -> None:
+        """``groups`` have been updated: count what was written back, link new states."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------- step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Choose where the step explores, then update the chosen blocks. Collective."""
+        self._link.push(self.optimizer.param_groups)
+        selection = self.selection
+        self._complete_gradients(self._groups_of(selection.active_blocks))
+        if selection.plan.blocks is None:
+            scores = self._block_scores()
+            if not torch.isfinite(scores).all():
+                self._skip_step()
+                return
+            selection.choose(scores.tolist())
+            self._drop_gradients(set(selection.active_blocks) - set(selection.selected_blocks))
+        else:
+            self._require_gradients(selection.plan.blocks)
+        groups = self._begin_update(selection.selected_blocks)
+        self._shown_groups = groups
+        with self._only(groups):
+            super().step()
+        if self.overflow:
+            selection.skip()
+            return
+        self._after_update(groups)
+        selection.commit()
+        self._prefetch()
+
+    def _block_scores(self) -> Tensor:
+        """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
+
+        Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that can't be chosen.
+        Algorithm 1, lines 2-6, of arXiv:2512.15764. Collective over the data-parallel group.
+        """
+        device = get_accelerator().current_device_name()
+        squares = torch.zeros(len(self._group_of_param), dtype=compat.norm_dtype(), device=device)
+        param_ids, norms = [], []
+        for group in self._groups_of(self.selection.active_blocks):
+            for param_id, norm in self._slice_norms(group):
+                param_ids.append(param_id)
+                norms.append(norm.to(device, squares.dtype))
+        if norms:
+            squares[torch.tensor(param_ids, device=device)] = torch.stack(norms).square()
+        if dist.get_world_size(group=self.dp_process_group) > 1:
+            dist.all_reduce(squares, group=self.dp_process_group)
+        blocks = torch.tensor(
+            [self._block_of_group[self._group_of_param[i]] for i in range(len(squares))], device=device
+        )
+        scores = squares.new_zeros(len(self.selection.blocks))
+        return scores.index_add_(0, blocks, squares.sqrt() / self.loss_scale).cpu()
+
+    def _skip_step(self) -> None:
+        """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""
+        self._overflow_is_known = True
+        try:
+            super().step()
+        finally:
+            self._overflow_is_known = False
+        self.selection.skip()
+
+    def _require_gradients(self, planned: Sequence[int]) -> None:
+        """Refuse to step on silence: reentrant checkpointing drops gradients where no input requires any."""
+        silent = [self.selection.blocks[block].name for block in planned if block not in self._blocks_with_gradient]
+        if silent:
+            raise TrainingError(
+                f"step {self.selection.plan.step}: no parameter of the selected block(s) {', '.join(silent)} received "
+                "a gradient. With activation checkpointing, set use_reentrant=False or call "
+                "model.enable_input_require_grads(): the reentrant form drops the gradients of a segment whose inputs "
+                "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
+            )
+
+    # ------------------------------------------------------ hyperparameters, states
+
+    def _get_param_groups(self) -> list[ParamGroup]:
+        self._link.push(self.optimizer.param_groups)
+        return self.optimizer.param_groups
+
+    def _set_param_groups(self, value: list[ParamGroup]) -> None:
+        super()._set_param_groups(value)
+
+    param_groups = property(_get_param_groups, _set_param_groups)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super().load_state_dict(*args, **kwargs)
+        self._link.pull(self.optimizer.param_groups)
+
+    def state_bytes(self) -> int:
+        """Bytes of the Adam moments that exist on this rank."""
+        states = self.optimizer.state.values()
+        return storage_bytes([state[key] for state in states for key in ADAM_STATE_KEYS if key in state])
+
+
+def storage_bytes(tensors: Sequence[Tensor | None]) -> int:
+    """Bytes of the storages behind ``tensors``, each counted once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
