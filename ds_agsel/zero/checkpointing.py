@@ -162,7 +162,10 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
         return path, client_state and {key: value for key, value in client_state.items() if key not in ours}
 
     def _check_form(self, folder: Path) -> None:
-        if self.load_universal_checkpoint() or not checkpoints.has_manifest(folder):
+        if self.load_universal_checkpoint():
+            UniversalFolder(folder)
+            return
+        if not checkpoints.has_manifest(folder):
             return
         stage = checkpoints.read_manifest(folder).facts.get("stage", 2)
         if (stage == 3) != self.zero_optimization_partition_weights():
@@ -256,6 +259,10 @@ def read_selection_state(folder: Path, universal: bool = False) -> dict[str, Any
     try:
         if universal:  # which has what DeepSpeed's converter copies alone
             return model_states(folder)[SELECTION_KEY]
+        if (folder / "zero" / "optimizer_state.pt").is_file():
+            raise CheckpointError(
+                f"{folder} is a universal checkpoint. Set checkpoint.load_universal=true in the ds_config to load it."
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, KeyError):
         raise CheckpointError(

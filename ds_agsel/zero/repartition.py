@@ -81,9 +81,10 @@ def sections(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor
 def add_empty_states(state_dict: Mapping[str, Any]) -> None:
     """[Note: Blocks without state]."""
     base, masters = sections(state_dict)
-    for index, master in enumerate(masters):
+    paddings = state_dict.get(constants.GROUP_PADDINGS, [0] * len(masters))  # the masters lack it, the states have it
+    for index, (master, padding) in enumerate(zip(masters, paddings)):
         if not base["state"].get(index):
-            nothing = torch.zeros(1, dtype=master.dtype, device=master.device).expand(master.numel())
+            nothing = torch.zeros(1, dtype=master.dtype, device=master.device).expand(master.numel() + padding)
             base["state"][index] = {"step": 0, **{key: nothing for key in ADAM_STATE_KEYS}}
 
 
