@@ -84,34 +84,20 @@ def _initialize_selective(
     except ConfigError as error:
         _tell_other_ranks(number, arguments, error)
         raise
-    blocks, named = prepared.blocks, prepared.named
-    user_optimizer, split = prepared.user_optimizer, prepared.split
     _init_distributed(arguments)
-    agreement.require(
-        number,
-        agreement.parts(
-            ds_config,
-            config,
-            arguments["model"],
-            [(block.name, block.parameter_names) for block in blocks],
-            split.groups,
-            prepared.steps_per_epoch,
-            deepspeed.__version__,
-        ),
-    )
-
+    agreement.require(number, _shared_parts(prepared, arguments["model"], ds_config, config))
     choice = _step_device(ds_config, config, prepared)
-    changed = _split_arguments(arguments, user_optimizer, split)
+    changed = _split_arguments(arguments, prepared.user_optimizer, prepared.split)
     changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
     visits = choice is StepDevice.VISIT
 
     with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
         engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
 
-    selection = Selection(blocks, prepared.policy, prepared.lottery, config, named)
-    link = HyperparameterLink(prepared.user_groups, split.parents)
+    selection = Selection(prepared.blocks, prepared.policy, prepared.lottery, config, prepared.named)
+    link = HyperparameterLink(prepared.user_groups, prepared.split.parents)
     compat.swap_class(engine, SelectiveEngine)
-    engine.optimizer = restrict(optimizer, selection, split.blocks, link, states_visit=visits)
+    engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)
@@ -157,6 +143,21 @@ def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config:
     )
     policy = _policy(blocks, lottery, config, steps)
     return _Prepared(blocks, named, user_optimizer, user_groups, split, lottery, steps, policy)
+
+
+def _shared_parts(
+    prepared: _Prepared, model: torch.nn.Module, ds_config: Mapping[str, Any], config: SelectionConfig
+) -> dict[str, Any]:
+    """What all ranks must have alike."""
+    return {
+        **agreement.parts(ds_config, config, model),
+        "versions": {**agreement.versions(), "deepspeed": deepspeed.__version__},
+        "blocks": [[block.name, list(block.parameter_names)] for block in prepared.blocks],
+        "param groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in prepared.split.groups
+        ],
+        "steps_per_epoch": prepared.steps_per_epoch,
+    }
 
 
 def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigError) -> None:

@@ -29,6 +29,7 @@ from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
+from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
 from ds_agsel.zero.staging import HostStaging
 from ds_agsel.zero.visiting import VisitingStates
@@ -522,6 +523,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         super()._link_all_hp_params()
         if self.round_robin_gradients:
             compat.link_reordered_params(self)
+            self._param_slice_mappings = self._create_param_mapping()  # what checkpoints say of it
         self._states_linked.clear()
         for group, params in enumerate(self.bit16_groups):
             self._link_state(group)
@@ -589,6 +591,15 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             self._states_linked.clear()
             for group in range(len(self.bit16_groups)):
                 self._link_state(group)
+
+    def layouts(self) -> list[Layout]:
+        found = []
+        for params, partition in zip(self.bit16_groups, self.single_partition_of_fp32_groups):
+            names = tuple(self.param_names[param] for param in params)
+            places = [compat.place_in_partition(param) for param in params]
+            slices = tuple(Slice(name, *place) for name, place in zip(names, places) if place is not None)
+            found.append(Layout(names, partition.numel(), slices))
+        return found
 
     def refresh_fp32_params(self) -> None:
         if self._visiting is not None:

@@ -77,8 +77,10 @@ def unsupported(
         _refuse("compile.deepcompile=true", "it compiles the gradients of all blocks in", "Set it to false")
     if ds_config.get("managed_gradient_accumulation") is False:
         _refuse("managed_gradient_accumulation=false", "the window of a choice is DeepSpeed's own", "Set it to true")
-    if _section(ds_config, "checkpoint").get("load_universal"):
-        _refuse("checkpoint.load_universal=true", "blocks without state have no universal form yet", "Set it to false")
+    if _section(ds_config, "checkpoint").get("writer") is not None:
+        _refuse("checkpoint.writer", "what it writes is not there yet when a save returns", "Remove it")
+    if _section(ds_config, "datastates_ckpt").get("enabled"):
+        _refuse("datastates_ckpt.enabled=true", "a save returns before it has written", "Set it to false")
     for key, section in (("bf16", bf16), ("fp16", fp16)):
         for name in (f"{key}_master_weights_and_grads", f"{key}_optimizer_states"):
             if section.get(name):
