@@ -1,12 +1,18 @@
-"""The command ``ds-agsel``: a report of runs, a run as it goes. Imports neither torch nor deepspeed."""
+"""The command ``ds-agsel``: check a config, estimate memory, a report of runs, a run as it goes.
+
+`report` and `watch` import neither torch nor deepspeed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ds_agsel.config import find_section, parse_section, read_ds_config
 from ds_agsel.errors import AgselError, DataError
 from ds_agsel.report.runs import Run, read_run
 
@@ -14,14 +20,17 @@ EXTRA = "pip install 'ds-agsel[report]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 where something was asked for that can't be had."""
+    """Run the command; returns its exit status: 0, 1 where `check` found problems, or 2 where something was asked for
+    that can't be had."""
     parser = argparse.ArgumentParser(prog="ds-agsel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_check(commands.add_parser("check", help="whether a ds_config is sound, one line for each problem"))
+    _add_estimate(commands.add_parser("estimate", help="bytes per rank and traffic, from the model's config alone"))
     _add_report(commands.add_parser("report", help="a page of one or several runs"))
     _add_watch(commands.add_parser("watch", help="a run in the terminal, as it goes"))
     options = parser.parse_args(arguments)
     try:
-        options.command(options)
+        status: int | None = options.command(options)
     except AgselError as error:
         print(f"ds-agsel: {error}", file=sys.stderr)
         return 2
@@ -30,7 +39,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ds-agsel: this command needs {error.name}. Get it by {EXTRA}.", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
+
+
+_MODEL_HELP = "a model's config.json, the folder that has it, a hub name, or one known here (a wrong name lists them)"
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a ds_config")
+    parser.add_argument("--model", help=f"{_MODEL_HELP}; also checks the names of its blocks")
+    parser.set_defaults(command=_check)
+
+
+def _check(options: argparse.Namespace) -> int:
+    ds_config = read_ds_config(options.file)
+    with _stdout_is_ours():
+        from ds_agsel.estimate.shapes import build_on_meta
+        from ds_agsel.soundness import problems_of
+
+        model = None if options.model is None else build_on_meta(options.model)
+        problems = problems_of(ds_config, model)
+    for problem in problems:
+        print(f"{options.file}: {problem}")
+    if not problems:
+        print(f"{options.file}: sound")
+    return 1 if problems else 0
+
+
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=_MODEL_HELP)
+    parser.add_argument("--ds-config", required=True, type=Path, metavar="FILE")
+    unset = "not given: the ds_config's, or 10 20 30"
+    parser.add_argument("--select-percent", type=float, nargs="+", metavar="K", help=unset)
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="accelerators (1)")
+    parser.add_argument("--json", action="store_true", help="for programs, in bytes")
+    parser.set_defaults(command=_estimate)
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    ds_config = read_ds_config(options.ds_config)
+    section = find_section(ds_config)
+    config = parse_section({} if section is None else section)
+    given = (10.0, 20.0, 30.0) if section is None else (config.select_percent,)
+    with _stdout_is_ours():
+        from ds_agsel.estimate.setup import read_setup
+        from ds_agsel.estimate.shapes import read_shape
+        from ds_agsel.estimate.table import as_json, as_text, estimate
+
+        setup = read_setup(ds_config, options.ranks)
+        result = estimate(read_shape(options.model, config.blocks), setup, config, options.select_percent or given)
+    print(json.dumps(as_json(result), indent=2) if options.json else as_text(result))
+
+
+@contextlib.contextmanager
+def _stdout_is_ours() -> Iterator[None]:
+    """What libraries print while they load goes to stderr, so that a program can read stdout."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

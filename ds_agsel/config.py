@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -41,6 +43,9 @@ class SelectionConfig(BaseModel):
     steps_per_epoch: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
     step_device: Literal["cpu", "accelerator"] | None = None
+    keep_master: Literal["host", "accelerator"] = "host"
+    state_budget_bytes: int | None = Field(None, ge=1)
+    explore_on: Literal["batch", "first_micro_batch"] = "batch"
     blocks: dict[str, tuple[str, ...]] | None = None
     fixed_blocks: tuple[str, ...] | None = None
     replay_file: str | None = Field(None, min_length=1)
@@ -50,7 +55,7 @@ class SelectionConfig(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise ConfigError(_message(error, given)) from None
+            raise _SectionError(_messages(error, given)) from None
 
     @field_validator("always_select", "never_select", "fixed_blocks", mode="before")
     @classmethod
@@ -66,41 +71,44 @@ class SelectionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> SelectionConfig:
-        if self.step_device == "accelerator":
-            raise ConfigError(
-                f'{SECTION}.step_device="accelerator" is not available yet: states visiting the accelerator'
-                ' are still to come. Use null or "cpu".'
-            )
+        problems = list(self._combination_problems())
+        if problems:
+            raise _SectionError(problems)
+        return self
+
+    def _combination_problems(self) -> Iterator[str]:
+        for field, default in (("keep_master", "host"), ("state_budget_bytes", None)):
+            if self.step_device == "cpu" and getattr(self, field) != default:
+                yield (
+                    f'{SECTION}.{field}={_shown(getattr(self, field))} is about states on the accelerator, and'
+                    f' {SECTION}.step_device="cpu" leaves them on the host. Remove one of the two.'
+                )
         both = sorted(set(self.always_select) & set(self.never_select))
         if both:
-            raise ConfigError(
+            yield (
                 f"{SECTION}.always_select and {SECTION}.never_select both name {quoted(both)}. A block is"
                 " updated at every step or at none: take it out of one of them."
             )
-        self._check_policy_field("fixed_blocks", "fixed")
-        self._check_policy_field("replay_file", "replay")
+        yield from self._policy_field_problems("fixed_blocks", "fixed")
+        yield from self._policy_field_problems("replay_file", "replay")
         if self.policy == "replay" and (self.always_select or self.never_select):
             setting = "always_select" if self.always_select else "never_select"
-            raise ConfigError(
+            yield (
                 f'{SECTION}.policy="replay" and {SECTION}.{setting}={_shown(getattr(self, setting))} exclude'
                 " each other: the replayed file already says which blocks are updated. Remove"
                 f" {SECTION}.{setting}."
             )
         if self.fixed_blocks == ():
-            raise ConfigError(f"{SECTION}.fixed_blocks=[] is empty. Name at least one block to update.")
+            yield f"{SECTION}.fixed_blocks=[] is empty. Name at least one block to update."
         if self.blocks is not None:
-            _check_patterns(self.blocks)
-        return self
+            yield from _pattern_problems(self.blocks)
 
-    def _check_policy_field(self, field: str, policy: str) -> None:
+    def _policy_field_problems(self, field: str, policy: str) -> Iterator[str]:
         value = getattr(self, field)
         if value is None and self.policy == policy:
-            remedy = _WORDS[field].remedy
-            raise ConfigError(
-                f'{SECTION}.policy="{policy}" needs {SECTION}.{field}, which is not set. {remedy}'
-            )
+            yield f'{SECTION}.policy="{policy}" needs {SECTION}.{field}, which is not set. {_WORDS[field].remedy}'
         if value is not None and self.policy != policy:
-            raise ConfigError(
+            yield (
                 f'{SECTION}.{field}={_shown(value)} is only for {SECTION}.policy="{policy}", and the policy'
                 f' is "{self.policy}". Remove {field}, or set the policy to "{policy}".'
             )
@@ -111,15 +119,45 @@ def parse_section(section: Mapping[str, Any]) -> SelectionConfig:
 
     Raises ConfigError, naming the field, its value, what is allowed and the remedy.
     """
+    problems = section_problems(section)
+    if problems:
+        raise ConfigError(problems[0])
+    return SelectionConfig(**section)
+
+
+def section_problems(section: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with an ``adagrad_select`` section, unknown keys first; empty where nothing is."""
     if not isinstance(section, Mapping):
-        raise ConfigError(
+        return [
             f"{SECTION}={_shown(section)} is not an object. Use {{}} for all defaults, or remove the section"
             " to run plain DeepSpeed."
-        )
-    for key in section:
-        if key not in SelectionConfig.model_fields:
-            raise ConfigError(_unknown_key(key))
-    return SelectionConfig(**section)
+        ]
+    known = {key: value for key, value in section.items() if key in SelectionConfig.model_fields}
+    problems = [_unknown_key(key) for key in section if key not in known]
+    try:
+        SelectionConfig(**known)
+    except _SectionError as error:
+        problems += error.problems
+    return problems
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """The ds_config in the JSON file ``path``. Raises ConfigError where there is none, or a key stands twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"the key {quoted(twice)} stands in it twice")
+        return dict(pairs)
+
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} can't be read as a ds_config: {reason}. Give a JSON file.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds {_shown(config)[:40]} and not an object. Give a ds_config in JSON.")
+    return config
 
 
 def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -203,7 +241,14 @@ _WORDS = {
         "an integer", "Use the optimizer steps in one pass over the data, or null to count them.", "[1, inf)"
     ),
     "seed": _Words("an integer", "Use 42, or any integer from 0 on.", "[0, inf)"),
-    "step_device": _Words('"cpu" or null', 'Use null to follow offload_optimizer, or "cpu".'),
+    "step_device": _Words(
+        '"cpu", "accelerator" or null', "Use null to follow offload_optimizer and the memory there is."
+    ),
+    "keep_master": _Words('"host" or "accelerator"', 'Use "host": master weights travel with the moments.'),
+    "state_budget_bytes": _Words(
+        "an integer", "Use null for the largest selection and two blocks more.", "[1, inf)"
+    ),
+    "explore_on": _Words('"batch" or "first_micro_batch"', 'Use "batch" to score the whole batch\'s gradient.'),
     "blocks": _Words(
         "a map from block name to a list of regular expressions",
         'Write it as {"embedding": ["wte\\\\.weight"], ...}, or null for the automatic blocks.',
@@ -213,33 +258,43 @@ _WORDS = {
 }
 
 
-def _message(error: ValidationError, given: Mapping[str, Any]) -> str:
-    first = error.errors(include_url=False)[0]
-    raised = first.get("ctx", {}).get("error")
-    if isinstance(raised, ConfigError):
-        return str(raised)
-    field = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
+class _SectionError(ConfigError):
+    """All that is wrong with a section, told by the first of it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
+
+
+def _messages(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
+    messages: list[str] = []
+    for found in error.errors(include_url=False):
+        raised = found.get("ctx", {}).get("error")
+        messages += raised.problems if isinstance(raised, _SectionError) else [_message(found, given)]
+    return list(dict.fromkeys(messages))  # a list of block names has an error for each item
+
+
+def _message(found: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    field = str(found["loc"][0])
+    if found["type"] == "extra_forbidden":
         return _unknown_key(field)
     words = _WORDS[field]
-    out_of_range = first["type"] in ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")
+    out_of_range = found["type"] in ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")
     problem = f"is outside {words.allowed}" if out_of_range else f"is not {words.kind}"
     return f"{SECTION}.{field}={_shown(given[field])} {problem}. {words.remedy}"
 
 
-def _check_patterns(blocks: Mapping[str, tuple[str, ...]]) -> None:
+def _pattern_problems(blocks: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     if not blocks:
-        raise ConfigError(f"{SECTION}.blocks={{}} is empty. Use null for the automatic blocks.")
+        yield f"{SECTION}.blocks={{}} is empty. Use null for the automatic blocks."
     for name, patterns in blocks.items():
         if not patterns:
-            raise ConfigError(
-                f'{SECTION}.blocks["{name}"]=[] is empty. Give it a regular expression, or remove it.'
-            )
+            yield f'{SECTION}.blocks["{name}"]=[] is empty. Give it a regular expression, or remove it.'
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(
+                yield (
                     f'{SECTION}.blocks["{name}"] has the pattern {_shown(pattern)}, which is not a regular '
                     f'expression: {error}. Escape special characters, as in "layers\\\\.0\\\\..*".'
-                ) from None
+                )

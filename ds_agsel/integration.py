@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
+import os
 from collections.abc import Mapping, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel import callers, installation, policies
+from ds_agsel import agreement, callers, installation, policies
 from ds_agsel.blocks import Block, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
 from ds_agsel.selection import Lottery, Selection
-from ds_agsel.zero import compat
+from ds_agsel.zero import compat, step_device
 from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
-from ds_agsel.zero.support import refuse_unsupported
+from ds_agsel.zero.step_device import StepDevice
+from ds_agsel.zero.support import optimizer_problem, refuse_unsupported
 
 logger = logging.getLogger("ds_agsel")
 
 ADAM_CLASSES = (torch.optim.AdamW, torch.optim.Adam, compat.DeepSpeedCPUAdam, compat.FusedAdam)
-ADAM_NAMES = ("adam", "adamw")
 _SIGNATURE = inspect.signature(deepspeed.initialize)  # now: what wraps it later need not say its own
 
 
@@ -41,18 +45,23 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     Raises ConfigError, before DeepSpeed does anything, for what can't work.
     """
     with installation.stock_initialize():
+        number = agreement.next_call()
         call = _SIGNATURE.bind(*args, **kwargs)
         ds_config = _read_config(call.arguments)
-        section = None if ds_config is None else find_section(ds_config)
-        if ds_config is None or section is None:
-            return deepspeed.initialize(*args, **kwargs)
-        config = parse_section(section)
-        if not config.enabled:
+        try:
+            section = None if ds_config is None else find_section(ds_config)
+            config = None if section is None else parse_section(section)
+        except ConfigError as error:
+            _tell_other_ranks(number, call.arguments, error)
+            raise
+        if ds_config is None or config is None or not config.enabled:
+            agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
         if call.arguments.get("optimizer") is None and not ds_config.get("optimizer"):
             logger.warning("adagrad_select: this engine was given no optimizer, so it can only evaluate.")
+            agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
-        return _initialize_selective(call.arguments, ds_config, config)
+        return _initialize_selective(number, call.arguments, ds_config, config)
 
 
 def _read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -68,11 +77,53 @@ def _read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _initialize_selective(
-    arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
+    number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
 ) -> tuple[Any, Any, Any, Any]:
+    try:
+        prepared = _prepare(arguments, ds_config, config)
+    except ConfigError as error:
+        _tell_other_ranks(number, arguments, error)
+        raise
+    _init_distributed(arguments)
+    agreement.require(number, _shared_parts(prepared, arguments["model"], ds_config, config))
+    choice = _step_device(ds_config, config, prepared)
+    changed = _split_arguments(arguments, prepared.user_optimizer, prepared.split)
+    changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
+    visits = choice is StepDevice.VISIT
+
+    with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
+        engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
+
+    selection = Selection(prepared.blocks, prepared.policy, prepared.lottery, config, prepared.named)
+    link = HyperparameterLink(prepared.user_groups, prepared.split.parents)
+    compat.swap_class(engine, SelectiveEngine)
+    engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
+    engine.selection = selection
+    if not compat.is_known():
+        known = ", ".join(compat.KNOWN_VERSIONS)
+        logger.warning("ds_agsel was tested with deepspeed %s, not yet with %s.", known, deepspeed.__version__)
+    return engine, engine.optimizer, dataloader, scheduler
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is made of the caller's arguments before DeepSpeed is called."""
+
+    blocks: tuple[Block, ...]
+    named: dict[str, torch.nn.Parameter]
+    user_optimizer: torch.optim.Optimizer | None
+    user_groups: list[ParamGroup]
+    split: SplitGroups
+    lottery: Lottery
+    steps_per_epoch: int | None
+    policy: policies.Policy
+
+
+def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig) -> _Prepared:
     model = arguments["model"]
     refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
     callers.warn_of_unseen_ranks()
+    callers.warn_of_replaced_optimizer(arguments.get("optimizer"))
     user_optimizer = _user_optimizer(arguments, ds_config)
     user_groups = (
         as_param_groups(arguments.get("model_parameters"), model)
@@ -85,33 +136,50 @@ def _initialize_selective(
     if not split.groups:
         raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
     lottery = _lottery(blocks, split, config)
-    policy = _policy(blocks, lottery, config, arguments.get("training_data"), ds_config)
-
-    engine, optimizer, dataloader, scheduler = deepspeed.initialize(
-        **{**arguments, **_split_arguments(arguments, user_optimizer, split)}
+    steps = (
+        config.steps_per_epoch
+        or _steps_per_epoch(arguments.get("training_data"), ds_config)
+        or callers.steps_per_epoch(ds_config)
     )
+    policy = _policy(blocks, lottery, config, steps)
+    return _Prepared(blocks, named, user_optimizer, user_groups, split, lottery, steps, policy)
 
-    selection = Selection(blocks, policy, lottery, config, named)
-    link = HyperparameterLink(user_groups, split.parents)
-    compat.swap_class(engine, SelectiveEngine)
-    engine.optimizer = restrict(optimizer, selection, split.blocks, link)
-    engine.selection = selection
-    if not compat.is_known():
-        known = ", ".join(compat.KNOWN_VERSIONS)
-        logger.warning("ds_agsel was tested with deepspeed %s, not yet with %s.", known, deepspeed.__version__)
-    return engine, engine.optimizer, dataloader, scheduler
+
+def _shared_parts(
+    prepared: _Prepared, model: torch.nn.Module, ds_config: Mapping[str, Any], config: SelectionConfig
+) -> dict[str, Any]:
+    """What all ranks must have alike."""
+    return {
+        **agreement.parts(ds_config, config, model),
+        "versions": {**agreement.versions(), "deepspeed": deepspeed.__version__},
+        "blocks": [[block.name, list(block.parameter_names)] for block in prepared.blocks],
+        "param groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in prepared.split.groups
+        ],
+        "steps_per_epoch": prepared.steps_per_epoch,
+    }
+
+
+def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigError) -> None:
+    """Let the other ranks raise what this one is about to."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _init_distributed(arguments)
+    agreement.require(number, {}, failure=str(error))
+
+
+def _init_distributed(arguments: Mapping[str, Any]) -> None:
+    """As `deepspeed.initialize` will (deepspeed/__init__.py:501); nothing where it is done already."""
+    given = {name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments}
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **given)
 
 
 def _user_optimizer(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torch.optim.Optimizer | None:
     """The optimizer object the caller gave, or made by the callable that he gave; None: the ds_config names one."""
     optimizer = arguments.get("optimizer")
     if optimizer is None:
-        name = str(ds_config.get("optimizer", {}).get("type", ""))
-        if name.lower() not in ADAM_NAMES:
-            raise ConfigError(
-                f"optimizer.type={name!r} can't be used with adagrad_select. Adam and AdamW are allowed, in the "
-                "ds_config's optimizer section or as an object given to initialize."
-            )
+        problem = optimizer_problem(ds_config)
+        if problem is not None:
+            raise ConfigError(problem)
         return None
     if not isinstance(optimizer, torch.optim.Optimizer):
         parameters = arguments.get("model_parameters")
@@ -136,11 +204,63 @@ def _split_arguments(
     scheduler = arguments.get("lr_scheduler")
     if callable(scheduler) and not hasattr(scheduler, "step"):
         changed["lr_scheduler"] = lambda _: scheduler(user_optimizer)
-    if all(p.grad is None for group in user_optimizer.param_groups for p in group["params"]):
-        # Without gradients this changes nothing but torch's note that the optimizer has stepped, in whose absence
-        # a scheduler made on it warns at each run that it was called too early.
-        user_optimizer.step()
+    _note_a_step(user_optimizer)
     return changed
+
+
+def _note_a_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch note that ``optimizer`` has stepped; else a scheduler made on it warns that it was called too early.
+
+    Without gradients a step changes nothing more, but for a count that FusedAdam puts into the groups.
+    """
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        return
+    before = [set(group) for group in optimizer.param_groups]
+    optimizer.step()
+    for group, keys in zip(optimizer.param_groups, before):
+        for key in set(group) - keys:
+            del group[key]
+
+
+def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared: _Prepared) -> StepDevice:
+    """Where AdamW runs, logged with the reason. Collective, where it hangs on the memory of all ranks."""
+    lottery = prepared.lottery
+    choice, reason = step_device.decide(
+        config.step_device,
+        step_device.situation(
+            ds_config,
+            config,
+            prepared.blocks,
+            lottery.drawn + lottery.always,
+            prepared.policy.max_selected + len(lottery.always),
+            prepared.user_optimizer is not None,
+        ),
+    )
+    step_device.report(choice, reason)
+    return choice
+
+
+def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
+    """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
+    zero = ds_config["zero_optimization"]
+    offloads = step_device.offloads_optimizer(ds_config)
+    if choice is StepDevice.HOST and not offloads:
+        offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
+        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
+    if choice is StepDevice.VISIT and "optimizer" in ds_config and not compat.has_fused_adam():
+        section = ds_config["optimizer"]
+        return {**ds_config, "optimizer": {**section, "params": {**section.get("params", {}), "torch_adam": True}}}
+    return ds_config
+
+
+def _with_ds_config(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that hand DeepSpeed ``ds_config`` in the place of the one it would find."""
+    if _read_config(arguments) == ds_config:
+        return {}
+    args = copy.copy(arguments.get("args"))
+    if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args.deepspeed_config = None
+    return {"args": args, "config": dict(ds_config), "config_params": None}
 
 
 def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> torch.optim.Optimizer:
@@ -185,8 +305,7 @@ def _policy(
     blocks: tuple[Block, ...],
     lottery: Lottery,
     config: SelectionConfig,
-    training_data: Any,
-    ds_config: Mapping[str, Any],
+    steps_per_epoch: int | None,
 ) -> policies.Policy:
     num_drawn = len(lottery.drawn)
     return policies.create(
@@ -195,9 +314,8 @@ def _policy(
             num_blocks=num_drawn,
             num_selected=policies.num_selected(config.select_percent, num_drawn),
             block_names=tuple(blocks[index].name for index in lottery.drawn),
-            steps_per_epoch=config.steps_per_epoch
-            or _steps_per_epoch(training_data, ds_config)
-            or callers.steps_per_epoch(ds_config),
+            steps_per_epoch=steps_per_epoch,
+            block_indices=lottery.drawn,
         )
     )
 

@@ -101,6 +101,16 @@ class Selection:
         return self._plan
 
     @property
+    def planned_blocks(self) -> tuple[int, ...] | None:
+        """The blocks that the next step will update, where they are known before it."""
+        return None if self._plan is None else self._plan.blocks
+
+    @property
+    def max_selected(self) -> int:
+        """As many blocks as a step can update."""
+        return self.policy.max_selected + len(self.lottery.always)
+
+    @property
     def update_counts(self) -> tuple[int, ...]:
         """f: how many optimizer steps updated each block."""
         return tuple(self._counts)
@@ -112,10 +122,15 @@ class Selection:
 
     @property
     def active_blocks(self) -> tuple[int, ...]:
-        """Blocks whose gradients this step needs: the planned ones, or all that may be chosen."""
-        if self.plan.blocks is not None:
-            return self.plan.blocks
+        """Blocks whose gradients this step needs: the selected ones, or before an explore step's choice all it has."""
+        if self._chosen is not None:
+            return self._chosen
         return tuple(sorted(self.lottery.drawn + self.lottery.always))
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether the blocks of this step are known: planned, or chosen by an explore step."""
+        return self._chosen is not None
 
     @property
     def selected_blocks(self) -> tuple[int, ...]:
@@ -128,12 +143,21 @@ class Selection:
         """Freeze what this step does not need. Before the first forward of an accumulation window; idempotent."""
         if self.window_is_open:
             return
-        active = set(self.active_blocks)
         self.window_is_open = True
+        self._freeze_all_but(self.active_blocks)
+
+    def narrow_window(self) -> None:
+        """Freeze what an explore step has left out, for the rest of its window. After `choose`, before a forward."""
+        self._freeze_all_but(self.selected_blocks)
+
+    def _freeze_all_but(self, blocks: Sequence[int]) -> None:
+        frozen = set(map(id, self._frozen))
         for block in self.blocks:
-            if block.index not in active:
-                for name in block.parameter_names:
-                    parameter = self.parameters[name]
+            if block.index in blocks:
+                continue
+            for name in block.parameter_names:
+                parameter = self.parameters[name]
+                if id(parameter) not in frozen:
                     parameter.requires_grad_(False)
                     self._frozen.append(parameter)
 

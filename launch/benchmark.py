@@ -36,6 +36,7 @@ from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, Shape,
 from deepspeed.accelerator import get_accelerator
 
 import ds_agsel
+from ds_agsel import processor
 
 FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this row draws
 # Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
@@ -170,7 +171,7 @@ def machine(threads: int) -> dict[str, Any]:
     """What the numbers hang on."""
     modules = (ds_agsel, deepspeed, torch, transformers)
     return {
-        "processor": hardware.processor(),
+        "processor": processor.describe(),
         "bf16_is_fast": hardware.bf16_is_fast(),
         "accelerator": get_accelerator().device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -274,8 +275,8 @@ def main() -> int:
         return FAILED
     path = wanted.output / "benchmark.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    processor = results["machine"]["processor"]
-    print(f"\n{processor['name']}, {processor['simd']}, {wanted.threads} threads, {wanted.precision}, ", end="")
+    described = results["machine"]["processor"]
+    print(f"\n{described['name']}, {described['simd']}, {wanted.threads} threads, {wanted.precision}, ", end="")
     print(f"{wanted.micro_batch} x {wanted.sequence_length} tokens, {wanted.steps} rounds. All numbers: {path}")
     missed = [bar for mode in results["offload"].values() for bar in mode["bars"] if not bar["met"]]
     return BARS_MISSED if wanted.check and missed else 0

@@ -1,42 +1,15 @@
-"""What the processor can do, for the choices and the reports that hang on it."""
+"""What the hardware can do, for the choices and the reports that hang on it."""
 
 from __future__ import annotations
 
-import functools
-import platform
-from typing import Any
-
-import cpuinfo
 from deepspeed.accelerator import get_accelerator
 
-# What DeepSpeed's CPU Adam is compiled for, widest first (csrc/includes/simd.h, deepspeed 0.19.8).
-_SIMD_LEVELS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("sve", "SVE"))
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last is ARM's
-
-
-@functools.cache
-def _cpu_info() -> dict[str, Any]:
-    return dict(cpuinfo.get_cpu_info())
-
-
-def processor() -> dict[str, str]:
-    """The processor's name and SIMD level, and what to know about it ("" where there is nothing)."""
-    info = _cpu_info()
-    flags = set(info.get("flags", ()))
-    level = next((name for flag, name in _SIMD_LEVELS if flag in flags), "none")
-    warning = ""
-    if info.get("arch", "").startswith("X86") and level == "none":
-        warning = "this processor has no AVX2; CPU Adam runs without vectors, several times slower."
-    return {"name": info.get("brand_raw", platform.processor()), "simd": level, "warning": warning}
+from ds_agsel import processor
 
 
 def bf16_is_fast() -> bool:
-    """Whether bf16 pays here: on accelerators that have it, and on CPUs with instructions for it.
-
-    Without those torch 2.13 takes 4 to 40 times as long over a layer's three bf16 products as in fp32
-    (512 × 576 × 1536 on an AVX2 processor: output 6.5, input gradient 40, weight gradient 3.7).
-    """
+    """Whether bf16 pays here: on accelerators that have it, and on CPUs with instructions for it."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return bool(accelerator.is_bf16_supported())
-    return not _BF16_FLAGS.isdisjoint(_cpu_info().get("flags", ()))
+    return processor.has_bf16()

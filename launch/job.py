@@ -33,6 +33,7 @@ from stopping import StopRequest
 from tqdm import tqdm
 
 import ds_agsel
+from ds_agsel import processor
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
 from ds_agsel.zero import compat
@@ -51,7 +52,7 @@ class Job:
         self.checkpoints = self.output / "checkpoints"
         self.started = time.monotonic()
         self.raw_config = settings.read(wanted.deepspeed_config)
-        self.resume_from = ranks.main_first(self._prepare_output)
+        ranks.main_first(self._prepare_output)
         _seed_everything(wanted.seed)
         self._load_data()
         self._start_engine()
@@ -63,21 +64,20 @@ class Job:
         self.train_losses: list[float] = []
         self.nonfinite_in_a_row = 0
         self.log_lines = 0
-        if self.resume_from is not None:
-            self._load_checkpoint(self.resume_from)
+        if wanted.resume:
+            self._load_checkpoint()
         self.metrics: JsonLines | None = None
         self.selection_log: SelectionLog | None = None
         self.records: list[dict[str, Any]] = []  # this process's train records
 
     # -- setting up
 
-    def _prepare_output(self) -> Path | None:
-        """Make the output folder; returns the checkpoint to resume from."""
+    def _prepare_output(self) -> None:
+        """Make the output folder, or see that there is something to resume from."""
         if self.options.resume:
-            checkpoint = checkpoints.newest_whole(self.checkpoints)
-            if checkpoint is None:
-                raise CheckpointError(f"--resume: {self.checkpoints} has no whole checkpoint. Start without --resume.")
-            return checkpoint
+            if not checkpoints.are_there(self.checkpoints):
+                raise CheckpointError(f"--resume: {self.checkpoints} has no checkpoint. Start without --resume.")
+            return
         leftovers = ("metrics.jsonl", "selection.jsonl", "blocks.json", "checkpoints", "summary.json", "model")
         marks = [self.output / name for name in leftovers]
         if any(mark.exists() for mark in marks):
@@ -96,7 +96,6 @@ class Job:
             raise ConfigError(
                 f"--output={self.options.output!r} can't be made: {error.strerror}. Give a folder to write to."
             ) from None
-        return None
 
     def _load_data(self) -> None:
         wanted = self.options
@@ -193,8 +192,8 @@ class Job:
         on_host = get_accelerator().device_name() == "cpu"
         offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
         self.precision = settings.precision(config)
-        if (on_host or offloads) and hardware.processor()["warning"]:
-            self._say(f"warning: {hardware.processor()['warning']}")
+        if (on_host or offloads) and processor.describe()["warning"]:
+            self._say(f"warning: {processor.describe()['warning']}")
         if on_host and self.precision in ("bf16", "autocast bfloat16") and not hardware.bf16_is_fast():
             self._say(
                 f"warning: {self.precision} on this processor, which has no instructions for it, is many times "
@@ -210,7 +209,7 @@ class Job:
             if self.selection is not None:
                 self.selection_log = SelectionLog(self.output, self.engine.optimizer)
         try:
-            if self.resume_from is None:
+            if not self.options.resume:
                 self._evaluate_loss()
                 self.exact_before = self._evaluate_answers("before")
             stopped = self._train()
@@ -405,9 +404,9 @@ class Job:
             "total steps": self.total_steps,
         }
 
-    def _load_checkpoint(self, checkpoint: Path) -> None:
-        _, client_state = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        state = (client_state or {}).get(_STATE)
+    def _load_checkpoint(self) -> None:
+        checkpoint, client_state = checkpoints.load(self.engine, self.checkpoints)
+        state = client_state.get(_STATE)
         if state is None:
             raise CheckpointError(f"{checkpoint} was not written by launch/train.py. Start without --resume.")
         for name, here in self._position_settings().items():
@@ -480,7 +479,7 @@ class Job:
                 "dropped_rows": train.dropped_rows,
             },
             "versions": outputs.versions(),
-            "processor": hardware.processor(),
+            "processor": processor.describe(),
         }
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -24,6 +24,20 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
         started.stop()
 
 
+@pytest.fixture(scope="session")
+def simulated_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Workers]]:
+    """Like ``workers``, with the simulated accelerator."""
+    groups: dict[int, Workers] = {}
+    directory = tmp_path_factory.mktemp("simulated")
+
+    def group(world_size: int) -> Workers:
+        return groups.setdefault(world_size, Workers(world_size, directory, "sim"))
+
+    yield group
+    for started in groups.values():
+        started.stop()
+
+
 @pytest.fixture
 def fresh_workers(workers: Callable[[int], Workers]) -> Iterator[Callable[[int], Workers]]:
     """Like ``workers``, for what leaves a mark on a process (DeepSpeed's autocast state): new before and after."""

@@ -26,5 +26,9 @@ class Fixed(Policy):
                 )
         self._blocks = tuple(sorted({names.index(name) for name in wanted}))
 
+    @property
+    def max_selected(self) -> int:
+        return len(self._blocks)
+
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
         return self._blocks

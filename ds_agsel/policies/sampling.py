@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +42,23 @@ def gumbel_top_k(log_p: npt.ArrayLike, k: int, rng: np.random.Generator) -> tupl
     keys = np.asarray(log_p, dtype=np.float64)
     gumbel = -np.log(np.maximum(rng.standard_exponential(keys.shape), _TINY))
     return top_k(keys + gumbel, k)
+
+
+class RunningTopK:
+    """`top_k` over keys that come one by one: at any time the best k so far. NaN counts as the largest key."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._best: list[tuple[float, int]] = []  # (key, -index), unordered
+
+    def add(self, index: int, key: float) -> int | None:
+        """Take one more key; returns the index that is out for good by it, which may be ``index``."""
+        self._best.append((math.inf if math.isnan(key) else key, -index))
+        if len(self._best) <= self._k:
+            return None
+        worst = min(self._best)
+        self._best.remove(worst)
+        return -worst[1]
 
 
 def top_k(keys: Sequence[float] | Floats, k: int) -> tuple[int, ...]:

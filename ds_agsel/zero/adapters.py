@@ -27,10 +27,12 @@ def restrict(
     selection: Selection,
     block_of_group: Sequence[int],
     link: HyperparameterLink,
+    states_visit: bool = False,
 ) -> SelectiveStep:
     """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
 
-    ``block_of_group[i]`` is the block of param group i. Raises ConfigError where the installed DeepSpeed, or the
+    ``block_of_group[i]`` is the block of param group i. With ``states_visit``, its states live on the host from now
+    on and visit the accelerator. Raises ConfigError where the installed DeepSpeed, or the
     groups it made, are not the ones this was written for.
     """
     compat.require_known_deepspeed(optimizer)
@@ -40,5 +42,8 @@ def restrict(
             "given, one per block and hyperparameter set. Give it no param group that it drops or merges."
         )
     compat.swap_class(optimizer, adapter_for(optimizer))
-    optimizer.attach(selection, block_of_group, link)
+    if states_visit:
+        optimizer.attach(selection, block_of_group, link, states_visit=True)
+    else:
+        optimizer.attach(selection, block_of_group, link)
     return optimizer

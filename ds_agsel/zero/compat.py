@@ -10,23 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.torch_autocast import sort_dtypes
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 from packaging.version import Version
+from pydantic import ValidationError
 
 from ds_agsel.errors import ConfigError
 
@@ -100,6 +105,9 @@ METHODS = (
     "_use_compact_grad_partition_buffer",
     "_get_compact_grad_partition_slice",
     "_restore_cpu_offload_grad_to_gpu",
+    "_get_preflattened_grad_partition",
+    "refresh_fp32_params",
+    "update_lp_params",
 )
 
 
@@ -209,7 +217,7 @@ def only_groups(optimizer: DeepSpeedZeroOptimizer, indices: Sequence[int]) -> It
     """
     base = optimizer.optimizer
     all_base_groups = base.param_groups
-    if len(indices) == len(all_base_groups):
+    if list(indices) == list(range(len(all_base_groups))):
         yield
         return
     names = GROUP_LISTS + (OFFLOAD_GROUP_LISTS if optimizer.cpu_offload else ())
@@ -336,15 +344,47 @@ def attribute(target: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., None]) -> Iterator[None]:
+def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iterator[list[Path]]:
     """Inside, ``engine.save_checkpoint`` writes each file as ``attempt(write, *args)``: its checkpoint engine's
-    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530)."""
+    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530), beside the tag.
+    Gives the tag's files that this rank wrote, when they are written."""
     writer = engine.checkpoint_engine
+    written: list[Path] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        attempt(writer_save, state_dict, path)
+        written.append(Path(path))
+
+    writer_save = writer.save
     with (
-        attribute(writer, save=partial(attempt, writer.save)),
+        attribute(writer, save=save),
         attribute(engine, _copy_recovery_script=partial(attempt, engine._copy_recovery_script)),
     ):
-        yield
+        yield written
+
+
+def offloaded_files(engine: DeepSpeedEngine, folder: Path) -> list[Path]:
+    """What this rank has in ``folder`` of states that ZeRO-Infinity keeps on NVMe (engine.py:4940)."""
+    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+    return sorted((folder / "offloaded_tensors" / f"rank{dp_index_to_str(rank)}").rglob("*"))
+
+
+def deepspeed_version() -> str:
+    """The installed release."""
+    return deepspeed.__version__
+
+
+def zero_section_problems(section: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed itself will refuse in a ``zero_optimization`` section that has no values "auto"."""
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        return [
+            f"zero_optimization.{'.'.join(map(str, found['loc']))}={found['input']!r} is refused by DeepSpeed: "
+            f"{found['msg']}. See the table of ZeRO settings in its documentation."
+            for found in error.errors(include_url=False)
+        ]
+    return []
 
 
 def norm_dtype() -> torch.dtype:
@@ -383,6 +423,14 @@ def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
         )
 
 
+def place_in_partition(param: Any) -> tuple[int, int, int] | None:
+    """(first element of ``param`` in this rank's ZeRO-1/2 partition, where it lies there, how many); None: none is."""
+    mapping = param._hp_mapping
+    if mapping is None:
+        return None
+    return mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+
 def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
     partition = optimizer.single_partition_of_fp32_groups[group]
@@ -393,12 +441,59 @@ def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
 
 def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:
     """A state for ``partition`` as ``optimizer`` makes it at its first update: zeros, step 0."""
-    own_count = isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam))
     return {
-        "step": 0 if own_count else torch.zeros((), dtype=torch.float32),
+        "step": adam_step(optimizer, 0),
         "exp_avg": torch.zeros_like(partition, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(partition, requires_grad=False),
     }
+
+
+def adam_step(
+    optimizer: torch.optim.Optimizer,
+    count: int,
+    param_group: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> int | torch.Tensor:
+    """A step count as ``optimizer`` keeps it: an int for DeepSpeed's, fp32 of no dimension for torch's.
+
+    On the host; on ``device`` where ``param_group`` is given and torch's fused or capturable form wants it there.
+    """
+    if isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam)):
+        return count
+    on_device = param_group is not None and (param_group.get("fused") or param_group.get("capturable"))
+    return torch.tensor(float(count), dtype=torch.float32, device=device if on_device else None)
+
+
+def replace_masters(optimizer: DeepSpeedZeroOptimizer, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put ``convert(master)`` in the place of each param group's fp32 partition. Before anything is linked to it."""
+    partitions = optimizer.single_partition_of_fp32_groups
+    for group, param_group in enumerate(optimizer.optimizer.param_groups):
+        partitions[group] = convert(partitions[group]).requires_grad_(True)
+        param_group["params"] = [partitions[group]]
+
+
+@contextmanager
+def masters_made_on_host() -> Iterator[None]:
+    """Inside, a new ZeRO-1/2 optimizer makes its fp32 partitions in host memory, also without offload.
+
+    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560), the accelerator; there they would take
+    4 bytes an element of the whole model, for the short time until they are taken away.
+    """
+
+    def keep(self: DeepSpeedZeroOptimizer, value: Any) -> None:
+        self.__dict__["device"] = value  # what the attribute is again once the property has gone
+
+    DeepSpeedZeroOptimizer.device = property(lambda self: "cpu", keep)
+    try:
+        yield
+    finally:
+        del DeepSpeedZeroOptimizer.device
+
+
+def has_fused_adam() -> bool:
+    """Whether DeepSpeed's FusedAdam can be made for this accelerator."""
+    builder = get_accelerator().create_op_builder("FusedAdamBuilder")
+    return builder is not None and builder.is_compatible(verbose=False)
 
 
 def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
@@ -419,9 +514,10 @@ def swap_class(instance: Any, subclass: type) -> None:
     The way in that leaves DeepSpeed's long constructors to DeepSpeed (DEEPSPEED.md, "Ways in").
     """
     if type(instance) not in subclass.__mro__:
+        base = next(cls for cls in subclass.__mro__ if cls.__module__.startswith("deepspeed."))
         raise ConfigError(
             f"deepspeed=={deepspeed.__version__} made a {type(instance).__name__} where adagrad_select needs a "
-            f"{subclass.__bases__[-1].__name__}. Use ZeRO stage 1, 2 or 3 with the plain DeepSpeed engine."
+            f"{base.__name__}. Use ZeRO stage 1, 2 or 3 with the plain DeepSpeed engine."
         )
     instance.__class__ = subclass
 
@@ -448,11 +544,14 @@ __all__ = [
     "DeepSpeedZeroOptimizer_Stage3",
     "FusedAdam",
     "ZeROOptimizer",
+    "adam_step",
     "attribute",
     "bytes_to_swap_out",
     "cpu_adam_op",
+    "deepspeed_version",
     "forget_swapped_gradients",
     "gradient_partitions",
+    "has_fused_adam",
     "is_coalescing",
     "is_gathered",
     "is_known",
@@ -461,15 +560,20 @@ __all__ = [
     "link_reordered_params",
     "load_ds_config",
     "mark_compiled",
+    "masters_made_on_host",
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
+    "offloaded_files",
     "only_groups",
     "only_sub_groups",
+    "place_in_partition",
     "reduce_buckets",
+    "replace_masters",
     "require_known_deepspeed",
     "swap_class",
     "swapped_bytes",
     "whole_state_dict",
     "writes_through",
+    "zero_section_problems",
 ]

@@ -20,6 +20,7 @@ from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.host_adam import HostAdam
+from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -60,8 +61,8 @@ class SelectiveStep(compat.ZeROOptimizer):
         """Inside, DeepSpeed's own loops see ``groups`` and no others."""
         raise NotImplementedError
 
-    def _complete_gradients(self, groups: Sequence[int]) -> None:
-        """Make the gradients of ``groups`` those of this window and of nothing else, before they are looked at."""
+    def _complete_gradients(self, blocks: Sequence[int]) -> None:
+        """Make the gradients of ``blocks`` those of this window and of nothing else, before they are looked at."""
         raise NotImplementedError
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
@@ -71,6 +72,13 @@ class SelectiveStep(compat.ZeROOptimizer):
     def _drop_gradients(self, blocks: set[int]) -> None:
         """Forget the gradients of ``blocks``, which the choice has left out."""
         raise NotImplementedError
+
+    def _begin_update(self, blocks: Sequence[int]) -> list[int]:
+        """The groups of ``blocks`` in the order of their update, which begins now."""
+        return self._groups_of(blocks)
+
+    def _prefetch(self) -> None:
+        """Let what the planned step needs start to travel. Called as soon as it is planned; idempotent."""
 
     def _after_update(self, groups: Sequence[int]) -> None:
         """``groups`` have been updated: count what was written back, link new states."""
@@ -82,17 +90,18 @@ class SelectiveStep(compat.ZeROOptimizer):
         """Choose where the step explores, then update the chosen blocks. Collective."""
         self._link.push(self.optimizer.param_groups)
         selection = self.selection
-        self._complete_gradients(self._groups_of(selection.active_blocks))
-        if selection.plan.blocks is None:
-            scores = self._block_scores()
+        active = selection.active_blocks
+        self._complete_gradients(active)
+        if selection.plan.blocks is not None:
+            self._require_gradients(selection.plan.blocks)
+        elif not selection.has_chosen:
+            scores = self._explore_scores()
             if not torch.isfinite(scores).all():
                 self._skip_step()
                 return
             selection.choose(scores.tolist())
-            self._drop_gradients(set(selection.active_blocks) - set(selection.selected_blocks))
-        else:
-            self._require_gradients(selection.plan.blocks)
-        groups = self._groups_of(selection.selected_blocks)
+            self._drop_gradients(set(active) - set(selection.selected_blocks))
+        groups = self._begin_update(selection.selected_blocks)
         self._shown_groups = groups
         with self._only(groups):
             super().step()
@@ -101,29 +110,36 @@ class SelectiveStep(compat.ZeROOptimizer):
             return
         self._after_update(groups)
         selection.commit()
+        self._prefetch()
 
-    def _block_scores(self) -> Tensor:
+    def _explore_scores(self) -> Tensor:
+        """`_block_scores` of all blocks that this step may choose. Collective."""
+        return self._block_scores(self.selection.active_blocks)
+
+    def _block_scores(self, blocks: Sequence[int]) -> Tensor:
         """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
 
-        Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that can't be chosen.
+        Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that are not among ``blocks``.
         Algorithm 1, lines 2-6, of arXiv:2512.15764. Collective over the data-parallel group.
         """
+        groups = set(self._groups_of(blocks))
+        param_ids = [param_id for param_id in sorted(self._group_of_param) if self._group_of_param[param_id] in groups]
+        place = {param_id: index for index, param_id in enumerate(param_ids)}
         device = get_accelerator().current_device_name()
-        squares = torch.zeros(len(self._group_of_param), dtype=compat.norm_dtype(), device=device)
-        param_ids, norms = [], []
-        for group in self._groups_of(self.selection.active_blocks):
+        squares = torch.zeros(len(param_ids), dtype=compat.norm_dtype(), device=device)
+        places, norms = [], []
+        for group in sorted(groups):
             for param_id, norm in self._slice_norms(group):
-                param_ids.append(param_id)
+                places.append(place[param_id])
                 norms.append(norm.to(device, squares.dtype))
         if norms:
-            squares[torch.tensor(param_ids, device=device)] = torch.stack(norms).square()
+            squares[torch.tensor(places, device=device)] = torch.stack(norms).square()
         if dist.get_world_size(group=self.dp_process_group) > 1:
             dist.all_reduce(squares, group=self.dp_process_group)
-        blocks = torch.tensor(
-            [self._block_of_group[self._group_of_param[i]] for i in range(len(squares))], device=device
-        )
-        scores = squares.new_zeros(len(self.selection.blocks))
-        return scores.index_add_(0, blocks, squares.sqrt() / self.loss_scale).cpu()
+        # Added up on the host: a CUDA index_add_ has no fixed order, and ranks could differ where scores are close.
+        norms_of_params = squares.cpu().sqrt() / self.loss_scale
+        owners = torch.tensor([self._block_of_group[self._group_of_param[i]] for i in param_ids], dtype=torch.int64)
+        return norms_of_params.new_zeros(len(self.selection.blocks)).index_add_(0, owners, norms_of_params)
 
     def _skip_step(self) -> None:
         """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""
@@ -156,10 +172,28 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     param_groups = property(_get_param_groups, _set_param_groups)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super().load_state_dict(*args, **kwargs)
+    def layouts(self) -> list[Layout]:
+        """What lies in this rank's partition of each group."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        if not getattr(self, "swap_optimizer", False):  # its states lie on NVMe
+            add_empty_states(state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
+        for state_dict in state_dict_list:
+            if state_dict is not None:
+                drop_empty_states(state_dict)
+        super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
         self._link.pull(self.optimizer.param_groups)
 
+    def load_by_name(self, saved: SavedStates, **kwargs: Any) -> None:
+        """Load what any number of ranks saved, [Note: By name] in `repartition`. Collective."""
+        own = state_dict_for(super().state_dict(), self.layouts(), self.optimizer, saved)
+        rank = dist.get_rank(group=self.dp_process_group)
+        self.load_state_dict([own if other == rank else None for other in range(rank + 1)], **kwargs)
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError

@@ -7,12 +7,15 @@ shown goes through DeepSpeed's own arithmetic, so that with every block selected
 
 [Note: One rank] Where a gradient has nobody to be averaged with, the trip through the reduction bucket (a copy in,
 a division by 1, a collective of one, a copy out) changes no bit and is left out.
+
+Where states visit the accelerator, `visiting` has each group's there when DeepSpeed's loop comes to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,8 +27,12 @@ from torch import Tensor, nn
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
+from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
+from ds_agsel.zero.staging import HostStaging
+from ds_agsel.zero.visiting import VisitingStates
 
 
 class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
@@ -34,15 +41,56 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     ready_for_gradients: bool
     grads_in_partition: Tensor | None
 
-    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
+    def attach(
+        self,
+        selection: Selection,
+        block_of_group: Sequence[int],
+        link: HyperparameterLink,
+        states_visit: bool = False,
+    ) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
+
+        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
+        """
         self._group_of_param = {
             self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
         }
         self._attach(selection, block_of_group, link)
         self._states_linked: set[int] = set()
+        self._stream: ExploreStream | None = None
+        self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
+        if self.cpu_offload:
+            numels = [partition.numel() for partition in self.single_partition_of_fp32_groups]
+            self._staging = HostStaging(numels, self.dtype, self.cpu_offload_pin_memory)
+            self._free_stock_staging()
+        self._visiting = self._visiting_states() if states_visit else None
         self._link_all_hp_params()
+
+    def _visiting_states(self) -> VisitingStates:
+        selection, config = self.selection, self.selection.config
+
+        def count(direction: str, num_bytes: int) -> None:
+            name, traffic = f"{direction}_bytes", selection.current_traffic
+            setattr(traffic, name, getattr(traffic, name) + num_bytes)
+
+        return VisitingStates(
+            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
+            config.state_budget_bytes, config.keep_master, count,
+        )  # fmt: skip
+
+    def _free_stock_staging(self) -> None:
+        buffers = self.param_buffer_of_bit16_for_cpu_offload_groups
+        for group, buffer in enumerate(buffers):
+            if self.cpu_offload_pin_memory:
+                get_accelerator().unpin_memory(buffer)
+            buffers[group] = buffer.new_empty(0)
+
+    def destroy(self) -> None:
+        if self.cpu_offload:
+            self._staging.release()
+            self.param_buffer_of_bit16_for_cpu_offload_groups.clear()
+        super().destroy()
 
     # ------------------------------------------------------------------ window
 
@@ -52,11 +100,35 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             return
         self.selection.open_window()
         self._blocks_with_gradient.clear()
+        self._stream = self._new_stream() if self._can_stream() else None
         if self.cpu_offload:
             self._hold_gradient_buffers()
+            for gradient in self.accumulated_grads_in_cpu.values():
+                gradient.zero_()  # sums start from 0 also for a parameter that misses the first micro-step
+        self._prefetch()
+
+    def _can_stream(self) -> bool:
+        """Whether [Note: Streaming top-k] applies to this step: it explores, and one backward gives all scores.
+
+        Not with ZeRO-1, which keeps whole gradients to the end.
+        """
+        one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
+        return self.selection.plan.blocks is None and one_backward and self.partition_gradients
+
+    def _explores_on_first_micro_batch(self) -> bool:
+        return self.selection.config.explore_on == "first_micro_batch"
+
+    def _new_stream(self) -> ExploreStream:
+        numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
+        return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
+
+    def _prefetch(self) -> None:
+        """Let the states of the planned blocks travel under forward and backward. Idempotent."""
+        if self._visiting is not None:
+            self._visiting.prefetch(self.selection.planned_blocks)
 
     def _hold_gradient_buffers(self) -> None:
-        groups = self._groups_of(self.selection.active_blocks)
+        groups = self._groups_of(sorted(self._blocks_to_keep()))
         for group in self._gradient_buffers.hold(groups):
             self._zero_gradient(group, keep=[self.get_param_id(p) for p in self.params_in_partition[group]])
         held = set(groups)
@@ -65,12 +137,12 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 self.offload_gradient_dict[group] = None
             elif self.offload_gradient_dict.get(group) is None:
                 self.offload_gradient_dict[group] = self._gradient_fragments(group)
-        # Accumulation over micro-steps starts from 0 also for a parameter that misses the first of them.
-        for param_id in list(self.accumulated_grads_in_cpu):
-            if self._group_of_param[param_id] in held:
-                self.accumulated_grads_in_cpu[param_id].zero_()
-            else:
-                del self.accumulated_grads_in_cpu[param_id]
+        for param_id in [i for i in self.accumulated_grads_in_cpu if self._group_of_param[i] not in held]:
+            del self.accumulated_grads_in_cpu[param_id]
+
+    def _blocks_to_keep(self) -> set[int]:
+        """Blocks whose gradients are kept for the step, as far as that is known."""
+        return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
 
     def _gradient_fragments(self, group: int) -> list[Tensor]:
         flat = self.single_partition_of_fp32_groups[group].grad.view(-1)
@@ -96,7 +168,18 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def process_gradients(self, param: nn.Parameter, i: int) -> None:
         if not self._is_wanted(param, i):
             return
-        if self.cpu_offload and self.single_partition_of_fp32_groups[i].grad is None:
+        if self._stream is not None and compat.is_coalescing(self):
+            self._stream = None  # all gradients come at once, when nothing can be given back any more
+        stream = self._stream
+        if stream is not None and not stream.is_over and stream.wants(self._block_of_group[i]):
+            with compat.attribute(self, _holds_gradients=True):
+                self._process_wanted(param, i)
+                stream.take(self._block_of_group[i], param)
+        else:
+            self._process_wanted(param, i)
+
+    def _process_wanted(self, param: nn.Parameter, i: int) -> None:
+        if self.cpu_offload and not self._holds_gradients and self.single_partition_of_fp32_groups[i].grad is None:
             self._hold_gradient_buffers()
         if self._has_nobody_to_reduce_with(param):
             self._take_gradient(param, i)
@@ -110,7 +193,8 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _is_wanted(self, param: nn.Parameter, group: int) -> bool:
         """Whether this step needs ``param``'s gradient; one it does not need is dropped."""
         block = self._block_of_group[group]
-        if block in self.selection.active_blocks:
+        is_over = self._stream is not None and self._stream.is_over
+        if block in (self._blocks_to_keep() if is_over else self.selection.active_blocks):
             self._blocks_with_gradient.add(block)
             return True
         param.grad = None  # backward ran without the engine's forward, so nothing was frozen
@@ -140,7 +224,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         compact = self._get_compact_grad_partition_slice(group, 0, param_id, param.numel())
         if compact is not None:
             compact.add_(gradient.view(-1).to(compact.dtype))
-        if self.cpu_offload:
+        if self.cpu_offload and not self._holds_gradients:
             self.copy_grads_in_partition(param, group)
         elif compact is not None:
             self.clear_grad_attribute(param)
@@ -153,6 +237,13 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             super().setup_buckets()
 
     def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
+        if self._holds_gradients:
+            if group_idx is not None and self._use_compact_grad_partition_buffer(group_idx):
+                self.clear_grad_attribute(param)  # it has been added to the buffer
+            else:
+                gradient = self.get_param_gradient_attribute(param)
+                param.grad = gradient.clone()  # the bucket is written over
+            return
         if not self.cpu_offload and self.grads_in_partition is None:
             # Stock code makes room for the gradients of all groups (stage_1_and_2.py:2182).
             groups = self._groups_of(self.selection.active_blocks)
@@ -161,6 +252,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 device = get_accelerator().current_device_name()
                 self.grads_in_partition = torch.empty(numel, dtype=self.dtype, device=device)
                 self.grads_in_partition_offset = 0
+        group = self._group_of_param[self.get_param_id(param)]
+        at_boundary = self.is_gradient_accumulation_boundary()
+        if self.cpu_offload and at_boundary and self._use_compact_grad_partition_buffer(group):
+            numel = self.grad_position[self.get_param_id(param)][3]  # copied in there; other gradients count themselves
+            self.selection.current_traffic.d2h_bytes += numel * self.master_weights_and_grads_dtype.itemsize
         super().copy_grads_in_partition(param, group_idx)
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
@@ -171,8 +267,70 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     def independent_gradient_partition_epilogue(self) -> None:
         self.reduce_ipg_grads()  # its buckets name groups by their own index: before the view
-        with compat.only_groups(self, self._groups_of(self.selection.active_blocks)):
+        if self._stream is not None:
+            self._stream.flush(and_score=self._explores_on_first_micro_batch())
+        with compat.only_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
             super().independent_gradient_partition_epilogue()
+        if self._stream is not None and not self.is_gradient_accumulation_boundary():
+            self._choose_on_first_micro_batch()
+
+    # ------------------------------------------------- explore: [Note: Streaming top-k]
+
+    def _choose_on_first_micro_batch(self) -> None:
+        """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
+        scores = self._explore_scores()
+        stream = self._stream
+        if stream is not None and torch.isfinite(scores).all():
+            self._stream = None
+            for block in stream.kept.difference(self.selection.choose(scores.tolist())):
+                self._forget_block(block)
+            if self.cpu_offload:
+                self._hold_gradient_buffers()
+            self.selection.narrow_window()
+
+    def _streamed_score(self, block: int) -> float:
+        self.reduce_ipg_grads()
+        if self.overlap_comm and self.reduction_stream is not None:
+            get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        with compat.attribute(self, _holds_gradients=True):
+            return float(self._block_scores((block,))[block])
+
+    def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
+        if self.cpu_offload:
+            self._hold_gradient_buffers()
+            with compat.attribute(self, _holds_gradients=False):
+                for param in params:
+                    if self.is_param_in_current_partition[self.get_param_id(param)]:
+                        self.copy_grads_in_partition(param, self._group_of_param[self.get_param_id(param)])
+
+    def _forget_block(self, block: int) -> None:
+        self._drop_gradients({block})
+        for group in self._groups_of((block,)):
+            for param in self.bit16_groups[group]:
+                param.grad = None
+                if self.cpu_offload:
+                    self._offload_accumulated_param_ids.discard(self.get_param_id(param))
+
+    def _explore_scores(self) -> Tensor:
+        if self._stream is None:
+            return super()._explore_scores()
+        streamed = self._stream.scores
+        scores = self._block_scores([block for block in self.selection.active_blocks if block not in streamed])
+        for block, score in streamed.items():
+            scores[block] = score
+        return scores
+
+    def _held_slices(self, group: int) -> list[tuple[int, Tensor]]:
+        """(param id, this rank's slice of its gradient) of ``group``'s parameters, in the middle of backward."""
+        rank = dist.get_rank(group=self.real_dp_process_group[group])
+        slices = []
+        for param in self.params_in_partition[group]:
+            if param.grad is not None:
+                param_id = self.get_param_id(param)
+                start = self.grad_start_offset[group][rank][param_id]
+                room = self.partition_size[group] - self.grad_partition_insertion_offset[group][rank][param_id]
+                slices.append((param_id, param.grad.view(-1).narrow(0, start, min(param.numel() - start, int(room)))))
+        return slices
 
     def allreduce_bucket(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._count_reduced(super().allreduce_bucket(*args, **kwargs))
@@ -217,12 +375,14 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             self.local_overflow |= not bool(torch.isfinite(norms).all())
         return super().has_overflow(partition_gradients)
 
-    def _complete_gradients(self, groups: Sequence[int]) -> None:
+    def _complete_gradients(self, blocks: Sequence[int]) -> None:
         """Host gradients of this window and of nothing else: 0 where a parameter had none in it."""
         if not self.cpu_offload:
             return
         self._wait_for_offload_copies()
-        for group in groups:
+        if self._stream is not None:
+            blocks = sorted(self._stream.kept)
+        for group in self._groups_of(blocks):
             written = []
             for param in self.params_in_partition[group]:
                 param_id = self.get_param_id(param)
@@ -238,16 +398,45 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     # -------------------------------------------------------------------- step
 
-    def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
-        return compat.only_groups(self, groups)
+    @contextmanager
+    def _only(self, groups: Sequence[int]) -> Iterator[None]:
+        with compat.only_groups(self, groups):
+            try:
+                yield
+            finally:
+                if self._visiting is not None:
+                    self._visiting.leave_entered()
+
+    def _begin_update(self, blocks: Sequence[int]) -> list[int]:
+        groups = self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
+        if self.cpu_offload:
+            for group, buffer in self._staging.slices(groups).items():
+                self.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
+        return groups
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
+        with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
+            return super().scaled_global_norm(norm_type)
+
+    def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
+        """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
+        if self._visiting is not None:
+            self._visiting.enter(group_idx, self._shown_groups[group_idx])
+        return super()._get_preflattened_grad_partition(group_idx)
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
         """(param id, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
         params = self.params_in_partition[group]
-        if self.cpu_offload:
+        if self._holds_gradients and not self._use_compact_grad_partition_buffer(group):
+            return [
+                (param_id, torch.linalg.vector_norm(piece.to(compat.norm_dtype())))
+                for param_id, piece in self._held_slices(group)
+            ]
+        if self.cpu_offload and not self._holds_gradients:
             ids = [self.get_param_id(param) for param in params]
             return [(i, self.norm_for_param_grads[i]) for i in ids if i in self.norm_for_param_grads]
-        slices = [g for g in self.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
+        slices = [g for g in self.averaged_gradients.get(group) or () if not getattr(g, "_zero_padding", False)]
         return [
             (self.get_param_id(param), torch.linalg.vector_norm(piece.to(compat.norm_dtype())))
             for param, piece in zip(params, slices)
@@ -306,6 +495,17 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             host += list(self.accumulated_grads_in_cpu.values())
         return storage_bytes(tensors), storage_bytes(host)
 
+    def staging_bytes(self) -> int:
+        """Bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
+        return self._staging.held_bytes() if self.cpu_offload else 0
+
+    def resident_state_bytes(self) -> int:
+        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
+
+        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
+        """
+        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
+
     # --------------------------------------------------- states: accessors, checkpoints
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
@@ -323,6 +523,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         super()._link_all_hp_params()
         if self.round_robin_gradients:
             compat.link_reordered_params(self)
+            self._param_slice_mappings = self._create_param_mapping()  # what checkpoints say of it
         self._states_linked.clear()
         for group, params in enumerate(self.bit16_groups):
             self._link_state(group)
@@ -338,6 +539,8 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        if self._visiting is not None:
+            self._visiting.bring_home((self._block_of_group[group],))
         return stock(optim_state_key)
 
     def _set_full_hp_param(
@@ -349,19 +552,60 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         optim_state_key: str | None = None,
     ) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
+        if self._visiting is not None:
+            self._visiting.send_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             partition = self.single_partition_of_fp32_groups[group]
             self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+            if self._visiting is not None:
+                self._visiting.adopt_loaded()
             self._link_state(group)
         stock(value, optim_state_key)
         if optim_state_key is None:
             param.data.copy_(value)
 
     def _get_full_hp_grad(self, param: nn.Parameter, group: int, stock: Callable[[], Tensor]) -> Tensor:
-        if self._block_of_group[group] not in self.selection.active_blocks:
+        if self._block_of_group[group] not in self._blocks_to_keep():
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
         return stock()
 
     def _set_full_hp_grad(self, group: int, stock: Callable[[Tensor], None], value: Tensor) -> None:
-        if self._block_of_group[group] in self.selection.active_blocks:
+        if self._block_of_group[group] in self._blocks_to_keep():
             stock(value)
+
+    def bring_states_home(self) -> None:
+        """Make the host's copies of states that visit the accelerator current, for who reads them there. Host waits."""
+        if self._visiting is not None:
+            self._visiting.bring_home()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.bring_states_home()
+        return super().state_dict()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._visiting is not None:
+            self._visiting.send_home()
+        super().load_state_dict(*args, **kwargs)
+        if self._visiting is not None:
+            self._visiting.adopt_loaded()
+            self._states_linked.clear()
+            for group in range(len(self.bit16_groups)):
+                self._link_state(group)
+
+    def layouts(self) -> list[Layout]:
+        found = []
+        for params, partition in zip(self.bit16_groups, self.single_partition_of_fp32_groups):
+            names = tuple(self.param_names[param] for param in params)
+            places = [compat.place_in_partition(param) for param in params]
+            slices = tuple(Slice(name, *place) for name, place in zip(names, places) if place is not None)
+            found.append(Layout(names, partition.numel(), slices))
+        return found
+
+    def refresh_fp32_params(self) -> None:
+        if self._visiting is not None:
+            self._visiting.send_home()
+        super().refresh_fp32_params()
+
+    def update_lp_params(self) -> None:
+        self.bring_states_home()
+        super().update_lp_params()

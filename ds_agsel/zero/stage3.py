@@ -179,11 +179,11 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         super().step(closure)
         self._received.clear()
 
-    def _complete_gradients(self, groups: Sequence[int]) -> None:
+    def _complete_gradients(self, blocks: Sequence[int]) -> None:
         """[Note: Gradient partitions]"""
         partitions = compat.gradient_partitions(self)
         late: tuple[dict[int, list[Tensor]], dict[int, list[int]]] = ({}, {})
-        for group in groups:
+        for group in self._groups_of(blocks):
             for param in self.fp16_groups[group]:
                 if param.ds_id not in self._received:
                     self._zero_gradient(param, group)

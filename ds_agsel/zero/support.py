@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,22 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import ConfigError
 
 STAGES = (1, 2, 3)
+ADAM_NAMES = ("adam", "adamw")
 
 
 def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any, config: SelectionConfig) -> None:
     """Raise ConfigError for the first setting of ``ds_config``, or part of ``model``, that can't be used."""
+    problems = unsupported(ds_config, config, model, mpu)
+    if problems:
+        raise ConfigError(problems[0])
+
+
+def unsupported(
+    ds_config: Mapping[str, Any], config: SelectionConfig, model: nn.Module | None = None, mpu: Any = None
+) -> list[str]:
+    """A line for each setting of ``ds_config``, and each part of ``model`` where there is one, that can't be used."""
+    problems: list[str] = []
+    _refuse = partial(_add_refusal, problems)
     zero = _section(ds_config, "zero_optimization")
     offload = _section(zero, "offload_optimizer")
     bf16 = _section(ds_config, "bf16") or _section(ds_config, "bfloat16")
@@ -26,7 +39,7 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
 
     if stage not in STAGES:
         hint = {0: "use 1, which keeps the same weights on each rank"}
-        raise ConfigError(
+        problems.append(
             f"zero_optimization.stage={stage} can't be used with adagrad_select. Stages 1, 2 and 3 are allowed: "
             f"{hint.get(stage, 'use one of them')}."
         )
@@ -41,17 +54,18 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
             "Use 'cpu' or 'none', or stage 3",
         )  # fmt: skip
     if stage == 3:
-        _refuse_for_stage3(zero, config)
-    if float(offload.get("ratio", 1.0)) != 1.0:
+        _refuse_for_stage3(zero, config, _refuse)
+    if offload.get("ratio", 1.0) != 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
             "Set it to 1.0",
         )  # fmt: skip
-    if config.step_device == "cpu" and offload_device == "none":
-        raise ConfigError(
-            "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
-            "other. Set offload_optimizer.device to 'cpu', or step_device to null."
-        )
+    if config.explore_on != "batch" and stage != 2:
+        _refuse(
+            f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={stage}",
+            "only ZeRO-2 reduces each micro-batch's gradients by themselves, and lets a block's go",
+            "Use stage 2, or explore_on='batch'",
+        )  # fmt: skip
     if zero.get("elastic_checkpoint"):
         _refuse(
             "zero_optimization.elastic_checkpoint=true", "it asks every block for the state of the first",
@@ -63,8 +77,10 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
         _refuse("compile.deepcompile=true", "it compiles the gradients of all blocks in", "Set it to false")
     if ds_config.get("managed_gradient_accumulation") is False:
         _refuse("managed_gradient_accumulation=false", "the window of a choice is DeepSpeed's own", "Set it to true")
-    if _section(ds_config, "checkpoint").get("load_universal"):
-        _refuse("checkpoint.load_universal=true", "blocks without state have no universal form yet", "Set it to false")
+    if _section(ds_config, "checkpoint").get("writer") is not None:
+        _refuse("checkpoint.writer", "what it writes is not there yet when a save returns", "Remove it")
+    if _section(ds_config, "datastates_ckpt").get("enabled"):
+        _refuse("datastates_ckpt.enabled=true", "a save returns before it has written", "Set it to false")
     for key, section in (("bf16", bf16), ("fp16", fp16)):
         for name in (f"{key}_master_weights_and_grads", f"{key}_optimizer_states"):
             if section.get(name):
@@ -88,10 +104,14 @@ def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any,
             _refuse(f"{setting}={size}", "block scores are summed over data-parallel ranks alone", "Set it to 1")
     if mpu is not None:
         _refuse("initialize(mpu=...)", "block scores are summed over data-parallel ranks alone", "Leave mpu out")
-    _refuse_model(model)
+    if model is not None:
+        _refuse_model(model, _refuse)
+    return problems
 
 
-def _refuse_for_stage3(zero: Mapping[str, Any], config: SelectionConfig) -> None:
+def _refuse_for_stage3(
+    zero: Mapping[str, Any], config: SelectionConfig, _refuse: Callable[[str, str, str], None]
+) -> None:
     if config.step_device == "accelerator":
         _refuse(
             "adagrad_select.step_device='accelerator' with zero_optimization.stage=3",
@@ -112,7 +132,18 @@ def _refuse_for_stage3(zero: Mapping[str, Any], config: SelectionConfig) -> None
             _refuse(f"zero_optimization.{name}=true", "it is not tested with frozen blocks", "Set it to false")
 
 
-def _refuse_model(model: nn.Module) -> None:
+def optimizer_problem(ds_config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the optimizer that ``ds_config`` names, or does not name; None where nothing is."""
+    name = str(_section(ds_config, "optimizer").get("type", ""))
+    if name.lower() in ADAM_NAMES:
+        return None
+    return (
+        f"optimizer.type={name!r} can't be used with adagrad_select. Adam and AdamW are allowed, in the "
+        "ds_config's optimizer section or as an object given to initialize."
+    )
+
+
+def _refuse_model(model: nn.Module, _refuse: Callable[[str, str, str], None]) -> None:
     from deepspeed.moe.utils import has_moe_layers
     from deepspeed.runtime.pipe.module import PipelineModule
 
@@ -131,8 +162,8 @@ def _refuse_model(model: nn.Module) -> None:
         )  # fmt: skip
 
 
-def _refuse(what: str, why: str, remedy: str) -> None:
-    raise ConfigError(f"{what} can't be used with adagrad_select: {why}. {remedy}, or disable adagrad_select.")
+def _add_refusal(problems: list[str], what: str, why: str, remedy: str) -> None:
+    problems.append(f"{what} can't be used with adagrad_select: {why}. {remedy}, or disable adagrad_select.")
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 from support import (
     ALL,
     LEARNING_RATE,
+    NARROW,
+    VISIT,
     Case,
     assert_identical,
     build,
@@ -41,6 +43,8 @@ SWEEP = [pytest.param(case, marks=[] if case in CORE else pytest.mark.slow, id=c
 
 FLAGS = ("overlap_comm", "contiguous_gradients", "round_robin_gradients")
 VARIANTS = [
+    *(Case(steps=4, section={**ALL, **visit}, dtype=dtype, clip=0.3, decay_groups=True)
+      for visit, dtype in ((VISIT, "bf16"), (NARROW, "fp32"))),
     *(
         Case(
             stage=stage, offload=offload, steps=3, section=HUNDRED, accumulation=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from support import SELECT, Case, assert_follows_reference, case_id
+from support import FIRST, NARROW, SELECT, VISIT, Case, assert_follows_reference, case_id
 
 # fp32 rounds by 2**-24 = 6e-8. A gradient element is a sum of a few hundred terms of size 0.1 to 1: its error is some
 # 1e-8 to 1e-7, 1e-6 of a gradient's L2, and so are the moments'; the steps feed it back. Seen: 1e-5. AdamW divides an
@@ -67,6 +67,14 @@ VARIANTS = [
         )
         if (stage == 1) ^ (offload == "cpu") ^ overlap ^ contiguous ^ robin
     ),
+    *(Case(section={**SELECT, **visit}, stage=stage, decay_groups=True, clip=0.3, accumulation=accumulation)
+      for visit, stage, accumulation in ((VISIT, 1, 2), (VISIT, 2, 1), (NARROW, 2, 2),
+                                         ({**VISIT, "keep_master": "accelerator"}, 2, 1))),
+    *(Case(section={**FIRST, **extra}, accumulation=3, clip=0.3, **more) for extra, more in (
+        ({}, {}), ({}, {"offload": "cpu"}), (VISIT, {"model": "net"}),
+        ({"policy": "gradient_topk", "always_select": ["final_norm"]},
+         {"offload": "cpu", "zero": {"overlap_comm": True}}),
+    )),
     Case(zero={"reduce_scatter": False}, accumulation=2),
     Case(zero={"reduce_bucket_size": 10_000_000}),
     Case(offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import SELECT, STATES, Case, assert_identical, case_id, train
+from support import NARROW, SELECT, STATES, Case, assert_identical, case_id, train
 
 CASES = [
     *(
@@ -16,6 +16,7 @@ CASES = [
     ),
     *(Case(stage=stage, offload=offload, decay_groups=True, accumulation=2, clip=0.3)
       for stage, offload in product((1, 2), ("none", "cpu"))),
+    Case(section={**SELECT, **NARROW}, dtype="bf16"),
     Case(stage=3, offload="cpu", decay_groups=True, accumulation=2, clip=0.3, zero={"sub_group_size": 300}),
 ]  # fmt: skip
 

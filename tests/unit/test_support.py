@@ -39,7 +39,8 @@ def zero3(**settings):
         ({**ZERO2, "hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled=true"),
         ({**ZERO2, "compile": {"deepcompile": True}}, r"compile\.deepcompile=true"),
         ({**ZERO2, "managed_gradient_accumulation": False}, "managed_gradient_accumulation=false.*Set it to true"),
-        ({**ZERO2, "checkpoint": {"load_universal": True}}, r"checkpoint\.load_universal=true"),
+        ({**ZERO2, "checkpoint": {"writer": {"type": "FAST"}}}, r"checkpoint\.writer can't be used.*Remove it"),
+        ({**ZERO2, "datastates_ckpt": {"enabled": True}}, r"datastates_ckpt\.enabled=true.*Set it to false"),
         ({**ZERO2, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "without fp32 masters"),
         ({**ZERO2, "torch_autocast": {"enabled": True, "dtype": "float16"}}, r"torch_autocast\.dtype='float16'"),
         ({**BF16_ZERO1, "data_types": {"grad_accum_dtype": "fp32"}}, "BF16_Optimizer.*Use stage 2"),
@@ -65,3 +66,20 @@ def test_a_step_on_the_accelerator_from_host_states_is_refused_with_stage_3():
 def test_a_model_parallel_unit_is_refused():
     with pytest.raises(ConfigError, match=r"initialize\(mpu=\.\.\.\).*Leave mpu out"):
         refuse_unsupported(ZERO2, nn.Linear(1, 1), object(), SelectionConfig())
+
+
+def test_a_pipeline_is_refused():
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    model = PipelineModule.__new__(PipelineModule)  # its constructor wants as many ranks as stages
+    nn.Module.__init__(model)
+    with pytest.raises(ConfigError, match=r"model=PipelineModule can't be used.*Use the plain module"):
+        refuse_unsupported(ZERO2, model, None, SelectionConfig())
+
+
+def test_deepspeeds_experts_are_refused():
+    from deepspeed.moe.layer import MoE
+
+    model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
+    with pytest.raises(ConfigError, match=r"with DeepSpeed MoE layers can't be used.*ordinary modules"):
+        refuse_unsupported(ZERO2, model, None, SelectionConfig())

@@ -1,0 +1,237 @@
+"""Bytes per rank, by what they are and where they lie, at the moment when backward has ended.
+
+Gradients, master weights and states are exact: tests compare them with the buffers of real engines. Staging is what
+comes on top for a while: reduction buckets, one gradient on its way, copies between host and accelerator, weights that
+ZeRO-3 has gathered. Activations, CUDA's own context and fragmentation are not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Literal
+
+from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
+from ds_agsel.estimate.shapes import ModelShape, Numels
+from ds_agsel.estimate.steps import Step, full_step, weighted
+from ds_agsel.residency.plan import default_budget_bytes
+
+Stepping = Literal["resident", "host", "accelerator"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Savings that ds_agsel has or has not yet. One place for all of them; see `BUILT`.
+
+    Attributes:
+        streaming_top_k: explore steps of one micro-step keep the gradients of k + 1 blocks at most.
+        lean_host_staging: the bf16 staging buffer of host stepping holds one step's selection, not all parameters.
+    """
+
+    streaming_top_k: bool = False
+    lean_host_staging: bool = False
+
+
+BUILT = Features()
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What lies in one place."""
+
+    weights: int = 0
+    gradients: int = 0
+    master_weights: int = 0
+    states: int = 0
+    staging: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One rank's bytes, by place."""
+
+    accelerator: Bytes
+    host: Bytes
+    nvme: Bytes
+
+
+def partitions_of(groups: Sequence[Numels], setup: Setup, rank: int) -> tuple[Partition, ...]:
+    """This rank's share of each param group."""
+    if setup.stage == 3:
+        return tuple(parameter_partition(group, setup.ranks, rank) for group in groups)
+    return tuple(
+        flat_partition(
+            group, setup.ranks, rank, item_bytes=setup.item_bytes, align_parameters=setup.parameter_alignment,
+            round_robin=setup.round_robin_gradients,
+        )
+        for group in groups
+    )  # fmt: skip
+
+
+def full_memory(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> Memory:
+    """Plain DeepSpeed training the param groups ``groups``, with parameters that are ``frozen`` beside them."""
+    stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
+    return _Ledger(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping, None).memory()
+
+
+def selective_memory(
+    model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0, features: Features = BUILT
+) -> Memory:
+    """ds_agsel at ``step``.
+
+    ``stepping``: "host" is `offload_optimizer`; "accelerator" keeps masters and moments in pinned host memory and has
+    the selected blocks' on the accelerator; "resident" keeps all of them there.
+    """
+    return _Ledger(
+        model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features
+    ).memory()
+
+
+class _Ledger:
+    """All sums of one estimate. ``features`` None: plain DeepSpeed."""
+
+    def __init__(
+        self, groups: Sequence[Numels], block_of_group: Sequence[int], frozen: Numels, setup: Setup, rank: int,
+        step: Step, stepping: Stepping, features: Features | None,
+    ) -> None:  # fmt: skip
+        self._setup, self._step, self._stepping, self._features = setup, step, stepping, features
+        self._groups, self._frozen, self._blocks = groups, frozen, block_of_group
+        self._partitions = partitions_of(groups, setup, rank)
+        self._item = setup.item_bytes
+        self._on_host = stepping == "host"
+
+    def memory(self) -> Memory:
+        places = {place: dict.fromkeys(("weights", "gradients", "master_weights", "states", "staging"), Fraction(0))
+                  for place in ("accelerator", "host", "nvme")}  # fmt: skip
+        for place, kind, amount in self._entries():
+            places[place][kind] += amount
+        return Memory(*(Bytes(**{kind: round(amount) for kind, amount in kinds.items()}) for kinds in places.values()))
+
+    def _entries(self) -> list[tuple[str, str, Fraction | int]]:
+        return [*self._weights(), *self._gradients(), *self._states(), *self._staging()]
+
+    def _sum(self, shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
+        """Σ over groups of the group's value, times its block's share."""
+        return weighted([shares[block] for block in self._blocks], values)
+
+    def _shares(self) -> list[int]:
+        return [partition.numel for partition in self._partitions]
+
+    # ----------------------------------------------------------------- weights
+
+    def _weights(self) -> list[tuple[str, str, Fraction | int]]:
+        setup = self._setup
+        if setup.stage < 3:
+            numel = sum(partition.flat_numel for partition in self._partitions) + sum(self._frozen)
+            return [("accelerator", "weights", numel * self._item)]
+        every = [*self._groups, self._frozen]
+        numel = sum(parameter_partition(group, setup.ranks, 0).numel for group in every)
+        place = {"none": "accelerator", "cpu": "host", "nvme": "nvme"}[setup.offload_param]
+        kept_whole = sum(n for group in every for n in group if n <= setup.persistence_threshold_numel)
+        return [(place, "weights", numel * self._item), ("accelerator", "weights", kept_whole * self._item)]
+
+    # --------------------------------------------------------------- gradients
+
+    def _gradients(self) -> list[tuple[str, str, Fraction | int]]:
+        setup, held = self._setup, self._step.with_gradient
+        shares = self._shares()
+        if setup.stage == 3:
+            flat = self._sum(held, shares)
+            if not self._on_host:
+                return [("accelerator", "gradients", flat * setup.accumulation_bytes)]
+            stepped = 0 if setup.offload_optimizer == "nvme" else MASTER_BYTES
+            return [("host", "gradients", flat * (setup.accumulation_bytes + stepped))]
+        if setup.keeps_fp32_partitions:
+            on_accelerator = self._sum(held, shares) * setup.accumulation_bytes
+        elif self._on_host:
+            on_accelerator = Fraction(0)
+        else:  # whole parameters, of which a slice is used, and zeros where the partition has padding
+            numels = [partition.whole_numel + partition.padding_numel for partition in self._partitions]
+            on_accelerator = self._sum(held, numels) * self._item
+        if not self._on_host:
+            return [("accelerator", "gradients", on_accelerator)]
+        on_host = self._sum(held, shares) * MASTER_BYTES
+        if setup.stage == 2 and setup.accumulation_steps > 1 and not setup.keeps_fp32_partitions:
+            on_host += self._sum(held, [partition.whole_numel for partition in self._partitions]) * self._item
+        return [("accelerator", "gradients", on_accelerator), ("host", "gradients", on_host)]
+
+    # ------------------------------------------------- master weights and states
+
+    def _states(self) -> list[tuple[str, str, Fraction | int]]:
+        shares = self._shares()
+        masters = sum(shares) * MASTER_BYTES
+        moments = self._sum(self._step.with_moments, shares) * MOMENT_BYTES
+        home = "accelerator" if self._stepping == "resident" else "host"
+        if self._setup.offload_optimizer == "nvme":
+            home = "nvme"
+        if self._stepping != "accelerator":
+            return [(home, "master_weights", masters), (home, "states", moments)]
+        visiting = min(self._visiting(), Fraction(self._budget())) / self._setup.visiting_bytes  # elements
+        entries: list[tuple[str, str, Fraction | int]] = [
+            ("host", "states", moments), ("accelerator", "states", visiting * MOMENT_BYTES)
+        ]  # fmt: skip
+        if self._setup.keep_master == "accelerator":
+            return [*entries, ("accelerator", "master_weights", masters)]
+        masters_there = visiting * MASTER_BYTES
+        return [*entries, ("host", "master_weights", masters), ("accelerator", "master_weights", masters_there)]
+
+    def _visiting(self) -> Fraction:
+        """Bytes of the states that are on the accelerator when the step ends."""
+        return self._sum(self._step.selected, self._shares()) * self._setup.visiting_bytes
+
+    def _budget(self) -> int:
+        """Bytes that states take on the accelerator at most: residency/plan.py, [Note: Budget]."""
+        if self._setup.state_budget_bytes is not None:
+            return self._setup.state_budget_bytes
+        block_bytes = dict.fromkeys(range(len(self._step.selected)), 0)
+        for block, share in zip(self._blocks, self._shares(), strict=True):
+            block_bytes[block] += share * self._setup.visiting_bytes
+        return default_budget_bytes(block_bytes, self._step.max_selected)
+
+    # ----------------------------------------------------------------- staging
+
+    def _staging(self) -> list[tuple[str, str, Fraction | int]]:
+        setup, step = self._setup, self._step
+        reduced_numel = self._sum(step.reduced, [partition.group_numel for partition in self._partitions])
+        largest = max(partition.largest_numel for partition in self._partitions)
+        unreduced = Fraction(largest * self._item)  # the one gradient that backward is at, at most
+        if setup.stage == 1 and not setup.overlap_comm:  # reduced once backward has ended; until then all are whole
+            width = setup.accumulation_bytes if setup.keeps_fp32_partitions else self._item
+            unreduced = max(unreduced, reduced_numel * width)
+        on_accelerator = self._buckets(reduced_numel) + unreduced
+        on_host: Fraction | int = 0
+        if self._on_host and setup.stage < 3:
+            on_accelerator += largest * self._item  # temp_grad_buffer_for_gpu_offload
+            if self._item != MASTER_BYTES:
+                on_accelerator += largest * MASTER_BYTES  # the one gradient again, in fp32, before it goes to the host
+            lean = self._features is not None and self._features.lean_host_staging
+            staged = self._sum(step.selected, self._shares()) if lean else sum(self._shares())
+            on_host = (staged + largest) * self._item
+        if setup.stage == 3:
+            every = [n for group in [*self._groups, self._frozen] for n in group]
+            gathered = min(sum(every), setup.max_live_numel + max(every))
+            on_accelerator += gathered * self._item
+            if setup.offload_optimizer == "nvme":
+                largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
+                on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
+        if self._stepping == "accelerator":  # room for what is leaving still, or arrives early
+            on_accelerator += max(Fraction(0), self._budget() - self._visiting())
+        return [("accelerator", "staging", on_accelerator), ("host", "staging", on_host)]
+
+    def _buckets(self, reduced_numel: Fraction) -> Fraction:
+        setup = self._setup
+        if not (setup.contiguous_gradients or self._on_host):
+            return Fraction(0)
+        numel = Fraction(setup.reduce_bucket_numel)
+        if self._features is not None:
+            if setup.stage == 2 and setup.ranks == 1:
+                return Fraction(0)  # nobody to reduce with: stage12.py, [Note: One rank]
+            numel = min(numel, reduced_numel)
+        width = setup.accumulation_bytes if setup.stage == 1 and setup.keeps_fp32_partitions else self._item
+        return numel * width * (2 if setup.overlap_comm and setup.stage < 3 else 1)

@@ -1,0 +1,152 @@
+"""One optimizer step as the estimator sees it: how much of each block is chosen, has a gradient, has moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from ds_agsel.selection import Phase
+
+Shares = tuple[Fraction, ...]
+Which = Literal["expected", "worst"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, block by block: the probability, 0 to 1, that the block is in.
+
+    Attributes:
+        selected: it is updated by this step.
+        with_gradient: its gradient exists when backward ends.
+        reduced: its gradient was computed and reduced, though it may be gone when backward ends.
+        with_moments: it was updated by this step or an earlier one.
+        arriving: its states come to the accelerator for this step.
+        leaving: its states leave the accelerator for this step.
+        in_backward: backward reaches it.
+        max_selected: as many blocks as a step can update.
+    """
+
+    phase: Phase
+    selected: Shares
+    with_gradient: Shares
+    reduced: Shares
+    with_moments: Shares
+    arriving: Shares
+    leaving: Shares
+    in_backward: Shares
+    max_selected: int
+
+
+@dataclass(frozen=True)
+class Lot:
+    """What steps are made of: the blocks' elements, those drawn from and those always updated, and k."""
+
+    numels: tuple[int, ...]
+    drawn: tuple[int, ...]
+    always: tuple[int, ...]
+    num_selected: int
+
+    @property
+    def active(self) -> frozenset[int]:
+        return frozenset(self.drawn) | frozenset(self.always)
+
+    def largest(self, count: int) -> frozenset[int]:
+        """The ``count`` drawn blocks with the most elements, and those that are always updated."""
+        by_size = sorted(self.drawn, key=lambda block: (-self.numels[block], block))
+        return frozenset(by_size[:count]) | frozenset(self.always)
+
+
+def exact_step(
+    phase: Phase, num_blocks: int, selected: Collection[int], active: Collection[int], updated: Collection[int],
+    resident: Collection[int] = (),
+) -> Step:  # fmt: skip
+    """The step that updates the blocks ``selected`` of those ``active``, where ``updated`` have moments at its end and
+    the states of ``resident`` were on the accelerator before."""
+
+    def shares(blocks: Collection[int]) -> Shares:
+        return tuple(Fraction(int(block in blocks)) for block in range(num_blocks))
+
+    gradients = active if phase == "explore" else selected
+    lowest = min(gradients)
+    return Step(
+        phase=phase,
+        selected=shares(selected),
+        with_gradient=shares(gradients),
+        reduced=shares(gradients),
+        with_moments=shares(updated),
+        arriving=shares(set(selected) - set(resident)),
+        leaving=shares(set(resident) - set(selected)),
+        in_backward=shares(range(lowest, num_blocks)),
+        max_selected=len(selected),
+    )
+
+
+def typical_step(lot: Lot, phase: Phase, which: Which, streaming: bool) -> Step:
+    """A step late in training, when every block has moments: of a uniform draw, or of the largest blocks, all new.
+
+    With ``streaming`` an explore step keeps the gradients of k + 1 blocks at most; without, of all.
+    """
+    num_blocks, k = len(lot.numels), lot.num_selected
+    everything = _indicator(num_blocks, lot.active)
+    kept = min(k + 1, len(lot.drawn))
+    if which == "worst":
+        selected = arriving = _indicator(num_blocks, lot.largest(k))
+        streamed = _indicator(num_blocks, lot.largest(kept))
+        reach = _indicator(num_blocks, range(num_blocks))
+    else:
+        selected, streamed = _uniform(lot, k), _uniform(lot, kept)
+        arriving = tuple(share * (1 - share) for share in selected)  # chosen now, and not by the step before
+        reach = _reach(lot)
+    explores = phase == "explore"
+    return Step(
+        phase=phase,
+        selected=selected,
+        with_gradient=(streamed if streaming else everything) if explores else selected,
+        reduced=everything if explores else selected,
+        with_moments=everything,
+        arriving=arriving,
+        leaving=arriving,  # as likely as the other way round
+        in_backward=_indicator(num_blocks, range(min(lot.active), num_blocks)) if explores else reach,
+        max_selected=k + len(lot.always),
+    )
+
+
+def full_step(num_groups: int) -> Step:
+    """A step of plain training, which has everything of every group."""
+    every = _indicator(num_groups, range(num_groups))
+    none = _indicator(num_groups, ())
+    return Step("explore", every, every, every, every, none, none, every, num_groups)
+
+
+def _indicator(num_blocks: int, blocks: Collection[int]) -> Shares:
+    return tuple(Fraction(int(block in blocks)) for block in range(num_blocks))
+
+
+def _uniform(lot: Lot, count: int) -> Shares:
+    chance = Fraction(count, len(lot.drawn))
+    drawn, always = frozenset(lot.drawn), frozenset(lot.always)
+    return tuple(
+        Fraction(1) if block in always else chance if block in drawn else Fraction(0)
+        for block in range(len(lot.numels))
+    )
+
+
+def _reach(lot: Lot) -> Shares:
+    """For each block, the probability that backward gets down to it: that one at or below it was drawn."""
+    ways = math.comb(len(lot.drawn), lot.num_selected)
+    shares = []
+    for block in range(len(lot.numels)):
+        if any(other <= block for other in lot.always):
+            shares.append(Fraction(1))
+            continue
+        above = sum(other > block for other in lot.drawn)
+        shares.append(1 - Fraction(math.comb(above, lot.num_selected), ways))
+    return tuple(shares)
+
+
+def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
+    """Σ share · value."""
+    return sum((share * value for share, value in zip(shares, values, strict=True)), Fraction(0))

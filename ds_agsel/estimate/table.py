@@ -1,0 +1,266 @@
+"""The estimate itself: one row per way of training, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import product
+from typing import Any
+
+from ds_agsel.blocks import resolve_names
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import ConfigError
+from ds_agsel.estimate.memory import BUILT, Bytes, Features, Memory, Stepping, full_memory, selective_memory
+from ds_agsel.estimate.setup import Setup
+from ds_agsel.estimate.shapes import ModelShape, Numels
+from ds_agsel.estimate.steps import Lot, Which, typical_step, weighted
+from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
+from ds_agsel.policies import num_selected
+from ds_agsel.selection import Phase
+
+JSON_VERSION = 1
+LORA_RANKS = (128, 256)
+GIB = 2**30
+_KINDS = ("weights", "gradients", "master_weights", "states", "staging", "total")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of training, on the rank that holds most.
+
+    Attributes:
+        method: "full", "ds_agsel" or "lora".
+        stepping: where AdamW's states are and are stepped; see `memory.selective_memory`.
+        phase, which: of a step of ds_agsel; None otherwise.
+        trained_numel: elements that a step updates, on all ranks together.
+        paper_bytes: optimizer states on the accelerator by the paper's formula, 2 · P_selected · 4 bytes, divided
+            among the ranks.
+    """
+
+    label: str
+    method: str
+    stepping: Stepping
+    select_percent: float | None
+    num_selected: int | None
+    lora_rank: int | None
+    phase: Phase | None
+    which: Which | None
+    trained_numel: int
+    paper_bytes: int
+    memory: Memory
+    traffic: TrafficBytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    model: ModelShape
+    setup: Setup
+    rows: tuple[Row, ...]
+
+
+def estimate(
+    model: ModelShape,
+    setup: Setup,
+    config: SelectionConfig,
+    percentages: Sequence[float],
+    features: Features = BUILT,
+) -> Estimate:
+    """Rows for plain full fine-tuning, ds_agsel at each of ``percentages``, and LoRA on all linear layers.
+
+    Raises ConfigError for a percentage outside (0, 100] and for names in always_select or never_select that are no
+    block's.
+    """
+    for percent in percentages:
+        if not 0 < percent <= 100:
+            raise ConfigError(f"--select-percent {percent:g} is outside (0, 100]. Use 100 to train every block.")
+    setup = setup.but(keep_master=config.keep_master, state_budget_bytes=config.state_budget_bytes)
+    rows = [_full_row(model, setup)]
+    for percent in percentages:
+        lot = _lot(model, config, percent)
+        for stepping in steppings(setup):
+            rows += _selective_rows(model, setup, lot, percent, stepping, features)
+    rows += [_lora_row(model, setup, rank) for rank in LORA_RANKS if model.linears]
+    return Estimate(model, setup, tuple(rows))
+
+
+def steppings(setup: Setup) -> tuple[Stepping, ...]:
+    """The ways of stepping that ``setup`` allows, or would with its `offload_optimizer` set."""
+    if setup.offload_optimizer == "nvme":
+        return ("host",)
+    return ("host", "accelerator") if setup.offload_optimizer == "cpu" else ("resident", "host", "accelerator")
+
+
+def _setup_for(setup: Setup, stepping: Stepping) -> Setup:
+    if stepping == "host":
+        return setup if setup.offload_optimizer != "none" else setup.but(offload_optimizer="cpu")
+    return setup.but(offload_optimizer="none")
+
+
+def _lot(model: ModelShape, config: SelectionConfig, percent: float) -> Lot:
+    always = resolve_names(model.blocks, config.always_select, "always_select")
+    never = resolve_names(model.blocks, config.never_select, "never_select")
+    drawn = tuple(block.index for block in model.blocks if block.index not in {*always, *never})
+    numels = tuple(block.numel for block in model.blocks)
+    return Lot(numels, drawn, always, num_selected(percent, len(drawn)))
+
+
+def _full_row(model: ModelShape, setup: Setup) -> Row:
+    return _plain_row("full fine-tuning", "full", None, model.user_groups, model.frozen, setup)
+
+
+def _lora_row(model: ModelShape, setup: Setup, lora_rank: int) -> Row:
+    base = (*(numel for group in model.groups for numel in group), *model.frozen)
+    return _plain_row(f"LoRA r={lora_rank}", "lora", lora_rank, [model.lora(lora_rank)], base, setup)
+
+
+def _plain_row(
+    label: str, method: str, lora_rank: int | None, groups: Sequence[Numels], frozen: Numels, setup: Setup
+) -> Row:
+    trained = sum(map(sum, groups))
+    return Row(
+        label=label,
+        method=method,
+        stepping="resident" if setup.offload_optimizer == "none" else "host",
+        select_percent=None,
+        num_selected=None,
+        lora_rank=lora_rank,
+        phase=None,
+        which=None,
+        trained_numel=trained,
+        paper_bytes=_paper_bytes(trained, setup),
+        memory=_of_fullest(setup, partial(full_memory, groups, frozen, setup)),
+        traffic=_of_busiest(setup, partial(full_traffic, groups, frozen, setup)),
+    )
+
+
+def _selective_rows(
+    model: ModelShape, setup: Setup, lot: Lot, percent: float, stepping: Stepping, features: Features
+) -> Iterator[Row]:
+    setup = _setup_for(setup, stepping)
+    streaming = features.streaming_top_k and setup.accumulation_steps == 1
+    kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
+    for phase, which in kinds:
+        step = typical_step(lot, phase, which, streaming)
+        trained = round(weighted(step.selected, lot.numels))
+        yield Row(
+            label=f"{percent:g} %, {phase}, {which}",
+            method="ds_agsel",
+            stepping=stepping,
+            select_percent=percent,
+            num_selected=lot.num_selected,
+            lora_rank=None,
+            phase=phase,
+            which=which,
+            trained_numel=trained,
+            paper_bytes=_paper_bytes(trained, setup),
+            memory=_of_fullest(setup, partial(selective_memory, model, setup, stepping, step, features=features)),
+            traffic=_of_busiest(setup, partial(selective_traffic, model, setup, stepping, step)),
+        )
+
+
+def _of_fullest(setup: Setup, on: Callable[[int], Memory]) -> Memory:
+    """Of the rank with most on its accelerator, and of those the most on its host: ranks differ at partitions' ends."""
+    return max(map(on, range(setup.ranks)), key=lambda memory: (memory.accelerator.total, memory.host.total))
+
+
+def _of_busiest(setup: Setup, on: Callable[[int], TrafficBytes]) -> TrafficBytes:
+    return max(map(on, range(setup.ranks)), key=lambda traffic: traffic.total)
+
+
+def _paper_bytes(numel: int, setup: Setup) -> int:
+    return round(Fraction(2 * numel * 4, setup.ranks))
+
+
+# ------------------------------------------------------------------------- output
+
+
+def as_json(result: Estimate) -> dict[str, Any]:
+    """The estimate in JSON's types. Bytes are per rank; the form changes only with ``version``."""
+    setup = asdict(result.setup)
+    assumed = list(setup.pop("assumed"))
+    return {
+        "version": JSON_VERSION,
+        "model": {
+            "name": result.model.name,
+            "numel": result.model.numel,
+            "blocks": [{"name": block.name, "numel": block.numel} for block in result.model.blocks],
+        },
+        "setup": setup,
+        "assumed": assumed,
+        "rows": [_row_as_json(row) for row in result.rows],
+    }
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    places = {"accelerator": row.memory.accelerator, "host": row.memory.host, "nvme": row.memory.nvme}
+    return {
+        "method": row.method,
+        "stepping": row.stepping,
+        "select_percent": row.select_percent,
+        "num_selected": row.num_selected,
+        "lora_rank": row.lora_rank,
+        "phase": row.phase,
+        "selection": row.which,
+        "trained_numel": row.trained_numel,
+        "paper_state_bytes": row.paper_bytes,
+        "bytes": {place: {kind: getattr(held, kind) for kind in _KINDS} for place, held in places.items()},
+        "traffic_bytes": asdict(row.traffic),
+    }
+
+
+def as_text(result: Estimate) -> str:
+    """Tables in GiB of each place's bytes and of what a step moves, without the rows and tables that are all 0."""
+    setup, model = result.setup, result.model
+    lines = [
+        f"{model.name}: {model.numel / 1e6:,.1f} M parameters in {len(model.blocks)} blocks; "
+        f"ZeRO-{setup.stage}, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}, {setup.dtype}, "
+        f"offload_optimizer {setup.offload_optimizer}, offload_param {setup.offload_param}, "
+        f"{setup.accumulation_steps} micro-step{'s' if setup.accumulation_steps > 1 else ''}.",
+        "GiB per rank when backward has ended, without activations. Paper: 2 · P_selected · 4 bytes / ranks.",
+        *(f"Assumed: {note}." for note in setup.assumed),
+    ]
+    places: dict[str, Callable[[Row], Bytes]] = {
+        "On the accelerator": lambda row: row.memory.accelerator,
+        "On the host": lambda row: row.memory.host,
+        "On NVMe": lambda row: row.memory.nvme,
+    }
+    for title, held in places.items():
+        cells = [(row, [getattr(held(row), kind) for kind in _KINDS]) for row in result.rows if held(row).total]
+        columns = ["weights", "grads", "masters", "states", "staging", "total"]
+        if title == "On the accelerator":
+            columns.append("paper")
+            cells = [(row, [*values, row.paper_bytes]) for row, values in cells]
+        lines += _table(title, columns, cells)
+    moving = [(row, [getattr(row.traffic, field) for field in _MOVED.values()]) for row in result.rows]
+    lines += _table("Moved per step", tuple(_MOVED), [cells for cells in moving if any(cells[1])])
+    return "\n".join(lines)
+
+
+_MOVED = {
+    "gather": "gathered", "reduce": "reduced", "H2D": "h2d", "D2H": "d2h", "NVMe in": "nvme_read",
+    "NVMe out": "nvme_write",
+}  # fmt: skip
+_STEPPING_WORDS = {
+    "resident": "states on the accelerator",
+    "host": "stepped on the host",
+    "accelerator": 'step_device="accelerator"',
+}
+
+
+def _table(title: str, columns: Sequence[str], cells: Sequence[tuple[Row, Sequence[int]]]) -> list[str]:
+    if not cells:
+        return []
+    lines = ["", f"{title:<34}" + "".join(f"{column:>10}" for column in columns)]
+    heading = ""
+    for row, values in sorted(cells, key=lambda pair: _order(pair[0])):
+        trainer = "ds_agsel" if row.method == "ds_agsel" else "plain DeepSpeed"
+        if heading != (heading := f"{trainer}, {_STEPPING_WORDS[row.stepping]}"):
+            lines.append(heading)
+        lines.append(f"  {row.label:<32}" + "".join(f"{value / GIB:>10.3f}" for value in values))
+    return lines
+
+
+def _order(row: Row) -> tuple[int, int]:
+    return (("full", "lora", "ds_agsel").index(row.method), tuple(_STEPPING_WORDS).index(row.stepping))

@@ -1,0 +1,103 @@
+"""Bytes that one optimizer step moves on one rank, of all its micro-steps together.
+
+The counts are of the tensors handed to collectives, as `selection.Traffic` counts them; what a ring puts on the wire
+is (ranks - 1) / ranks of a gather or scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+
+from ds_agsel.estimate.memory import Stepping, partitions_of
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
+from ds_agsel.estimate.shapes import ModelShape, Numels
+from ds_agsel.estimate.steps import Step, full_step, weighted
+
+
+@dataclass(frozen=True)
+class TrafficBytes:
+    """``reduced`` and ``gathered`` are 0 on one rank; ``h2d`` and ``d2h`` are copies to and from the accelerator."""
+
+    gathered: int = 0
+    reduced: int = 0
+    h2d: int = 0
+    d2h: int = 0
+    nvme_read: int = 0
+    nvme_write: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> TrafficBytes:
+    """Plain DeepSpeed training ``groups``."""
+    stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
+    return _traffic(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping)
+
+
+def selective_traffic(model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0) -> TrafficBytes:
+    """ds_agsel at ``step``. Where states visit, the first visit of a block, which brings no moments, costs less."""
+    return _traffic(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping)
+
+
+def _traffic(
+    groups: Sequence[Numels], block_of_group: Sequence[int], frozen: Numels, setup: Setup, rank: int, step: Step,
+    stepping: Stepping,
+) -> TrafficBytes:  # fmt: skip
+    partitions = partitions_of(groups, setup, rank)
+    item, micro_steps, many = setup.item_bytes, setup.accumulation_steps, setup.ranks > 1
+
+    def total(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
+        return weighted([shares[block] for block in block_of_group], values)
+
+    numels = [p.numel for p in partitions]
+    covered = [p.covered_numel for p in partitions]
+    h2d, d2h, nvme = Fraction(0), Fraction(0), Fraction(0)
+    width = setup.accumulation_bytes if setup.stage == 1 and setup.keeps_fp32_partitions else item
+    sent = [p.flat_numel if setup.stage == 3 else p.group_numel for p in partitions]
+    reduced = total(step.reduced, sent) * width
+    if setup.stage > 1:
+        reduced *= micro_steps
+    if setup.stage < 3:
+        gathered = total(step.selected, [p.flat_numel for p in partitions]) * item
+    else:
+        # Forward gathers every parameter, backward those that it gets down to; those kept whole follow an update.
+        kept = [sum(n for n in group if n > setup.persistence_threshold_numel) for group in groups]
+        frozen_numel = sum(n for n in frozen if n > setup.persistence_threshold_numel)
+        gathered = (sum(kept) + total(step.in_backward, kept) + 2 * frozen_numel) * item * micro_steps
+        small = [tuple(n for n in group if n <= setup.persistence_threshold_numel) for group in groups]
+        gathered += total(step.selected, [p.flat_numel for p in partitions_of(small, setup, rank)]) * item
+        if setup.offload_param != "none":
+            h2d += gathered / setup.ranks
+        if setup.offload_param == "nvme":
+            nvme += gathered / setup.ranks
+    if stepping == "host" and setup.stage == 3:
+        # Each micro-step's sum goes to the host and comes back; the last goes there once more, in fp32.
+        sums = total(step.reduced, [p.whole_numel for p in partitions])
+        d2h += sums * (micro_steps * setup.accumulation_bytes + MASTER_BYTES)
+        h2d += sums * micro_steps * setup.accumulation_bytes
+        if setup.offload_param == "none":
+            h2d += total(step.selected, numels) * item
+    elif stepping == "host":
+        d2h += total(step.reduced, covered) * MASTER_BYTES
+        h2d += total(step.selected, numels) * item
+        if setup.stage == 2 and micro_steps > 1 and not setup.keeps_fp32_partitions:
+            whole = total(step.reduced, [p.whole_numel for p in partitions]) * item
+            d2h += micro_steps * whole
+            h2d += (micro_steps - 1) * whole
+    if stepping == "accelerator":
+        h2d += total(step.arriving, numels) * setup.visiting_bytes
+        d2h += total(step.leaving, numels) * setup.visiting_bytes
+    swapped = total(step.selected, numels) * (MASTER_BYTES + MOMENT_BYTES)
+    states = swapped if setup.offload_optimizer == "nvme" else Fraction(0)
+    return TrafficBytes(
+        gathered=round(gathered) if many else 0,
+        reduced=round(reduced) if many else 0,
+        h2d=round(h2d),
+        d2h=round(d2h),
+        nvme_read=round(nvme + states),
+        nvme_write=round(states),
+    )

@@ -1,0 +1,80 @@
+"""What moves between host and accelerator for a step: pure, by block index and bytes, no tensors and no streams.
+
+[Note: Budget] The states on the accelerator never take more than a budget. By default that is the largest selection
+there can be, and the two next largest blocks: one that is still leaving and one that arrives early. With less, the
+blocks of a step pass through: a block leaves right after its own update, and the one after next takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ds_agsel.errors import ConfigError
+
+EXTRA_SLOTS = 2  # [Note: Budget]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One block's state changes place. ``after`` is the block whose update must have been issued; None: at once.
+
+    Moves are carried out in their order: an arrival finds its memory because every leave before it has been issued.
+    """
+
+    kind: Literal["arrive", "leave"]
+    block: int
+    after: int | None = None
+
+
+def default_budget_bytes(block_bytes: Mapping[int, int], num_selected: int) -> int:
+    """Bytes of the ``num_selected + 2`` largest blocks. [Note: Budget]"""
+    return sum(sorted(block_bytes.values(), reverse=True)[: num_selected + EXTRA_SLOTS])
+
+
+def check_budget(budget_bytes: int, block_bytes: Mapping[int, int], names: Sequence[str]) -> None:
+    """Raise ConfigError where a block by itself does not fit, naming the largest."""
+    largest = max(block_bytes, key=lambda block: (block_bytes[block], -block))
+    if block_bytes[largest] > budget_bytes:
+        raise ConfigError(
+            f"adagrad_select.state_budget_bytes={budget_bytes} is less than the state of block "
+            f'"{names[largest]}", which takes {block_bytes[largest]} bytes on each rank. Give at least that, null '
+            'for the largest selection and two blocks more, or name the block in never_select.'
+        )
+
+
+def update_order(resident: Collection[int], selected: Collection[int]) -> tuple[int, ...]:
+    """The order in which a step updates its blocks: those that are there already, then those that arrive."""
+    return tuple(sorted(selected, key=lambda block: (block not in resident, block)))
+
+
+def plan_moves(
+    resident: Collection[int], selected: Collection[int], block_bytes: Mapping[int, int], budget_bytes: int
+) -> tuple[Move, ...]:
+    """The moves that a step on ``selected`` needs, starting from ``resident``; blocks that stay selected do not move.
+
+    Blocks that are not selected leave at once. The selected ones arrive in `update_order` as long as there is room;
+    the rest arrive during the step, each after those updated before it have left. Afterwards resident are the last
+    of `update_order` that fit. The bytes on the accelerator, in the order of the moves, never exceed
+    ``budget_bytes``, in which each block by itself must fit (`check_budget`).
+    """
+    order = update_order(resident, selected)
+    leaving = sorted(set(resident) - set(selected))
+    here = [block for block in order if block in resident]
+    used = sum(block_bytes[block] for block in resident)
+    moves: list[Move] = []
+    after = None  # the last block that had to be updated to make room
+    evicted = 0
+    for block in order[len(here) :]:
+        while used + block_bytes[block] > budget_bytes:
+            if leaving:
+                gone = leaving.pop(0)
+            else:
+                gone = after = order[evicted]
+                evicted += 1
+            moves.append(Move("leave", gone, after))
+            used -= block_bytes[gone]
+        moves.append(Move("arrive", block, after))
+        used += block_bytes[block]
+    return (*moves, *(Move("leave", block) for block in leaving))

@@ -1,0 +1,257 @@
+"""Carries out a plan's moves: pinned host memory, one stream for each direction, events. No ZeRO and no selection.
+
+[Note: Waits] Nothing here waits on the host, but `bring_home`. Between the streams there are four waits, and each is
+needed: a leaving state is copied after the compute stream's update of it (1); what arrives takes memory that has been
+given back, and bytes that have been written to the host, only after the copy of what left (2); an update begins after
+its block's arrival (3); and the host reads what was copied to it after the copy's event (4). Memory for states is
+allocated and freed on the H2D stream, so that the caching allocator hands it out again in that stream's order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_agsel.residency.plan import Move
+from ds_agsel.residency.states import BlockResidency, Residency
+
+logger = logging.getLogger("ds_agsel")
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class HostState:
+    """The state of one param group's partition as the host has it.
+
+    Attributes:
+        master: fp32, (numel,), on the host, or on the accelerator where it is not among what moves.
+        state: the optimizer's own dict for it. ``exp_avg`` and ``exp_avg_sq``, fp32, (numel,), are in it from the
+            first update on; their buffers are allocated here, once.
+    """
+
+    master: Tensor
+    state: MutableMapping[str, Any]
+
+    def get(self, key: str) -> Tensor | None:
+        return self.master if key == MASTER else self.state.get(key)
+
+
+class StateTransfer:
+    """The states of all blocks: on the host, and on the accelerator those that moves have brought there.
+
+    Args:
+        device: a DeepSpeed accelerator object.
+        states: of each param group.
+        groups_of_block: block -> its param groups.
+        keys: what moves, of `MASTER` and `MOMENTS`. What is not named stays where it is.
+        count: told the direction ("h2d", "d2h") and the bytes of every copy.
+    """
+
+    def __init__(
+        self,
+        device: Any,
+        states: Sequence[HostState],
+        groups_of_block: Mapping[int, Sequence[int]],
+        keys: Sequence[str],
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._device = device
+        self._states = states
+        self._groups_of_block = groups_of_block
+        self._keys = tuple(keys)
+        self._count = count
+        self._blocks = {block: BlockResidency(block) for block in groups_of_block}
+        self._on_device: dict[int, dict[str, Tensor]] = {}  # by group
+        self._arrived: dict[int, Any] = {}  # block -> event of its arrival
+        self._copied: dict[int, Any] = {}  # block -> event of its last copy to the host, until it is known to be over
+        synchronized = device.is_synchronized_device()
+        self._h2d = None if synchronized else device.Stream()
+        self._d2h = None if synchronized else device.Stream()
+        self.peak_bytes = 0
+
+    # ---------------------------------------------------------------- what is where
+
+    def block_bytes(self) -> dict[int, int]:
+        """Block -> bytes that it takes on the accelerator, on this rank."""
+        return {
+            block: sum(len(self._keys) * self._states[group].master.nbytes for group in groups)
+            for block, groups in self._groups_of_block.items()
+        }
+
+    @property
+    def resident(self) -> frozenset[int]:
+        """The blocks that are on the accelerator or on their way to it."""
+        there = (Residency.ARRIVING, Residency.RESIDENT)
+        return frozenset(block for block, state in self._blocks.items() if state.place in there)
+
+    def place(self, block: int) -> Residency:
+        return self._blocks[block].place
+
+    def resident_bytes(self) -> int:
+        """Bytes that states take on the accelerator now, in the order of what has been issued."""
+        return sum(tensor.nbytes for tensors in self._on_device.values() for tensor in tensors.values())
+
+    def on_host(self, group: int) -> HostState:
+        """The state of a param group as the host has it, current or not."""
+        return self._states[group]
+
+    def on_device(self, group: int) -> dict[str, Tensor]:
+        """The tensors of a param group whose block is resident, by key."""
+        return self._on_device[group]
+
+    # ------------------------------------------------------------------------ moves
+
+    def carry_out(self, moves: Iterable[Move]) -> None:
+        """Issue ``moves``, in their order. Their blocks' earlier uses must have been issued on the current stream."""
+        self._settle_what_has_left()
+        for move in moves:
+            if move.kind == "arrive":
+                self._arrive(move.block)
+            else:
+                self._leave(move.block)
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
+
+    def _arrive(self, block: int) -> None:
+        state = self._blocks[block]
+        if state.place is Residency.LEAVING:  # what is copied from the host now is ordered after what is copied to it
+            state.become(Residency.ON_HOST)
+        state.become(Residency.ARRIVING)
+        with self._on(self._h2d):
+            for group in self._groups_of_block[block]:
+                self._on_device[group] = {key: self._brought(self._states[group], key) for key in self._keys}
+            self._arrived[block] = self._event(self._h2d)
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
+
+    def _brought(self, state: HostState, key: str) -> Tensor:
+        device = self._device.current_device_name()
+        source = state.get(key)
+        if source is None:
+            return torch.zeros(state.master.numel(), dtype=state.master.dtype, device=device)
+        target = torch.empty(source.numel(), dtype=source.dtype, device=device)
+        target.copy_(source.detach(), non_blocking=True)
+        self._count("h2d", source.nbytes)
+        return target
+
+    def wait_for(self, block: int) -> None:
+        """Let the current stream wait for the block's arrival: wait (3) of [Note: Waits]."""
+        state = self._blocks[block]
+        if state.place is Residency.ARRIVING:
+            arrived = self._arrived.pop(block)
+            if arrived is not None:
+                self._device.current_stream().wait_event(arrived)
+            state.become(Residency.RESIDENT)
+
+    def updated(self, block: int) -> None:
+        """Note that the current stream updates the block, and give the host room for moments that are new."""
+        self._blocks[block].updated()
+        for group in self._groups_of_block[block]:
+            host = self._states[group]
+            for key in set(self._keys) & set(MOMENTS):
+                if host.get(key) is None:
+                    room = torch.zeros(host.master.numel(), dtype=host.master.dtype)
+                    host.state[key] = pinned(room, self._device)
+
+    def _leave(self, block: int) -> None:
+        state = self._blocks[block]
+        if state.place is Residency.ARRIVING:  # its memory is given back in the order of the stream it arrives on
+            state.become(Residency.RESIDENT)
+        state.become(Residency.LEAVING)
+        self._copy_to_host(block)
+        if self._h2d is not None and block in self._copied:
+            self._h2d.wait_event(self._copied[block])  # (2)
+        for group in self._groups_of_block[block]:
+            for tensor in self._on_device.pop(group).values():
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # whoever else holds it
+        self._arrived.pop(block, None)
+
+    def _copy_to_host(self, block: int) -> None:
+        """Issue the copies that make the host's state of ``block`` current again."""
+        state = self._blocks[block]
+        if not state.host_is_stale:
+            return
+        if self._d2h is not None:
+            self._d2h.wait_stream(self._device.current_stream())  # (1)
+        with self._on(self._d2h):
+            for group in self._groups_of_block[block]:
+                for key, source in self._on_device[group].items():
+                    target = self._states[group].get(key)
+                    if target is None:
+                        raise RuntimeError(f"param group {group} has no {key} on the host, and was updated.")
+                    target.detach().copy_(source.detach(), non_blocking=True)
+                    self._count("d2h", source.nbytes)
+            copied = self._event(self._d2h)
+            if copied is not None:
+                self._copied[block] = copied
+        state.host_is_stale = False
+
+    def _settle_what_has_left(self) -> None:
+        for block, state in self._blocks.items():
+            if state.place is Residency.LEAVING and (block not in self._copied or self._copied[block].query()):
+                self._copied.pop(block, None)
+                state.become(Residency.ON_HOST)
+
+    def bring_home(self, blocks: Iterable[int]) -> None:
+        """Make the host's states of ``blocks`` current; they stay where they are. The host waits: (4)."""
+        blocks = tuple(blocks)
+        for block in blocks:
+            self._copy_to_host(block)
+        for block in blocks:
+            event = self._copied.pop(block, None)
+            if event is not None:
+                event.synchronize()
+            if self._blocks[block].place is Residency.LEAVING:
+                self._blocks[block].become(Residency.ON_HOST)
+
+    def send_home(self, blocks: Iterable[int]) -> None:
+        """Make ``blocks`` leave, and wait until they have: the host may change their states."""
+        blocks = tuple(blocks)
+        for block in blocks:
+            if block in self.resident:
+                self._leave(block)
+        self.bring_home(blocks)
+
+    # ---------------------------------------------------------------------- streams
+
+    @contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        if stream is None:
+            yield
+            return
+        with self._device.stream(stream):
+            yield
+
+    def _event(self, stream: Any) -> Any:
+        if stream is None:
+            return None
+        event = self._device.Event()
+        event.record(stream)
+        return event
+
+
+_pageable_warned = False
+
+
+def pinned(tensor: Tensor, device: Any) -> Tensor:
+    """``tensor`` in page-locked host memory; itself where it is, or with one warning where there is not enough."""
+    global _pageable_warned
+    if device.is_synchronized_device() or device.is_pinned(tensor):
+        return tensor
+    try:
+        return device.pin_memory(tensor)
+    except RuntimeError as error:
+        if not _pageable_warned:
+            _pageable_warned = True
+            logger.warning(
+                "adagrad_select: %d bytes of host memory can't be pinned (%s). Pageable memory is used instead, and "
+                "its copies do not overlap with anything. Raise the limit (ulimit -l), or free host memory.",
+                tensor.nbytes, error,
+            )  # fmt: skip
+        return tensor

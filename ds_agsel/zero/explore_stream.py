@@ -1,0 +1,98 @@
+"""Explore steps that hold few gradients: a block is scored when backward ends it, and given up once k are better.
+
+[Note: Streaming top-k] The choice is the same as with all gradients at hand, because it is made by the same scores, and
+a block that k others have beaten can't come back. On several ranks a block's gradients are reduced, and its norms added
+up, when its last one has come; all ranks see gradients in one order, as ZeRO's buckets need anyway. A block some of
+whose parameters get no gradient stays to the end, and is scored there with the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from ds_agsel.errors import TrainingError
+from ds_agsel.policies.sampling import RunningTopK
+from ds_agsel.selection import Selection
+
+
+class ExploreStream:
+    """What an explore step has seen so far of its blocks. The optimizer does what it says, in three functions.
+
+    Args:
+        numbers_of_params: block -> how many parameters it has.
+        score: the score of a block all of whose gradients are there. Collective.
+        keep: put the block's gradients, which these parameters hold, where the step will look for them.
+        forget: drop the block's gradients, kept before or not.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        numbers_of_params: Mapping[int, int],
+        score: Callable[[int], float],
+        keep: Callable[[int, list[nn.Parameter]], None],
+        forget: Callable[[int], None],
+    ) -> None:
+        self._selection = selection
+        self._numbers_of_params = numbers_of_params
+        self._score, self._keep, self._forget = score, keep, forget
+        policy = selection.policy
+        stays = policy.context.num_selected if policy.chooses_highest_scores else policy.context.num_blocks
+        self._best = RunningTopK(stays)
+        self._waiting: dict[int, list[nn.Parameter]] = {}
+        self._unscored: set[int] = set()
+        self.scores: dict[int, float] = {}
+        self.kept: set[int] = set(selection.lottery.always)
+        self.dropped: set[int] = set()
+        self.is_over = False  # all scores there are have been taken; what comes now adds to what is kept
+
+    def wants(self, block: int) -> bool:
+        """Whether the stream takes a gradient of ``block``; not after `flush`, which left the block to the step.
+
+        Raises TrainingError for a block that has been scored: what was dropped can't be added to.
+        """
+        if block in self.scores:
+            raise TrainingError(
+                f"step {self._selection.plan.step} explores, and block {self._selection.blocks[block].name} got a "
+                "second gradient after it had been scored. Call backward once a step, on the sum of the losses, or set "
+                "gradient_accumulation_steps; with activation checkpointing, set use_reentrant=False."
+            )
+        return block not in self._unscored
+
+    def take(self, block: int, param: nn.Parameter) -> None:
+        """Note that ``param``'s gradient is there, and score its block if it was the last."""
+        waiting = self._waiting.setdefault(block, [])
+        waiting.append(param)
+        if len(waiting) == self._numbers_of_params[block]:
+            self._finish(block)
+
+    def _finish(self, block: int) -> None:
+        params = self._waiting.pop(block)
+        self.scores[block] = self._score(block)
+        if block not in self._selection.lottery.always:
+            out = self._best.add(block, self.scores[block])
+            if out is not None:
+                self.kept.discard(out)
+                self.dropped.add(out)
+                self._forget(out)
+            if out == block:
+                return
+        self.kept.add(block)
+        self._keep(block, params)
+
+    def flush(self, and_score: bool) -> None:
+        """Backward is over: keep the blocks that are not whole, scored now (the last scores), or left to the step."""
+        for block in sorted(self._waiting):
+            if and_score:
+                self._finish(block)
+            else:
+                self.kept.add(block)
+                self._unscored.add(block)
+                self._keep(block, self._waiting.pop(block))
+        silent = set(self._selection.active_blocks) - self.kept - self.dropped
+        self.kept |= silent  # their score is 0, which is the highest where few blocks have gradients
+        for block in sorted(silent):
+            self._keep(block, [])
+        self.is_over = and_score

@@ -1,0 +1,170 @@
+"""Where AdamW runs: what the section and the ds_config say, and where they leave it open, what fits."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_agsel import processor
+from ds_agsel.blocks import Block
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import ConfigError
+from ds_agsel.residency import default_budget_bytes
+
+logger = logging.getLogger("ds_agsel")
+
+_STATE_BYTES = 12  # an element's master weight and two moments, fp32
+_RATE_SAMPLE_BYTES = 64 * 2**20
+
+
+class StepDevice(enum.Enum):
+    """Where the update runs, and where what it needs lives.
+
+    HOST: ZeRO-Offload: states in host memory, AdamW on the processor.
+    VISIT: states in pinned host memory; the selected blocks' are on the accelerator when AdamW runs there.
+    STAY: states where the model is. For accelerators without memory of their own: the CPU.
+    """
+
+    HOST = "host"
+    VISIT = "visit"
+    STAY = "stay"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the decision hangs on. Bytes are of one rank.
+
+    Attributes:
+        offloads: the ds_config says ``offload_optimizer``, to the cpu or (ZeRO-3) to NVMe.
+        can_offload: the optimizer comes from the ds_config, so that DeepSpeed can make the one that offload needs.
+        can_visit: the ZeRO stage's adapter lets states visit.
+        has_own_memory: the accelerator's memory is not the host's.
+    """
+
+    offloads: bool
+    can_offload: bool
+    can_visit: bool
+    has_own_memory: bool
+    needed_bytes: int
+    available_bytes: int
+
+
+def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
+    """Where to step, and why. Raises ConfigError where the section contradicts ``offload_optimizer``."""
+    if wanted == "accelerator":
+        if not now.can_visit:
+            raise ConfigError(
+                "adagrad_select.step_device='accelerator' can't be used with zero_optimization.stage=3 yet. Use "
+                "stage 2, or set step_device to null."
+            )
+        if now.offloads:
+            raise ConfigError(
+                "adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer "
+                "contradict each other: the one steps on the accelerator, the other on the host. Set "
+                "offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
+                "accelerator), or step_device to null."
+            )
+        return StepDevice.VISIT, "step_device is 'accelerator'"
+    if wanted == "cpu" and not now.offloads:
+        raise ConfigError(
+            "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
+            "other. Set offload_optimizer.device to 'cpu', or step_device to null."
+        )
+    if now.offloads:
+        return StepDevice.HOST, "offload_optimizer says so"
+    if not now.can_visit:
+        return StepDevice.STAY, "with ZeRO-3 states don't visit yet"
+    if not now.has_own_memory:
+        return StepDevice.STAY, "the accelerator is the processor: states are in host memory as it is"
+    if now.needed_bytes > now.available_bytes and now.can_offload:
+        return StepDevice.HOST, (
+            f"weights, gradients and visiting states need {now.needed_bytes} bytes of the accelerator, and "
+            f"{now.available_bytes} are free"
+        )
+    return StepDevice.VISIT, (
+        f"weights, gradients and visiting states need {now.needed_bytes} bytes of the accelerator, of which "
+        f"{now.available_bytes} are free"
+    )
+
+
+def offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the ds_config keeps the optimizer on the host, or on NVMe behind it."""
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return str(offload.get("device", "none")) != "none"
+
+
+def situation(
+    ds_config: Mapping[str, Any],
+    config: SelectionConfig,
+    blocks: Sequence[Block],
+    selectable: Sequence[int],
+    max_selected: int,
+    optimizer_is_given: bool,
+) -> Situation:
+    """What `decide` needs to know of this run, on this machine, now; the memory is that of the rank with the least.
+
+    Collective.
+    """
+    ranks = dist.get_world_size()
+    zero = ds_config.get("zero_optimization", {})
+    half = any((ds_config.get(name) or {}).get("enabled") is True for name in ("bf16", "bfloat16", "fp16"))
+    weight_bytes = 2 if half else 4
+    numel = sum(block.numel for block in blocks)
+    state_bytes = {index: _STATE_BYTES * blocks[index].numel // ranks for index in selectable}
+    needed = 2 * numel * weight_bytes  # weights, and the gradients of an explore step
+    needed += config.state_budget_bytes or default_budget_bytes(state_bytes, max_selected)
+    accelerator = get_accelerator()
+    own_memory = accelerator.device_name() != "cpu"
+    return Situation(
+        offloads=offloads_optimizer(ds_config),
+        can_offload=not optimizer_is_given,
+        can_visit=zero.get("stage") in (1, 2),
+        has_own_memory=own_memory,
+        needed_bytes=needed,
+        available_bytes=_least_available_bytes() if own_memory else 0,
+    )
+
+
+def _least_available_bytes() -> int:
+    accelerator = get_accelerator()
+    device = accelerator.current_device_name()
+    available = torch.tensor(accelerator.available_memory(), dtype=torch.int64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(available, op=dist.ReduceOp.MIN)
+    return int(available.item())
+
+
+def report(choice: StepDevice, reason: str) -> None:
+    """Log the choice, why, and what its speed hangs on: once, on rank 0, where somebody listens."""
+    if dist.get_rank() != 0 or not logger.isEnabledFor(logging.INFO):
+        return
+    where = {StepDevice.HOST: "on the host", StepDevice.VISIT: "on the accelerator, its states visit it"}
+    logger.info(
+        "adagrad_select: AdamW runs %s: %s. Processor: %s, SIMD %s. %s",
+        where.get(choice, "where the model is"), reason, processor.describe()["name"], processor.describe()["simd"],
+        _copy_rate() if choice is not StepDevice.STAY else "No copies between host and accelerator.",
+    )  # fmt: skip
+
+
+def _copy_rate() -> str:
+    """The measured rate of one pinned copy H2D."""
+    accelerator = get_accelerator()
+    host = torch.empty(_RATE_SAMPLE_BYTES, dtype=torch.uint8)
+    if not accelerator.is_synchronized_device():
+        host = accelerator.pin_memory(host)
+    device = torch.empty_like(host, device=accelerator.current_device_name())
+    device.copy_(host)
+    accelerator.synchronize()
+    start = time.perf_counter()
+    device.copy_(host, non_blocking=True)
+    accelerator.synchronize()
+    seconds = time.perf_counter() - start
+    return f"Pinned copies: {_RATE_SAMPLE_BYTES / seconds / 1e9:.1f} GB/s."

@@ -1,0 +1,139 @@
+"""Writes the table of SIMULATED transfer times of `step_device: "accelerator"`: python launch/simulate_transfers.py
+
+The model is `ds_agsel.estimate.timeline`; the rates are assumed (`ds_agsel.estimate.cards`), and no GPU was used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_agsel.estimate.cards import CARDS, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Card
+from ds_agsel.estimate.setup import Setup
+from ds_agsel.estimate.shapes import ModelShape, read_shape
+from ds_agsel.estimate.timeline import Exposure, hiding_tokens, simulate
+from ds_agsel.policies import num_selected
+
+MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini")
+PERCENTAGES = (10, 20, 30)
+BATCH, SEQUENCE = 8, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--select-percent", type=float, nargs="+", default=PERCENTAGES)
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows per step and rank, of all micro-steps together")
+    parser.add_argument("--sequence", type=int, default=SEQUENCE, help="tokens of a row")
+    parser.add_argument("--output", type=Path, help="file to write; not given: print")
+    options = parser.parse_args()
+    text = page(options.models, options.select_percent, options.batch, options.sequence)
+    if options.output is None:
+        print(text, end="")
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(text, encoding="utf-8")
+
+
+INTRODUCTION = """\
+# Transfers, simulated
+
+**Every time on this page is simulated; no GPU has run it.** `launch/simulate_transfers.py` wrote it (`make docs`).
+
+With `step_device: "accelerator"` the states of newly selected blocks (12 bytes for each element: master weight and two
+moments) travel to the accelerator, and those of blocks no longer selected travel back. The model in
+`ds_agsel/estimate/timeline.py` puts the moves of `residency.plan_moves` on two links beside a compute stream. *Exposed*
+is the time that updates wait for arrivals. Selections are drawn uniformly, 64 steps, which moves more than the policy's
+own draws, as those repeat.
+
+Assumed rates:
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    model: ModelShape
+    card: Card
+    percent: float
+    num_selected: int
+    exploit: Exposure
+    explore: Exposure
+    hidden_from_tokens: int | None
+
+
+def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequence: int) -> str:
+    """The page in Markdown."""
+    tokens = batch * sequence
+    table = [
+        _line(shape, card, percent, tokens) for shape in map(read_shape, models) for card in CARDS
+        for percent in percentages
+    ]  # fmt: skip
+    rates = [
+        f"- {card.name}: {card.flops / 1e12:.1f} TFLOPS, {card.memory_bytes / 1e9:.0f} GB/s of memory, "
+        f"{card.link_bytes / 1e9:.1f} GB/s each way to the host, {card.latency_seconds * 1e6:.0f} µs a copy. "
+        f"From: {card.source}."
+        for card in CARDS
+    ]
+    return "\n".join([
+        INTRODUCTION,
+        *rates,
+        f"- Of the data sheets' peaks {MATMUL_SHARE:.0%} is taken for matrix products, {MEMORY_SHARE:.0%} for memory, "
+        f"{LINK_SHARE:.0%} for PCIe.",
+        f"- bf16, one rank, {batch} × {sequence} = {tokens} tokens a step, no recomputation of activations.",
+        "",
+        "| model | card | select | k | moved in | exploit step | exposed | explore step | exposed | hidden from |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *map(_row, table),
+        "",
+        *_reading(table, tokens),
+        "",
+    ])
+
+
+def _line(model: ModelShape, card: Card, percent: float, tokens: int) -> Line:
+    setup, k = Setup(), num_selected(percent, len(model.blocks))
+    exploit = simulate(model, setup, card, k, tokens, "exploit")
+    explore = simulate(model, setup, card, k, tokens, "explore")
+    return Line(model, card, percent, k, exploit, explore, hiding_tokens(model, setup, card, k))
+
+
+def _row(line: Line) -> str:
+    exploit, explore, least = line.exploit, line.explore, line.hidden_from_tokens
+    return (
+        f"| {line.model.name} | {line.card.name} | {line.percent:g} % | {line.num_selected} "
+        f"| {exploit.h2d_bytes / 2**20:,.0f} MiB "
+        f"| {exploit.step_seconds * 1e3:.1f} ms | {_exposed(exploit)} "
+        f"| {explore.step_seconds * 1e3:.1f} ms | {_exposed(explore)} "
+        f"| {'never' if least is None else f'{least:,} tokens'} |"
+    )
+
+
+def _exposed(exposure: Exposure) -> str:
+    return f"{exposure.exposed_seconds * 1e3:.1f} ms ({exposure.exposed_seconds / exposure.step_seconds:.0%})"
+
+
+def _reading(table: Sequence[Line], tokens: int) -> list[str]:
+    """What the table says, in numbers taken from it."""
+    hidden = sum(line.exploit.is_hidden for line in table)
+    explore = [line.explore.exposed_seconds / line.explore.step_seconds for line in table]
+    text = (
+        f"Of the {len(table)} lines, {hidden} hide every transfer of every exploit step at {tokens} tokens. Hiding "
+        "ends where forward and backward are shorter than the states of the newly selected blocks take on the link; "
+        "the last column is the tokens per step and rank from which all 64 exploit steps hide theirs. A card that "
+        "computes faster over a link that is not as much faster needs more of them. What decides is the least "
+        "computing that a draw can have (high blocks alone: backward ends at the lowest of them) and the largest "
+        "block, the embedding.",
+        "Explore steps know their blocks only when backward has ended, and an update is far shorter than an arrival: "
+        f"what they move is exposed, here {min(explore):.0%} to {max(explore):.0%} of the step. Blocks that are there "
+        "already cost nothing. More tokens make that share smaller, not the time.",
+    )
+    return [line for paragraph in text for line in (*textwrap.wrap(paragraph, 118), "")][:-1]
+
+
+if __name__ == "__main__":
+    main()

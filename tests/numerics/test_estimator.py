@@ -1,0 +1,205 @@
+"""The estimator against real engines: gradients, master weights, states and traffic agree to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from support import ALL, Case, build, case_id, ds_config, param_groups, run_steps, tiny_model
+from workers import Workers
+
+from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
+from ds_agsel.estimate.setup import Setup, read_setup
+from ds_agsel.estimate.shapes import ModelShape, shape_of
+from ds_agsel.estimate.steps import exact_step
+from ds_agsel.estimate.traffic import selective_traffic
+
+SHORT = {"select_percent": 34, "steps_per_epoch": 3, "explore_decay": 1.0, "seed": 2}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+CASES = [
+    *(Case(stage=stage, offload=offload, dtype=dtype, accumulation=accumulation, steps=4, section=SHORT)
+      for stage, offload, dtype, accumulation in product((1, 2), ("none", "cpu"), ("fp32", "bf16"), (1, 2))
+      if (dtype == "bf16") ^ (accumulation == 2) ^ (stage == 1)),
+    *(Case(model="net", stage=stage, offload=offload, dtype=dtype, steps=4, section=SHORT)
+      for stage, offload, dtype in product((1, 2), ("none", "cpu"), ("fp32", "bf16"))),
+    *(Case(model="net", stage=3, offload=offload, dtype=dtype, accumulation=accumulation, steps=4, section=SHORT)
+      for offload, dtype, accumulation in product(("none", "cpu"), ("fp32", "bf16"), (1, 2))
+      if (dtype == "bf16") ^ (accumulation == 2)),
+    Case(stage=3, offload="cpu", steps=4, section=SHORT, zero={"sub_group_size": 100}),
+    Case(model="net", decay_groups=True, steps=4, section={**SHORT, "never_select": ["layers.1"]}),
+    Case(model="net", dtype="bf16", steps=4, section=SHORT, zero={"parameter_alignment": True}),
+    Case(model="net", offload="cpu", steps=4, section=SHORT, zero={"round_robin_gradients": True}),
+    Case(dtype="bf16", accumulation=2, steps=4, section=SHORT, config=FP32_SUMS),
+    Case(dtype="bf16", offload="cpu", accumulation=2, steps=4, section=SHORT, config=FP32_SUMS),
+    Case(dtype="bf16", steps=4, section=SHORT, zero={"overlap_comm": True}),
+]  # fmt: skip
+VISITING = [
+    Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
+    Case(model="net", stage=1, dtype="bf16", accumulation=2, steps=6, section={**SHORT, "step_device": "accelerator"}),
+    Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "keep_master": "accelerator"}),
+]
+PLAIN = [
+    Case(model=model, stage=stage, offload=offload, dtype="bf16", steps=2, section=None)
+    for model, stage, offload in product(("llama", "net"), (1, 2, 3), ("none", "cpu"))
+]
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """What this rank held and moved at each step of ``case``; plain DeepSpeed, in one group, without a section."""
+    arguments = {}
+    if case.section is None:
+        model = tiny_model(case)
+        arguments = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    engine = build(case, **arguments)
+    result = run_steps(engine, case, observe=_held)
+    if case.section is not None:
+        result["history"] = [(record.step, record.phase, record.blocks) for record in engine.selection.history]
+    engine.destroy()
+    return result
+
+
+def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
+    from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+
+    zero = engine.optimizer
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    if event == "backward" and engine.is_gradient_accumulation_boundary():
+        if hasattr(zero, "held_gradient_bytes"):
+            on_accelerator, on_host = zero.held_gradient_bytes()
+        elif stage3:
+            flat = zero.grad_partitions_flat_buffer.nbytes
+            fp32 = sum(p.grad.nbytes for p in zero.fp32_partitioned_groups_flat if p.grad is not None)
+            on_accelerator, on_host = (0, flat + fp32) if zero.offload_optimizer else (flat, 0)
+        else:  # called as a function, so that plain DeepSpeed's optimizer is measured in the same way
+            on_accelerator, on_host = SelectiveZeroOptimizer.held_gradient_bytes(zero)
+        return {"accelerator": on_accelerator, "host": on_host}
+    if event == "step":
+        masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+        seen = {
+            "masters": sum(master.nbytes for master in masters),
+            "states": SelectiveZeroOptimizer.state_bytes(zero),
+        }
+        if hasattr(engine, "selection"):
+            seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
+            seen["planned"] = engine.selection.planned_blocks
+            seen |= {"counts": engine.selection.update_counts, "traffic": asdict(engine.selection.traffic[-1])}
+        return seen
+    return None
+
+
+def measured_steps(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was seen of each step, joined."""
+    return [{**before, **after} for before, after in zip(run["observed"][::2], run["observed"][1::2], strict=True)]
+
+
+def described(case: Case, ranks: int) -> tuple[ModelShape, Setup]:
+    model = tiny_model(case)
+    return shape_of("tiny", model, model_parameters=param_groups(model, case)), read_setup(ds_config(case), ranks)
+
+
+def assert_as_measured(estimated: Memory, seen: Mapping[str, Any], offloaded: bool) -> None:
+    home = estimated.host if offloaded else estimated.accelerator
+    assert estimated.accelerator.gradients == seen["accelerator"]
+    assert (estimated.host.gradients if offloaded else 0) == seen["host"]
+    assert home.master_weights == seen["masters"]
+    assert home.states == seen["states"]
+
+
+@pytest.fixture(scope="module")
+def measured(workers: Callable[[int], Workers]) -> Callable[[Case, int], Sequence[Mapping[str, Any]]]:
+    runs: dict[tuple[str, int], Sequence[Mapping[str, Any]]] = {}
+
+    def run(case: Case, ranks: int) -> Sequence[Mapping[str, Any]]:
+        key = (repr(case), ranks)
+        if key not in runs:
+            runs[key] = workers(ranks).run(measure, case)
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_memory_is_what_an_engine_holds(measured, case, ranks):
+    model, setup = described(case, ranks)
+    never = set(case.section.get("never_select", ()))
+    active = [block.index for block in model.blocks if block.name not in never]
+    phases = set()
+    for rank, run in enumerate(measured(case, ranks)):
+        for (_, phase, selected), seen in zip(run["history"], measured_steps(run), strict=True):
+            phases.add(phase)
+            updated = [index for index, count in enumerate(seen["counts"]) if count]
+            step = exact_step(phase, len(model.blocks), selected, active, updated)
+            stepping = "host" if case.offload == "cpu" else "resident"
+            assert_as_measured(selective_memory(model, setup, stepping, step, rank), seen, case.offload == "cpu")
+    assert phases == {"explore", "exploit"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_traffic_is_what_an_engine_counts(measured, case, ranks):
+    model, setup = described(case, ranks)
+    never = set(case.section.get("never_select", ()))
+    active = [block.index for block in model.blocks if block.name not in never]
+    for rank, run in enumerate(measured(case, ranks)):
+        for (_, phase, selected), seen in zip(run["history"], measured_steps(run), strict=True):
+            step = exact_step(phase, len(model.blocks), selected, active, active)
+            stepping = "host" if case.offload == "cpu" else "resident"
+            moved = selective_traffic(model, setup, stepping, step, rank)
+            counted = seen["traffic"]
+            assert moved.gathered == counted["gathered_bytes"]
+            assert moved.reduced == counted["reduced_bytes"]
+            assert moved.h2d == counted["h2d_bytes"]
+            assert moved.d2h == counted["d2h_bytes"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", VISITING, ids=case_id)
+def test_what_visits_the_accelerator_is_what_an_engine_brings(measured, case, ranks):
+    model, setup = described(case, ranks)
+    blocks = range(len(model.blocks))
+    setup = setup.but(keep_master=case.section.get("keep_master", "host"))
+    for rank, run in enumerate(measured(case, ranks)):
+        resident, before = (), set()
+        for (_, phase, selected), seen in zip(run["history"], measured_steps(run), strict=True):
+            updated = {index for index, count in enumerate(seen["counts"]) if count}
+            step = exact_step(phase, len(blocks), selected, blocks, updated, resident)
+            held = selective_memory(model, setup, "accelerator", step, rank)
+            there = exact_step(phase, len(blocks), seen["planned"] or selected, blocks, updated)
+            visiting = selective_memory(model, setup, "accelerator", there, rank).accelerator
+            assert held.accelerator.gradients == seen["accelerator"]
+            assert held.host.states == seen["states"]
+            assert held.host.master_weights == (seen["masters"] if setup.keep_master == "host" else 0)
+            masters_there = visiting.master_weights if setup.keep_master == "host" else 0
+            assert visiting.states + masters_there == seen["resident"]
+            moved = selective_traffic(model, setup, "accelerator", step, rank)
+            assert moved.d2h == seen["traffic"]["d2h_bytes"]
+            if set(selected) - set(resident) <= before:  # a first visit brings no moments
+                assert moved.h2d == seen["traffic"]["h2d_bytes"]
+            resident, before = selected, updated
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", PLAIN, ids=case_id)
+def test_full_fine_tuning_is_what_plain_deepspeed_holds(measured, case, ranks):
+    model, setup = described(case, ranks)
+    for rank, run in enumerate(measured(case, ranks)):
+        for seen in measured_steps(run):
+            assert_as_measured(full_memory(model.user_groups, (), setup, rank), seen, case.offload == "cpu")
+
+
+def test_every_block_selected_is_plain_deepspeeds_memory(measured):
+    case = Case(model="net", steps=2, section=ALL)
+    model, setup = described(case, 2)
+    blocks = range(len(model.blocks))
+    step = exact_step("exploit", len(model.blocks), blocks, blocks, blocks)
+    for rank, run in enumerate(measured(case, 2)):
+        ours = selective_memory(model, setup, "resident", step, rank)
+        plain = full_memory(model.groups, (), setup, rank)
+        assert_as_measured(ours, measured_steps(run)[-1], offloaded=False)
+        assert ours.accelerator.gradients == plain.accelerator.gradients
+        assert ours.accelerator.states == plain.accelerator.states

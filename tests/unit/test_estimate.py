@@ -1,0 +1,489 @@
+"""The estimator's arithmetic by hand-computed cases, its rows, its JSON, and the commands `estimate` and `check`."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_agsel import cli
+from ds_agsel.blocks import Block
+from ds_agsel.config import SelectionConfig, read_ds_config
+from ds_agsel.errors import ConfigError
+from ds_agsel.estimate.memory import Features, full_memory, selective_memory
+from ds_agsel.estimate.partitions import flat_partition, parameter_partition, sub_groups
+from ds_agsel.estimate.setup import Setup, read_setup
+from ds_agsel.estimate.shapes import ModelShape, known_models, read_shape
+from ds_agsel.estimate.steps import Lot, exact_step, typical_step
+from ds_agsel.estimate.table import as_json, as_text, estimate
+from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STAGE3 = Setup(stage=3, ranks=2, persistence_threshold_numel=0, max_live_numel=0, reduce_bucket_numel=0)
+
+
+def model_of(*numels: tuple[int, ...]) -> ModelShape:
+    """A model whose blocks have parameters of these sizes."""
+    blocks = tuple(Block(i, f"b{i}", (), sum(group)) for i, group in enumerate(numels))
+    everything = tuple(numel for group in numels for numel in group)
+    return ModelShape("small", blocks, numels, tuple(range(len(numels))), (everything,))
+
+
+# ---------------------------------------------------------------------- partitions
+
+
+def test_a_flat_group_is_padded_to_twice_the_ranks_and_cut_in_equal_slices():
+    first, second = (flat_partition((5, 4), 2, rank) for rank in (0, 1))
+    assert (first.flat_numel, first.numel) == (second.flat_numel, second.numel) == (12, 6)
+    assert (first.covered_numel, first.whole_numel, first.padding_numel) == (6, 9, 0)  # 5, and 1 of the 4
+    assert (second.covered_numel, second.whole_numel, second.padding_numel) == (3, 4, 3)
+
+
+def test_a_rank_beyond_the_parameters_has_padding_alone():
+    last = flat_partition((1,), 4, 3)
+    assert (last.flat_numel, last.numel, last.covered_numel, last.whole_numel, last.padding_numel) == (8, 2, 0, 0, 2)
+
+
+def test_round_robin_deals_parameters_out_before_the_cut():
+    first = flat_partition((6, 1, 2), 2, 0, round_robin=True)  # in the order 6, 2, 1, in a buffer of 12
+    assert (first.covered_numel, first.whole_numel) == (6, 6)
+
+
+def test_aligned_parameters_start_at_16_bytes():
+    whole = flat_partition((3, 3), 1, 0, item_bytes=2, align_parameters=True)  # the second starts at 8
+    assert (whole.flat_numel, whole.covered_numel, whole.padding_numel) == (12, 6, 6)
+
+
+def test_stage_3_pads_every_parameter_by_itself():
+    first, last = (parameter_partition((5, 4, 1), 4, rank) for rank in (0, 3))
+    assert first.numel == last.numel == 2 + 1 + 1
+    assert (first.flat_numel, first.covered_numel) == (16, 2 + 1 + 1)
+    assert last.covered_numel == 0 + 1 + 0  # of 5 elements in shares of 2, none are left for the last rank
+
+
+def test_sub_groups_close_once_they_are_large_enough():
+    assert sub_groups((4, 4, 4, 4), 2, 3) == [4, 4]
+    assert sub_groups((4, 4, 4), 2, 3) == [4, 2]
+    assert sub_groups((4, 4, 4), 2, 6) == [6]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 5), st.booleans(), st.booleans())
+def test_all_ranks_together_cover_every_element_once(numels, ranks, aligned, dealt):
+    shares = [
+        flat_partition(numels, ranks, rank, item_bytes=2, align_parameters=aligned, round_robin=dealt)
+        for rank in range(ranks)
+    ]
+    assert sum(share.covered_numel for share in shares) == sum(numels)
+    assert sum(share.numel for share in shares) == shares[0].flat_numel
+    assert sum(parameter_partition(numels, ranks, rank).covered_numel for rank in range(ranks)) == sum(numels)
+
+
+# -------------------------------------------------------------------------- memory
+
+
+def test_full_training_holds_weights_gradients_masters_and_moments():
+    held = full_memory([(10, 6)], (4,), Setup(reduce_bucket_numel=8))
+    assert held.accelerator.weights == (16 + 4) * 2
+    assert held.accelerator.gradients == 16 * 2
+    assert held.accelerator.master_weights == 16 * 4
+    assert held.accelerator.states == 16 * 8
+    assert held.accelerator.staging == (8 + 10) * 2  # the bucket, and the gradient on its way
+    assert held.host.total == held.nvme.total == 0
+
+
+def test_a_visit_to_the_accelerator_brings_twelve_bytes_an_element():
+    model = model_of((10,), (6,), (4,))
+    step = exact_step("exploit", 3, selected=[1], active=[0, 1, 2], updated=[1, 2])
+    held = selective_memory(model, Setup(), "accelerator", step)
+    assert held.accelerator.gradients == 6 * 2
+    assert held.accelerator.master_weights == 6 * 4
+    assert held.accelerator.states == 6 * 8
+    assert held.host.master_weights == 20 * 4
+    assert held.host.states == 10 * 8
+    # One gradient, and the rest of a budget of the selection and the two largest blocks.
+    assert held.accelerator.staging == 10 * 2 + (20 - 6) * 12
+    tight = selective_memory(model, Setup(state_budget_bytes=100), "accelerator", step)
+    assert tight.accelerator.staging == 10 * 2 + 100 - 6 * 12
+    kept = selective_memory(model, Setup(keep_master="accelerator"), "accelerator", step)
+    assert (kept.accelerator.master_weights, kept.host.master_weights) == (20 * 4, 0)
+    assert kept.accelerator.staging == 10 * 2 + (20 - 6) * 8
+
+
+def test_what_is_larger_than_the_budget_passes_through_it():
+    step = exact_step("exploit", 2, selected=[0, 1], active=[0, 1], updated=[0, 1])
+    held = selective_memory(model_of((10,), (6,)), Setup(state_budget_bytes=120), "accelerator", step)
+    assert held.accelerator.master_weights + held.accelerator.states == 120
+    assert held.accelerator.staging == 10 * 2
+
+
+def test_features_not_built_yet_are_flags():
+    model = model_of((10,), (6,), (4,))
+    lot = Lot((10, 6, 4), (0, 1, 2), (), 1)
+    whole, streamed = (typical_step(lot, "explore", "worst", streaming) for streaming in (False, True))
+    held = [selective_memory(model, Setup(), "accelerator", step) for step in (whole, streamed)]
+    assert [memory.accelerator.gradients for memory in held] == [20 * 2, (10 + 6) * 2]
+    offloaded = Setup(offload_optimizer="cpu")
+    staging = [
+        selective_memory(model, offloaded, "host", whole, features=Features(lean_host_staging=lean)).host.staging
+        for lean in (False, True)
+    ]
+    assert staging == [(20 + 10) * 2, (10 + 10) * 2]
+
+
+def test_stage_3_by_hand():
+    groups = [(5, 3)]  # on 2 ranks 3 + 2 elements each
+    held = full_memory(groups, (2,), STAGE3)
+    assert held.accelerator.weights == (3 + 2 + 1) * 2
+    assert held.accelerator.gradients == 5 * 2
+    assert held.accelerator.master_weights == 5 * 4
+    assert held.accelerator.states == 5 * 8
+    assert held.accelerator.staging == 5 * 2 + 5 * 2  # one gradient, and one gathered parameter
+    offloaded = full_memory(groups, (2,), STAGE3.but(offload_optimizer="cpu", offload_param="cpu"))
+    assert offloaded.accelerator.weights == offloaded.accelerator.gradients == 0
+    assert offloaded.host.weights == 6 * 2
+    assert offloaded.host.gradients == 5 * 2 + 5 * 4
+    swapped = full_memory(groups, (), STAGE3.but(offload_optimizer="nvme", sub_group_numel=2, nvme_buffer_count=4))
+    assert swapped.nvme.master_weights + swapped.nvme.states == 5 * 12
+    assert swapped.host.staging == 4 * 3 * 4
+    kept = full_memory(groups, (), STAGE3.but(persistence_threshold_numel=3))
+    assert kept.accelerator.weights == (3 + 2) * 2 + 3 * 2
+
+
+def test_stage_3_selective_by_hand():
+    model = model_of((5,), (3,))
+    step = exact_step("exploit", 2, selected=[1], active=[0, 1], updated=[1])
+    held = selective_memory(model, STAGE3, "resident", step)
+    assert held.accelerator.gradients == 2 * 2
+    assert held.accelerator.states == 2 * 8
+    offloaded = selective_memory(model, STAGE3.but(offload_optimizer="cpu"), "host", step)
+    assert offloaded.host.gradients == 2 * (2 + 4)
+    assert selective_memory(model, STAGE3.but(offload_optimizer="nvme"), "host", step).host.gradients == 2 * 2
+
+
+# ------------------------------------------------------------------- expected, worst
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.data())
+def test_expected_is_the_mean_over_all_selections(numels, data):
+    k = data.draw(st.integers(1, len(numels)))
+    setup = Setup(ranks=2, offload_optimizer="cpu", accumulation_steps=2, reduce_bucket_numel=0)
+    model, everything = model_of(*((numel,) for numel in numels)), tuple(range(len(numels)))
+    step = typical_step(Lot(tuple(numels), everything, (), k), "exploit", "expected", streaming=False)
+    held = selective_memory(model, setup, "host", step).host.gradients
+    draws = [
+        selective_memory(model, setup, "host", exact_step("exploit", len(numels), chosen, everything, everything))
+        for chosen in combinations(everything, k)
+    ]
+    mean = Fraction(sum(draw.host.gradients for draw in draws), len(draws))
+    assert abs(held - mean) <= Fraction(1, 2)
+    lowest = [min(chosen) for chosen in combinations(everything, k)]
+    for block, reach in enumerate(step.in_backward):
+        assert reach == Fraction(sum(low <= block for low in lowest), len(lowest))
+
+
+def test_worst_takes_the_largest_blocks_and_those_always_selected():
+    lot = Lot((5, 9, 7, 1), (0, 1, 2), (3,), 2)
+    assert typical_step(lot, "exploit", "worst", False).selected == (0, 1, 1, 1)
+    assert typical_step(lot, "exploit", "expected", False).selected == (Fraction(2, 3),) * 3 + (1,)
+    assert typical_step(lot, "exploit", "expected", False).arriving == (Fraction(2, 9),) * 3 + (0,)
+
+
+# ------------------------------------------------------------------------- traffic
+
+
+def test_traffic_of_stage_2_by_hand():
+    model, setup = model_of((5,), (3,)), Setup(ranks=2, offload_optimizer="cpu")
+    step = exact_step("exploit", 2, selected=[0], active=[0, 1], updated=[0])
+    # Five elements are padded to eight; rank 0 has four of them, all of the parameter's.
+    assert selective_traffic(model, setup, "host", step) == TrafficBytes(gathered=16, reduced=10, h2d=8, d2h=16)
+    assert selective_traffic(model, setup.but(offload_optimizer="none"), "resident", step).h2d == 0
+    visiting = selective_traffic(model, setup.but(offload_optimizer="none"), "accelerator", step)
+    assert (visiting.h2d, visiting.d2h) == (4 * 12, 0)
+    leaving = exact_step("exploit", 2, selected=[0], active=[0, 1], updated=[0], resident=[1])
+    assert selective_traffic(model, setup.but(keep_master="accelerator"), "accelerator", leaving).d2h == 2 * 8
+    staying = exact_step("exploit", 2, selected=[0], active=[0, 1], updated=[0], resident=[0])
+    assert selective_traffic(model, setup.but(offload_optimizer="none"), "accelerator", staying).h2d == 0
+
+
+def test_traffic_of_stage_3_by_hand():
+    model = model_of((5,), (3,), (1,))
+    step = exact_step("exploit", 3, selected=[1], active=[0, 1, 2], updated=[1])
+    moved = selective_traffic(model, STAGE3, "resident", step)
+    assert moved.gathered == (9 + 4) * 2  # forward; backward ends at block 1
+    assert moved.reduced == 4 * 2
+    kept = selective_traffic(model, STAGE3.but(persistence_threshold_numel=4), "resident", step)
+    assert kept.gathered == (5 + 0) * 2 + 4 * 2  # small parameters are gathered when they have been updated
+    offloaded = selective_traffic(model, STAGE3.but(offload_optimizer="cpu", accumulation_steps=2), "host", step)
+    assert (offloaded.d2h, offloaded.h2d) == (2 * (2 * 2 + 4), 2 * 2 * 2 + 2 * 2)
+    swapped = selective_traffic(model, STAGE3.but(offload_optimizer="nvme"), "host", step)
+    assert swapped.nvme_read == swapped.nvme_write == 2 * 12
+    full = full_traffic([(9,)], (), STAGE3.but(ranks=1, offload_optimizer="cpu", offload_param="cpu"))
+    assert (full.gathered, full.reduced) == (0, 0)
+    assert (full.h2d, full.d2h) == (2 * 9 * 2 + 9 * 2, 9 * (2 + 4))
+
+
+# ------------------------------------------------------------------ models and setups
+
+PUBLISHED = {
+    "smollm2": 134_515_008,
+    "qwen2.5-0.5b": 494_032_768,
+    "llama-3.2-1b": 1_235_814_400,
+    "phi-4-mini": 3_836_021_760,
+    "llama-2-7b": 6_738_415_616,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "llama-3.1-70b": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_their_published_size(name):
+    shape = read_shape(name)
+    assert shape.numel == PUBLISHED[name]
+    assert sum(block.numel for block in shape.blocks) == sum(map(sum, shape.groups)) == shape.numel
+
+
+def test_every_known_model_is_tested():
+    assert set(known_models()) == set(PUBLISHED)
+
+
+def test_lora_has_an_adapter_on_each_of_seven_linear_layers():
+    shape = read_shape("llama-3.2-1b")
+    assert len(shape.linears) == 16 * 7
+    # q, o: 2048 × 2048; k, v: 2048 × 512; gate, up, down: 2048 × 8192.
+    assert sum(shape.lora(8)) == 16 * 8 * (2 * 4096 + 2 * 2560 + 3 * 10240)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(known_models()["smollm2"] | {"num_hidden_layers": 2}))
+    return file
+
+
+def test_a_config_file_and_its_folder_are_models(config_file):
+    assert read_shape(str(config_file)).groups == read_shape(str(config_file.parent)).groups
+    assert [block.name for block in read_shape(str(config_file)).blocks][1] == "model.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"there is no file .*config\.json"),
+        ("{", "is not JSON"),
+        ("[]", 'has no "model_type"'),
+        ('{"model_type": "nonsense"}', "transformers can't read its config"),
+        ('{"model_type": "vit"}', "no causal language model can be built"),
+    ],
+)
+def test_bad_models_are_refused(tmp_path, text, message):
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_shape(str(file))
+
+
+def test_a_setup_takes_deepspeeds_defaults_and_says_what_it_assumed():
+    setup = read_setup({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "bf16": {"enabled": "auto"}})
+    assert setup.dtype == setup.accumulation_dtype == "bf16"
+    assert setup.reduce_bucket_numel == 500_000_000
+    assert len(setup.assumed) == 2
+    assert read_setup({"zero_optimization": {"stage": 3}}).overlap_comm
+    assert read_setup({"zero_optimization": {"stage": 1}, "fp16": {"enabled": False}}).dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "ranks", "message"),
+    [
+        ({}, 1, r"zero_optimization\.stage=0 can't be estimated"),
+        ({"zero_optimization": {"stage": 2}}, 0, "--ranks=0"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, 1, "size='big' is not a number"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": 3}}, 1, "overlap_comm=3 is not true or false"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, 1, "device='gpu' is unknown"),
+        ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp8"}}, 1, "'fp8' is unknown"),
+    ],
+)
+def test_bad_setups_are_refused(ds_config, ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        read_setup(ds_config, ranks)
+
+
+# ---------------------------------------------------------------------------- table
+
+
+def rows_of(**settings: Any) -> list[dict[str, Any]]:
+    model = model_of((10,), (6,), (4,), (4,))
+    setup = Setup(reduce_bucket_numel=0).but(**settings)
+    return as_json(estimate(model, setup, SelectionConfig(), [25, 50]))["rows"]
+
+
+def test_states_on_the_accelerator_are_the_papers_formula():
+    for row in rows_of():
+        if row["stepping"] == "accelerator":
+            assert row["bytes"]["accelerator"]["states"] == row["paper_state_bytes"] == 2 * row["trained_numel"] * 4
+
+
+def test_rows_are_every_way_of_training():
+    named = ("method", "stepping", "select_percent", "phase", "selection")
+    kinds = [tuple(row[name] for name in named) for row in rows_of()]
+    assert kinds[0] == ("full", "resident", None, None, None)
+    assert len(set(kinds)) == len(kinds) == 1 + 2 * 3 * 4
+    assert {row["stepping"] for row in rows_of(offload_optimizer="cpu")} == {"host", "accelerator"}
+    assert {row["stepping"] for row in rows_of(offload_optimizer="nvme", stage=3)} == {"host"}
+    assert [row["num_selected"] for row in rows_of()[1::12]] == [1, 2]
+
+
+def test_totals_are_the_sums_of_their_parts():
+    for row in rows_of(ranks=2):
+        for held in row["bytes"].values():
+            assert held["total"] == sum(value for kind, value in held.items() if kind != "total")
+
+
+def test_the_json_form_is_fixed():
+    form = as_json(estimate(model_of((10,), (6,)), Setup(), SelectionConfig(), [50]))
+    assert form["version"] == 1
+    assert list(form) == ["version", "model", "setup", "assumed", "rows"]
+    blocks = [{"name": "b0", "numel": 10}, {"name": "b1", "numel": 6}]
+    assert form["model"] == {"name": "small", "numel": 16, "blocks": blocks}
+    assert list(form["rows"][0]) == [
+        "method", "stepping", "select_percent", "num_selected", "lora_rank", "phase", "selection", "trained_numel",
+        "paper_state_bytes", "bytes", "traffic_bytes",
+    ]  # fmt: skip
+    kinds = ["weights", "gradients", "master_weights", "states", "staging", "total"]
+    assert {place: list(held) for place, held in form["rows"][0]["bytes"].items()} == dict.fromkeys(
+        ("accelerator", "host", "nvme"), kinds
+    )
+    assert json.loads(json.dumps(form)) == form
+
+
+@pytest.mark.parametrize("percent", [0, -1, 101])
+def test_percentages_out_of_range_are_refused(percent):
+    with pytest.raises(ConfigError, match=rf"--select-percent {percent} is outside \(0, 100\]"):
+        estimate(model_of((1,), (1,)), Setup(), SelectionConfig(), [percent])
+
+
+def test_the_text_has_a_line_for_each_row():
+    result = estimate(model_of((10,), (6,)), Setup(offload_optimizer="cpu"), SelectionConfig(), [50])
+    text = as_text(result)
+    assert text.count("50 %, exploit, worst") == 2 * 3  # two ways of stepping; accelerator, host, traffic
+    assert "On the host" in text and "On NVMe" not in text
+
+
+# ------------------------------------------------------------------------- commands
+
+
+def test_the_command_estimate(config_file, capsys):
+    command = ["estimate", "--model", str(config_file), "--ds-config", str(CONFIGS / "zero2_offload.json")]
+    assert cli.main([*command, "--select-percent", "25", "50", "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "2 ranks" in text and "25 %, exploit, expected" in text and "LoRA r=256" in text
+    assert cli.main([*command, "--json"]) == 0
+    form = json.loads(capsys.readouterr().out)
+    assert {row["select_percent"] for row in form["rows"]} == {None, 20.0}  # the file's own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ds-config", "missing.json"], "missing.json can't be read as a ds_config: No such file"),
+        (["--ds-config", str(CONFIGS / "zero2.json"), "--select-percent", "140"], "140 is outside (0, 100]"),
+        (["--ds-config", str(CONFIGS / "zero2.json"), "--ranks", "-1"], "--ranks=-1"),
+    ],
+)
+def test_the_command_estimate_refuses(config_file, capsys, arguments, message):
+    assert cli.main(["estimate", "--model", str(config_file), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.name)
+def test_our_own_configs_are_sound(file, capsys):
+    assert cli.main(["check", str(file), "--model", "smollm2"]) == 0
+    assert capsys.readouterr().out == f"{file}: sound\n"
+
+
+UNSOUND: dict[str, Any] = {
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 0,
+        "reduce_bucket_sice": 1,
+        "elastic_checkpoint": True,
+        "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+    },
+    "optimizer": {"type": "Lion"},
+    "adagrad_select": {
+        "select_percent": 140,
+        "seed": -1,
+        "polcy": "all",
+    },
+}
+
+
+def test_check_names_all_problems_one_a_line(tmp_path, capsys):
+    file = tmp_path / "unsound.json"
+    file.write_text(json.dumps(UNSOUND))
+    assert cli.main(["check", str(file)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    expected = [
+        'adagrad_select has no field "polcy". Did you mean "policy"?',
+        "adagrad_select.select_percent=140 is outside (0, 100].",
+        "adagrad_select.seed=-1 is outside [0, inf).",
+        "zero_optimization.reduce_bucket_sice=1 is refused by DeepSpeed",
+        "zero_optimization.stage=0 can't be used",
+        "offload_optimizer.ratio=0.5 can't be used",
+        "elastic_checkpoint=true can't be used",
+        "optimizer.type='Lion' can't be used",
+    ]
+    assert len(lines) == len(expected)
+    for line, text in zip(lines, expected, strict=True):
+        assert line.startswith(f"{file}: ") and text in line
+
+
+@pytest.mark.parametrize(
+    ("section", "model", "expected"),
+    [
+        ({"policy": "adagard_select"}, False, ['policy="adagard_select" is unknown. Did you mean "adagrad_select"?']),
+        (
+            {"always_select": ["embeding"], "never_select": ["layers"]}, True,
+            ['"embeding", which is not a block', '"layers", which is not a block'],
+        ),
+        ({"step_device": "cpu"}, False, ["step_device='cpu' and zero_optimization.offload_optimizer.device='none'"]),
+        ({"blocks": {"all": ["model.*layers.*"]}}, True, ["leaves 2 trainable parameters"]),
+        (
+            {"always_select": ["head"], "never_select": ["head"], "fixed_blocks": []}, False,
+            ['both name "head"', "fixed_blocks=[] is only for", "fixed_blocks=[] is empty"],
+        ),
+    ],
+)  # fmt: skip
+def test_check_looks_at_the_section_and_at_the_model(tmp_path, config_file, capsys, section, model, expected):
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "adagrad_select": section}))
+    assert cli.main(["check", str(file), *(["--model", str(config_file)] if model else [])]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(expected)
+    assert all(text in line for text, line in zip(expected, lines, strict=True))
+
+
+def test_check_says_where_there_is_no_section(tmp_path, capsys):
+    file = tmp_path / "plain.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "adagrad_selct": {}}))
+    assert cli.main(["check", str(file)]) == 1
+    assert 'Did you mean "adagrad_select"?' in capsys.readouterr().out
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert cli.main(["check", str(file)]) == 1
+    assert 'no section "adagrad_select"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "[1]", "{"])
+def test_what_is_no_ds_config_is_refused(tmp_path, text):
+    file = tmp_path / "file.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"file\.json"):
+        read_ds_config(file)
