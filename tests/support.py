@@ -335,9 +335,6 @@ def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
     found = []
     for sub_group, members in enumerate(zero.fp16_groups):
         master = zero.fp32_partitioned_groups_flat[sub_group]
-        swapped = zero._swappable_optimizer_subgroup(sub_group)
-        if swapped:
-            zero._optimizer_states_and_gradient_swap_in(sub_group)
         state = zero.optimizer.state.get(master, {})
         for parameter in members:
             _, start, numel = zero.grad_position[zero.get_param_id(parameter)]
@@ -346,8 +343,6 @@ def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
                 {"shapes": {zero.param_names[parameter]: parameter.ds_shape}, "step": int(state.get("step", 0))}
                 | {kind: tensor.detach().narrow(0, start, numel).clone() for kind, tensor in held.items()}
             )
-        if swapped:
-            zero._release_swap_buffers(sub_group)
     return found
 
 

@@ -128,7 +128,6 @@ SUB_GROUP_LISTS = (
 SUB_GROUP_DICTS = ("averaged_gradients", "sub_group_to_group_id")
 STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
 STAGE3_ATTRIBUTES = (
-    "next_swappable_fp32_partitioned_groups",
     "grad_position",
     "micro_step_id",
     "ipg_buckets",
@@ -141,7 +140,6 @@ STAGE3_ATTRIBUTES = (
     "offload_optimizer",
     "offload_optimizer_pin_memory",
     "offload_param",
-    "swap_optimizer",
     "parameter_offload",
     "dp_process_group",
     f"{STAGE3_PRIVATE}param_id_to_grad_partition",
@@ -154,15 +152,8 @@ STAGE3_METHODS = (
     "has_overflow",
     "step",
     "_get_norm_groups",
-    "_prepare_sub_group",
     "_optimizer_step",
-    "_optimizer_states_and_gradient_swap_in",
-    "_optimizer_states_and_gradient_swap_out",
     "_offload_grad_partition_at_boundary",
-    "_swap_out_offload_fp32_gradients",
-    "_swappable_optimizer_subgroup",
-    "_reassign_or_swap_out_partitioned_parameters",
-    "_release_sub_group",
     "_get_param_partition_rank",
     "_get_param_partition_world_size",
     "_partition_all_parameters",
@@ -243,10 +234,7 @@ def only_groups(optimizer: DeepSpeedZeroOptimizer, indices: Sequence[int]) -> It
 
 @contextmanager
 def only_sub_groups(optimizer: DeepSpeedZeroOptimizer_Stage3, indices: Sequence[int]) -> Iterator[None]:
-    """`only_groups` for ZeRO-3: inside, sub-group i is what was sub-group ``indices[i]``. Param groups stay.
-
-    Of sub-groups that are swapped, each knows the next one shown: DeepSpeed reads that one's states ahead.
-    """
+    """`only_groups` for ZeRO-3: inside, sub-group i is what was sub-group ``indices[i]``. Param groups stay."""
     lists = {name: getattr(optimizer, name) for name in SUB_GROUP_LISTS}
     names = SUB_GROUP_DICTS + (("subgroup_to_device",) if optimizer.offload_optimizer else ())
     dicts = {name: getattr(optimizer, name) for name in names}
@@ -254,13 +242,9 @@ def only_sub_groups(optimizer: DeepSpeedZeroOptimizer_Stage3, indices: Sequence[
         setattr(optimizer, name, [values[index] for index in indices])
     for name, by_group in dicts.items():
         setattr(optimizer, name, {new: by_group[old] for new, old in enumerate(indices) if old in by_group})
-    next_swappable = optimizer.next_swappable_fp32_partitioned_groups
-    optimizer.next_swappable_fp32_partitioned_groups = []
-    optimizer._create_next_swappable_fp32_groups()
     try:
         yield
     finally:
-        optimizer.next_swappable_fp32_partitioned_groups = next_swappable
         for name, by_group in dicts.items():
             shown = getattr(optimizer, name)
             for new, old in enumerate(indices):
@@ -282,34 +266,6 @@ def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Reduce what waits in ZeRO-3's buckets and give each rank its partition. Collective."""
     for dtype in sort_dtypes(optimizer.ipg_buckets.keys()):
         getattr(optimizer, f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads")(dtype)
-
-
-def forget_swapped_gradients(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int) -> None:
-    """Let the swapper read no gradient of ``sub_group`` again but those written from now on."""
-    info = _swap_info(optimizer, sub_group)
-    info.swapped_gradients.clear()
-    info.release_unswapped_gradients()
-
-
-def swapped_bytes(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int) -> tuple[int, int]:
-    """Bytes on NVMe of ``sub_group``: (master and moments, gradients), with the swapper's alignment."""
-    info, swapper = _swap_info(optimizer, sub_group), optimizer.optimizer_swapper
-    states = info.num_tensors() * swapper._io_aligned_numel(info.numel())
-    gradients = sum(fragment.length for fragment in info.swapped_gradients.values())
-    return states * swapper.swap_element_size, gradients * swapper.swap_element_size
-
-
-def bytes_to_swap_out(optimizer: DeepSpeedZeroOptimizer_Stage3, gradients: Sequence[torch.Tensor]) -> int:
-    """What the swapper writes of ``gradients``: aligned parts that are large enough; it keeps the rest in memory."""
-    swapper = optimizer.optimizer_swapper
-    pieces, _ = swapper._adjust_for_misaligned_lengths(tensors=gradients, offsets=[0] * len(gradients))
-    written = [piece.numel() for piece in pieces if swapper.is_swappable_tensor(tensor=piece)]
-    return sum(written) * swapper.swap_element_size
-
-
-def _swap_info(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int) -> Any:
-    partition = optimizer.fp32_partitioned_groups_flat[sub_group]
-    return optimizer.optimizer_swapper.swap_params_info[optimizer.get_param_id(partition)]
 
 
 @contextmanager
@@ -546,10 +502,8 @@ __all__ = [
     "ZeROOptimizer",
     "adam_step",
     "attribute",
-    "bytes_to_swap_out",
     "cpu_adam_op",
     "deepspeed_version",
-    "forget_swapped_gradients",
     "gradient_partitions",
     "has_fused_adam",
     "is_coalescing",
@@ -572,7 +526,6 @@ __all__ = [
     "replace_masters",
     "require_known_deepspeed",
     "swap_class",
-    "swapped_bytes",
     "whole_state_dict",
     "writes_through",
     "zero_section_problems",

@@ -3,7 +3,7 @@
 [Note: Sub-groups] Every param group belongs to one block; DeepSpeed cuts it into sub-groups of about `sub_group_size`
 elements, each with one flat fp32 partition that is a torch parameter with Adam state of its own. DeepSpeed's loops
 over sub-groups (the epilogue of backward, `step`) run inside `compat.only_sub_groups`: what is not shown is not
-prepared, swapped in, clipped, stepped, written back or swapped out.
+prepared, clipped, stepped or written back.
 
 [Note: Gradient partitions] A parameter's partition, and with CPU offload its slice of the fp32 gradient, holds the
 numbers of an earlier step where this window brought it none; stock ZeRO-3 applies those and counts them in the norm
@@ -85,9 +85,6 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         self._blocks_with_gradient.clear()
         self._received.clear()
         self._hold_gradient_buffers()
-        for group in range(len(self.fp16_groups)):
-            if self._swappable_optimizer_subgroup(group):
-                compat.forget_swapped_gradients(self, group)
 
     def _hold_gradient_buffers(self) -> None:
         groups = self._groups_of(self.selection.active_blocks)
@@ -101,7 +98,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         if self.offload_optimizer:
             for partition in self.fp32_partitioned_groups_flat:
                 partition.grad = None
-            self._fp32_gradients.hold(group for group in groups if not self._swappable_optimizer_subgroup(group))
+            self._fp32_gradients.hold(groups)
             for group, gradient in self._fp32_gradients.held.items():
                 self.fp32_partitioned_groups_flat[group].grad = gradient
         # Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large.
@@ -159,14 +156,6 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         self.selection.current_traffic.d2h_bytes += size
         super()._offload_grad_partition_at_boundary(param, grad_buffer, *fragments)
 
-    def _swap_out_offload_fp32_gradients(
-        self, gradients: dict[int, list[Tensor]], offsets: dict[int, list[int]]
-    ) -> None:
-        super()._swap_out_offload_fp32_gradients(gradients, offsets)
-        if self.swap_optimizer:
-            written = sum(compat.bytes_to_swap_out(self, pieces) for pieces in gradients.values())
-            self.selection.current_traffic.nvme_written_bytes += written
-
     def independent_gradient_partition_epilogue(self) -> None:
         compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
         with compat.only_sub_groups(self, self._groups_of(self.selection.active_blocks)):
@@ -182,7 +171,6 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def _complete_gradients(self, blocks: Sequence[int]) -> None:
         """[Note: Gradient partitions]"""
         partitions = compat.gradient_partitions(self)
-        late: tuple[dict[int, list[Tensor]], dict[int, list[int]]] = ({}, {})
         for group in self._groups_of(blocks):
             for param in self.fp16_groups[group]:
                 if param.ds_id not in self._received:
@@ -193,16 +181,13 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
                     and self.get_param_id(param) not in self.norm_for_param_grads
                 ):
                     # It had a gradient in an earlier micro-step but none in the last one.
-                    self._offload_grad_partition_at_boundary(param, partitions[param.ds_id], *late)
-        if self.offload_optimizer:
-            self._swap_out_offload_fp32_gradients(*late)
+                    self._offload_grad_partition_at_boundary(param, partitions[param.ds_id], {}, {})
 
     def _zero_gradient(self, param: ZeroParameter, group: int) -> None:
         compat.gradient_partitions(self)[param.ds_id].zero_()
-        fp32_gradient = self.fp32_partitioned_groups_flat[group].grad
-        if self.offload_optimizer and fp32_gradient is not None:
+        if self.offload_optimizer:
             _, start, numel = self.grad_position[self.get_param_id(param)]
-            fp32_gradient.narrow(0, start, numel).zero_()
+            self.fp32_partitioned_groups_flat[group].grad.narrow(0, start, numel).zero_()
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
         params = self.fp16_groups[group]
@@ -247,31 +232,6 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         if self._overflow_is_known:
             return [torch.tensor(float("inf"))]
         return super()._get_norm_groups()
-
-    def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
-        super()._prepare_sub_group(sub_group_id, timer_names)
-        if self._swappable_optimizer_subgroup(sub_group_id):
-            self._complete_swapped_gradient(sub_group_id)
-
-    def _optimizer_states_and_gradient_swap_in(self, sub_group_id: int, timer_names: set[str] | None = None) -> None:
-        super()._optimizer_states_and_gradient_swap_in(sub_group_id, timer_names)
-        self.selection.current_traffic.nvme_read_bytes += sum(compat.swapped_bytes(self, sub_group_id))
-
-    def _optimizer_states_and_gradient_swap_out(self, sub_group_id: int, timer_names: set[str] | None = None) -> None:
-        super()._optimizer_states_and_gradient_swap_out(sub_group_id, timer_names)
-        self.selection.current_traffic.nvme_written_bytes += compat.swapped_bytes(self, sub_group_id)[0]
-
-    def _complete_swapped_gradient(self, sub_group_id: int) -> None:
-        """The gradient that was just read, of this window alone: 0 where the file or buffer has older numbers."""
-        partition = self.fp32_partitioned_groups_flat[sub_group_id]
-        if partition.grad is None:
-            partition.grad = torch.zeros_like(partition, requires_grad=False)
-        for param in self.fp16_groups[sub_group_id]:
-            _, start, numel = self.grad_position[self.get_param_id(param)]
-            real = min(numel, max(0, param.ds_numel - numel * self._get_param_partition_rank(param)))
-            if param.ds_id not in self._received:
-                real = 0
-            partition.grad.narrow(0, start + real, numel - real).zero_()
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         partition = self.fp32_partitioned_groups_flat[sub_group_id]
@@ -318,12 +278,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
 
     def _make_state(self, group: int) -> None:
         partition = self.fp32_partitioned_groups_flat[group]
-        swapped = self._swappable_optimizer_subgroup(group)
-        if swapped:
-            self._optimizer_states_and_gradient_swap_in(group)
         self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
-        if swapped:
-            self._optimizer_states_and_gradient_swap_out(group)
 
     def _own_slice(self, value: Tensor, param: ZeroParameter) -> Tensor:
         """This rank's part of ``value``, with zeros where it is padded: stock setters can't do uneven parts."""

@@ -48,11 +48,14 @@ def unsupported(
     if offload.get("super_offload"):
         setting = "zero_optimization.offload_optimizer.super_offload=true"
         _refuse(setting, "it steps outside ZeRO's loop", "Set it to false")
-    if offload_device not in (("none", "cpu", "nvme") if stage == 3 else ("none", "cpu")):
-        _refuse(
-            f"zero_optimization.offload_optimizer.device={offload_device!r}", "stages 1 and 2 offload to the cpu",
-            "Use 'cpu' or 'none', or stage 3",
-        )  # fmt: skip
+    for name in ("offload_optimizer", "offload_param"):
+        device = str(_section(zero, name).get("device", "none"))
+        if device not in ("none", "cpu"):
+            _refuse(
+                f"zero_optimization.{name}.device={device!r}",
+                "stages 1 and 2 offload to the cpu, and DeepSpeed 0.19.8 does not resume what is on NVMe",
+                "Use 'cpu' or 'none'",
+            )  # fmt: skip
     if stage == 3:
         _refuse_for_stage3(zero, config, _refuse)
     if offload.get("ratio", 1.0) != 1.0:

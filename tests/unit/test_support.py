@@ -25,6 +25,8 @@ def zero3(**settings):
     ("ds_config", "message"),
     [
         ({}, r"zero_optimization\.stage=0 can't be used.*Stages 1, 2 and 3 are allowed: use 1"),
+        (zero3(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device='nvme'.*does not resume.*Use 'cpu'"),
+        (zero3(offload_param={"device": "nvme"}), r"offload_param\.device='nvme'.*does not resume.*Use 'cpu'"),
         (zero3(mics_shard_size=2), r"mics_shard_size=2.*Leave it out"),
         (zero3(zero_hpz_partition_size=2), r"zero_hpz_partition_size=2.*Set it to 1"),
         (zero3(zero_quantized_weights=True), "zero_quantized_weights=true.*Set it to false"),
@@ -33,7 +35,7 @@ def zero3(**settings):
         (zero3(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
         (zero2(zenflow={"topk_ratio": 0.1}), "zenflow can't be used.*Remove one of the two sections"),
         (zero2(offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload=true.*Set it to false"),
-        (zero2(offload_optimizer={"device": "nvme"}), "device='nvme'.*Use 'cpu' or 'none', or stage 3"),
+        (zero2(offload_optimizer={"device": "nvme"}), "device='nvme'.*Use 'cpu' or 'none'"),
         (zero2(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
         (zero2(elastic_checkpoint=True), "elastic_checkpoint=true.*Set it to false"),
         ({**ZERO2, "hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled=true"),
