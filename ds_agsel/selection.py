@@ -49,7 +49,8 @@ class Traffic:
 
     ``reduced_bytes`` and ``gathered_bytes`` count the tensors handed to collectives (0 on one rank);
     ``d2h_bytes`` and ``h2d_bytes`` the copies between the model's device and the offloaded optimizer;
-    ``stepped_numel`` the elements given to AdamW, with ZeRO's alignment padding.
+    ``stepped_numel`` the elements given to AdamW, with ZeRO's alignment padding; ``nvme_read_bytes`` and
+    ``nvme_written_bytes`` what the optimizer's swapper read and wrote: masters, moments and gradients.
     """
 
     step: int
@@ -58,6 +59,8 @@ class Traffic:
     h2d_bytes: int = 0
     gathered_bytes: int = 0
     stepped_numel: int = 0
+    nvme_read_bytes: int = 0
+    nvme_written_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Measure what ds_agsel saves and costs: against plain DeepSpeed, and against the least that any code must do.
 
     python launch/benchmark.py                      # everything, SmolLM2-135M's shape, ZeRO-2 with and without offload
+    python launch/benchmark.py --stage 2 3          # and ZeRO-3
     python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
 
 Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `all`, ds_agsel with
@@ -12,6 +13,7 @@ Ratios are taken within a round and their median over the rounds is reported, so
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -139,8 +141,8 @@ def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> 
                 processes.pop(row).stop()
             for row in names:
                 if row not in processes:
-                    _say(f"offload {workload.offload}: starting {row}")
-                    log = logs / f"{workload.offload}-{row}.log"
+                    _say(f"{workload.mode}: starting {row}")
+                    log = logs / f"zero{workload.stage}-{workload.offload}-{row}.log"
                     processes[row] = RowProcess(row, workload, log)
             for number in range(first_round - WARMUP_STEPS, first_round + steps):
                 measured = _round(processes, names, number)
@@ -152,7 +154,7 @@ def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> 
                         samples[row][number] = sample
                 seconds = ", ".join(f"{row} {benchmark_report.step_seconds(measured[row]):.2f}" for row in names)
                 kind = "warm-up" if number < first_round else f"round {number - first_round + 1}/{steps}"
-                _say(f"offload {workload.offload}: {kind}: {seconds}")
+                _say(f"{workload.mode}: {kind}: {seconds}")
             first_round += steps + WARMUP_STEPS
         return Measured(samples, **processes[PLAIN].about)
 
@@ -186,6 +188,7 @@ def _say(line: str) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", type=int, choices=(2, 3), default=[2], help="ZeRO's (default: 2)")
     parser.add_argument("--offload", nargs="+", choices=("none", "cpu"), default=["none", "cpu"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="plain is always measured")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each row (default: 8)")
@@ -216,21 +219,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(wanted: argparse.Namespace) -> dict[str, Any]:
-    """Measure every offload mode in turn and print as each ends; all numbers as one JSON-able dict."""
+    """Measure every stage and offload mode in turn and print as each ends; all numbers as one JSON-able dict."""
     os.environ.update(OMP_NUM_THREADS=str(wanted.threads), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     logs = wanted.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     shape = Shape(**{name: getattr(wanted, name) for name in asdict(Shape())})
     modes = {}
-    for offload in wanted.offload:
-        workload = Workload(shape, wanted.micro_batch, wanted.sequence_length, wanted.precision, offload, wanted.seed)
+    for stage, offload in itertools.product(wanted.stage, wanted.offload):
+        workload = Workload(
+            shape, wanted.micro_batch, wanted.sequence_length, wanted.precision, offload, wanted.seed, stage
+        )
         measured = measure(workload, wanted.rows, wanted.steps, logs)
         samples, numels = measured.samples, measured.block_numels
         rows = benchmark_report.summarize(samples, numels, wanted.micro_batch * wanted.sequence_length)
-        judged = benchmark_report.bars(samples, numels, offload, wanted.precision)
-        print(benchmark_report.table(offload, rows))
-        print(benchmark_report.bar_table(offload, judged), flush=True)
-        modes[offload] = {
+        judged = benchmark_report.bars(samples, numels, workload)
+        print(benchmark_report.table(workload.mode, rows))
+        print(benchmark_report.bar_table(workload.mode, judged), flush=True)
+        modes[offload if stage == 2 else f"zero3-{offload}"] = {
             "rows": rows,
             "bars": [bar.as_dict() for bar in judged],
             "samples": {
@@ -247,7 +252,7 @@ def run(wanted: argparse.Namespace) -> dict[str, Any]:
             "micro_batch": wanted.micro_batch,
             "sequence_length": wanted.sequence_length,
             "precision": wanted.precision,
-            "zero_stage": 2,
+            "zero_stages": wanted.stage,
             "gradient_clipping": benchmark_rows.CLIPPING,
             "warmup_steps": WARMUP_STEPS,
             "steps": wanted.steps,

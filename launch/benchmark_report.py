@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, exploit_row, explore_row
+from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, Workload, exploit_row, explore_row
 
 PHASES = ("forward", "backward", "optimizer")
 ZERO_ALIGNMENT_NUMEL = 2  # DeepSpeed pads a rank's flat partition to 4 bytes of 2-byte elements (stage_1_and_2.py)
@@ -63,12 +63,17 @@ def gradient_bytes(sample: Sample) -> int:
     return int(sample["accelerator_gradient_bytes"] + sample["host_gradient_bytes"])
 
 
-def expected_gradient_bytes(blocks: Sequence[int], block_numels: Sequence[int], offload: str, precision: str) -> int:
+def expected_gradient_bytes(blocks: Sequence[int], block_numels: Sequence[int], workload: Workload) -> int:
     """Bytes of the gradients of ``blocks`` and of nothing else, with ZeRO's alignment of each block's partition.
 
-    fp32 on the host with offload, the model's precision on the accelerator without.
+    fp32 on the host with offload, the model's precision on the accelerator without. ZeRO-3's offload keeps both, the
+    sum in the model's precision on the host too, and it pads nothing on one rank.
     """
-    itemsize = 4 if offload == "cpu" or precision == "fp32" else 2
+    precise = 4 if workload.precision == "fp32" else 2
+    if workload.stage == 3:
+        itemsize = precise + 4 if workload.offload == "cpu" else precise
+        return sum(block_numels[block] for block in blocks) * itemsize
+    itemsize = 4 if workload.offload == "cpu" else precise
     aligned = [math.ceil(block_numels[block] / ZERO_ALIGNMENT_NUMEL) * ZERO_ALIGNMENT_NUMEL for block in blocks]
     return sum(aligned) * itemsize
 
@@ -110,7 +115,7 @@ def _mean_traffic(steps: Sequence[Sample]) -> dict[str, float] | None:
     return {name: statistics.fmean(sample["traffic"][name] for sample in steps) for name in names}
 
 
-def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], offload: str, precision: str) -> list[Bar]:
+def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: Workload) -> list[Bar]:
     """The bars that the measured rows allow to judge. All ratios are medians of the rounds' ratios."""
     found = []
 
@@ -120,8 +125,9 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], offload: s
             found.append(Bar(name, limit, value))
 
     main = exploit_row(FLOOR_PERCENT)
-    bar(f"{main} step / plain step", 0.70, main, PLAIN)
-    bar(f"{main} step / {FLOOR} step", 1.08, main, FLOOR)
+    bar(f"{main} step / plain step", 0.70 if workload.stage == 2 else 0.75, main, PLAIN)
+    if workload.stage == 2:  # the floor gathers no weights
+        bar(f"{main} step / {FLOOR} step", 1.08, main, FLOOR)
     for row in (exploit_row(percent) for percent in PERCENTAGES):
         if row in samples:
             found.append(_optimizer_bar(row, samples, block_numels))
@@ -131,7 +137,7 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], offload: s
     for row in (exploit_row(percent) for percent in PERCENTAGES):
         if row in samples:
             worst = max(
-                gradient_bytes(sample) / expected_gradient_bytes(sample["blocks"], block_numels, offload, precision)
+                gradient_bytes(sample) / expected_gradient_bytes(sample["blocks"], block_numels, workload)
                 for sample in samples[row].values()
             )
             found.append(Bar(f"{row} gradient bytes / bytes of the selected blocks", 1.0, worst))
@@ -149,7 +155,7 @@ def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Seque
     return Bar(f"{row} optimizer / plain optimizer - share", 0.05, statistics.median(excess))
 
 
-def table(offload: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows for a terminal. Seconds are medians; ± is half the distance between the quartiles."""
     head = ("row", "share", "forward", "backward", "optimizer", "step", "±", "/ plain", "opt / plain", "tokens/s")
     head += ("peak", "grads acc.", "grads host", "states", "D2H", "H2D", "stepped")
@@ -176,15 +182,15 @@ def table(offload: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{traffic['stepped_numel'] / 1e6:.1f} M" if traffic else "-",
             )
         )
-    title = f"\nZeRO-2, offload_optimizer {offload}: seconds; MiB; D2H, H2D and elements stepped per step"
+    title = f"\n{mode}: seconds; MiB; D2H, H2D and elements stepped per step"
     return "\n".join([title, *_aligned(lines)])
 
 
-def bar_table(offload: str, judged: Sequence[Bar]) -> str:
+def bar_table(mode: str, judged: Sequence[Bar]) -> str:
     """The bars for a terminal."""
     lines = [("bar", "limit", "measured", "")]
     lines += [(bar.name, f"{bar.limit:.2f}", f"{bar.value:.3f}", "pass" if bar.met else "MISS") for bar in judged]
-    return "\n".join([f"\nbars, offload_optimizer {offload}", *_aligned(lines)])
+    return "\n".join([f"\nbars, {mode}", *_aligned(lines)])
 
 
 def _mib(count: float) -> str:

@@ -79,6 +79,12 @@ class Workload:
     precision: str
     offload: str
     seed: int
+    stage: int = 2
+
+    @property
+    def mode(self) -> str:
+        """What people read of the stage and the offload."""
+        return f"ZeRO-{self.stage}, offload_optimizer {self.offload}"
 
     def model(self) -> LlamaForCausalLM:
         """The model, with random weights, in the workload's precision."""
@@ -109,7 +115,7 @@ class Workload:
             "gradient_clipping": CLIPPING,
             "bf16": {"enabled": self.precision == "bf16"},
             "zero_optimization": {
-                "stage": 2,
+                "stage": self.stage,
                 "offload_optimizer": {"device": self.offload, "pin_memory": True},
                 "reduce_bucket_size": 16_000_000,
                 "allgather_bucket_size": 16_000_000,

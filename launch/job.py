@@ -36,6 +36,7 @@ import ds_agsel
 from ds_agsel import processor
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
+from ds_agsel.zero import compat
 
 _STATE = "launch_train"  # our key in a checkpoint's client_state
 _SECONDS_BETWEEN_BARS = 10  # in a log file; a terminal gets tqdm's own
@@ -435,9 +436,10 @@ class Job:
     def _finish(self) -> None:
         """Final model, summary and table."""
         [resident] = ranks.add_up(outputs.peak_memory_bytes()["host"])
-        if ranks.is_main():
+        weights = compat.whole_state_dict(self.engine)
+        if weights is not None:
             folder = self.output / "model"
-            outputs.save_model(self.engine.module, self.tokenizer, folder)
+            outputs.save_model(self.engine.module, weights, self.tokenizer, folder)
             summary = self._summary(resident)
             text = json.dumps(summary, indent=1)
             (self.output / "summary.json").write_text(text + "\n", encoding="utf-8")

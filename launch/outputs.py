@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from safetensors import SafetensorError
 
 import ds_agsel
 from ds_agsel.errors import CheckpointError
+from ds_agsel.selection import Traffic
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, state_dict: Mapping[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
     """Write ``folder`` for ``from_pretrained``: weights, tokenizer, generation config. Replaces it whole."""
     building = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        model.save_pretrained(building)
+        model.save_pretrained(building, state_dict=state_dict)
         tokenizer.save_pretrained(building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
@@ -77,7 +79,7 @@ def selection_summary(selection: Any | None) -> dict[str, Any] | None:
     blocks, history, traffic = selection.blocks, selection.history, selection.traffic
     total_numel = sum(block.numel for block in blocks)
     stepped = [sum(blocks[index].numel for index in record.blocks) for record in history]
-    counters = ("reduced_bytes", "d2h_bytes", "h2d_bytes", "gathered_bytes", "stepped_numel")
+    counters = [counter.name for counter in fields(Traffic) if counter.name != "step"]
     return {
         "policy": selection.config.policy,
         "blocks": len(blocks),

@@ -90,10 +90,14 @@ def _evaluating(engine: Any) -> Iterator[None]:
         engine.train()
 
 
-def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Row indices in batches of like length; the ranks take turns, the longest batches first."""
+def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
+    """Row indices in batches of like length; the ranks take turns, the longest batches first.
+
+    All ranks get as many, as forward is collective with ZeRO-3: False marks one that is there for that alone.
+    """
     order = np.argsort(-lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [(order[start : start + batch_size], True) for start in range(0, len(order), batch_size)]
+    batches += [(batches[-1][0], False)] * (-len(batches) % dist.get_world_size())
     return batches[dist.get_rank() :: dist.get_world_size()]
 
 
@@ -105,11 +109,13 @@ def validation_loss(
         return None
     loss_sum, label_numel = 0.0, 0
     with _evaluating(engine):
-        for indices in _batches_of_this_rank(encoded.lengths, batch_size):
+        for indices, counts in _batches_of_this_rank(encoded.lengths, batch_size):
             rows = [[encoded.rows[int(index)]] for index in indices]
             batch = to_device(collate(rows, pad_token_id), engine.device)
-            loss_sum += completion_loss_sum(engine, batch, keeps_last_logits=keeps_last_logits).item()
-            label_numel += int(encoded.label_numel[indices].sum())
+            loss = completion_loss_sum(engine, batch, keeps_last_logits=keeps_last_logits).item()
+            if counts:
+                loss_sum += loss
+                label_numel += int(encoded.label_numel[indices].sum())
     loss_sum, total = ranks.add_up(loss_sum, label_numel)
     return loss_sum / total
 
@@ -130,12 +136,14 @@ def exact_match(
     found: list[tuple[int, Generation]] = []
     prompt_numel = np.asarray(encoded.rows["prompt_numel"], dtype=np.int64)
     with _evaluating(engine), _autocast(engine):
-        for indices in _batches_of_this_rank(prompt_numel, batch_size):
-            if stop.requested:
+        for indices, counts in _batches_of_this_rank(prompt_numel, batch_size):
+            if stop.agreed():
                 break
             rows = [encoded.rows[int(index)] for index in indices]
             prompts = [row["input_ids"][: row["prompt_numel"]] for row in rows]
             texts = _generate(engine, tokenizer, prompts, max_new_tokens)
+            if not counts:
+                continue
             for index, row, text in zip(indices, rows, texts):
                 expected = columns.completion_of(row)
                 correct = final_answer(text) == final_answer(expected)
@@ -165,6 +173,7 @@ def _generate(
         num_beams=1,
         pad_token_id=pad,
         eos_token_id=_end_tokens(engine.module, tokenizer),
+        synced_gpus=engine.zero_optimization_partition_weights() and dist.get_world_size() > 1,
     )
     return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
 

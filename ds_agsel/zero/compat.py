@@ -284,6 +284,34 @@ def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
         getattr(optimizer, f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads")(dtype)
 
 
+def forget_swapped_gradients(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int) -> None:
+    """Let the swapper read no gradient of ``sub_group`` again but those written from now on."""
+    info = _swap_info(optimizer, sub_group)
+    info.swapped_gradients.clear()
+    info.release_unswapped_gradients()
+
+
+def swapped_bytes(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int) -> tuple[int, int]:
+    """Bytes on NVMe of ``sub_group``: (master and moments, gradients), with the swapper's alignment."""
+    info, swapper = _swap_info(optimizer, sub_group), optimizer.optimizer_swapper
+    states = info.num_tensors() * swapper._io_aligned_numel(info.numel())
+    gradients = sum(fragment.length for fragment in info.swapped_gradients.values())
+    return states * swapper.swap_element_size, gradients * swapper.swap_element_size
+
+
+def bytes_to_swap_out(optimizer: DeepSpeedZeroOptimizer_Stage3, gradients: Sequence[torch.Tensor]) -> int:
+    """What the swapper writes of ``gradients``: aligned parts that are large enough; it keeps the rest in memory."""
+    swapper = optimizer.optimizer_swapper
+    pieces, _ = swapper._adjust_for_misaligned_lengths(tensors=gradients, offsets=[0] * len(gradients))
+    written = [piece.numel() for piece in pieces if swapper.is_swappable_tensor(tensor=piece)]
+    return sum(written) * swapper.swap_element_size
+
+
+def _swap_info(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int) -> Any:
+    partition = optimizer.fp32_partitioned_groups_flat[sub_group]
+    return optimizer.optimizer_swapper.swap_params_info[optimizer.get_param_id(partition)]
+
+
 @contextmanager
 def left_gathered(parameters: Sequence[Any]) -> Iterator[None]:
     """Inside, ZeRO-3 takes gathered ``parameters`` for partitioned, so that it neither frees nor gathers them."""
@@ -494,6 +522,13 @@ def swap_class(instance: Any, subclass: type) -> None:
     instance.__class__ = subclass
 
 
+def whole_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
+    """The model's state dict on rank 0, None elsewhere; ZeRO-3's is gathered to the host layer by layer. Collective."""
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict()
+    return engine.module.state_dict() if engine.global_rank == 0 else None
+
+
 def mark_compiled(engine: DeepSpeedEngine, compile_kwargs: Mapping[str, Any]) -> None:
     """What `DeepSpeedEngine.compile` notes down once the module is compiled (engine.py:5871, 5941)."""
     deepspeed.utils.nvtx.enable_nvtx = False
@@ -511,8 +546,10 @@ __all__ = [
     "ZeROOptimizer",
     "adam_step",
     "attribute",
+    "bytes_to_swap_out",
     "cpu_adam_op",
     "deepspeed_version",
+    "forget_swapped_gradients",
     "gradient_partitions",
     "has_fused_adam",
     "is_coalescing",
@@ -535,6 +572,8 @@ __all__ = [
     "replace_masters",
     "require_known_deepspeed",
     "swap_class",
+    "swapped_bytes",
+    "whole_state_dict",
     "writes_through",
     "zero_section_problems",
 ]

@@ -85,6 +85,9 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         self._blocks_with_gradient.clear()
         self._received.clear()
         self._hold_gradient_buffers()
+        for group in range(len(self.fp16_groups)):
+            if self._swappable_optimizer_subgroup(group):
+                compat.forget_swapped_gradients(self, group)
 
     def _hold_gradient_buffers(self) -> None:
         groups = self._groups_of(self.selection.active_blocks)
@@ -155,6 +158,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         size = grad_buffer.numel() * self.master_weights_and_grads_dtype.itemsize
         self.selection.current_traffic.d2h_bytes += size
         super()._offload_grad_partition_at_boundary(param, grad_buffer, *fragments)
+
+    def _swap_out_offload_fp32_gradients(
+        self, gradients: dict[int, list[Tensor]], offsets: dict[int, list[int]]
+    ) -> None:
+        super()._swap_out_offload_fp32_gradients(gradients, offsets)
+        if self.swap_optimizer:
+            written = sum(compat.bytes_to_swap_out(self, pieces) for pieces in gradients.values())
+            self.selection.current_traffic.nvme_written_bytes += written
 
     def independent_gradient_partition_epilogue(self) -> None:
         compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
@@ -241,6 +252,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         super()._prepare_sub_group(sub_group_id, timer_names)
         if self._swappable_optimizer_subgroup(sub_group_id):
             self._complete_swapped_gradient(sub_group_id)
+
+    def _optimizer_states_and_gradient_swap_in(self, sub_group_id: int, timer_names: set[str] | None = None) -> None:
+        super()._optimizer_states_and_gradient_swap_in(sub_group_id, timer_names)
+        self.selection.current_traffic.nvme_read_bytes += sum(compat.swapped_bytes(self, sub_group_id))
+
+    def _optimizer_states_and_gradient_swap_out(self, sub_group_id: int, timer_names: set[str] | None = None) -> None:
+        super()._optimizer_states_and_gradient_swap_out(sub_group_id, timer_names)
+        self.selection.current_traffic.nvme_written_bytes += compat.swapped_bytes(self, sub_group_id)[0]
 
     def _complete_swapped_gradient(self, sub_group_id: int) -> None:
         """The gradient that was just read, of this window alone: 0 where the file or buffer has older numbers."""

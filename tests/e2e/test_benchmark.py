@@ -96,6 +96,17 @@ def test_all_rows_see_the_same_batches(benchmark: tuple[dict[str, Any], str]) ->
         assert sample["loss"] == pytest.approx(plain[sample["round"]], rel=1e-2)  # bf16 has 8 bits
 
 
+def test_zero3_has_its_rows_and_bars(tmp_path: Path) -> None:
+    done = run_benchmark("--stage", "3", "--offload", "cpu", "--rows", "exploit-20", "all", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    mode = json.loads((tmp_path / "benchmark.json").read_text())["offload"]["zero3-cpu"]
+    assert set(mode["rows"]) == {"plain", "exploit-20", "all"} and "ZeRO-3, offload_optimizer cpu" in done.stdout
+    bars = {bar["name"]: bar for bar in mode["bars"]}
+    assert bars["exploit-20 step / plain step"]["limit"] == 0.75
+    assert bars["exploit-20 gradient bytes / bytes of the selected blocks"]["value"] == 1.0
+    assert len(bars) == 4
+
+
 def test_a_floor_without_the_row_it_follows_is_refused() -> None:
     done = run_benchmark("--rows", "floor-20")
     assert done.returncode == 2

@@ -32,7 +32,10 @@ from support import (
 )
 from test_reference import FP32
 
-CASES = [Case(stage=stage, offload=offload, accumulation=2) for stage, offload in product((1, 2), ("none", "cpu"))]
+CASES = [
+    *(Case(stage=stage, offload=offload, accumulation=2) for stage, offload in product((1, 2), ("none", "cpu"))),
+    Case(stage=3, offload="cpu", accumulation=2, zero={"stage3_param_persistence_threshold": 50}),
+]
 KEPT = ("losses", "norms", "weights", "partitions", "history", "counts", "plan")
 
 
@@ -101,7 +104,9 @@ def train_checkpointed(case: Case, kind: str) -> dict[str, Any] | str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("case", [*CASES, Case(model="net"), Case(model="net", offload="cpu")], ids=case_id)
+@pytest.mark.parametrize("case", [*CASES, *(
+    Case(model="net", stage=stage, offload=offload) for stage, offload in ((2, "none"), (2, "cpu"), (3, "none"))
+)], ids=case_id)
 def test_activation_checkpointing_trains_or_is_refused(workers, case, kind, ranks):
     runs = workers(ranks).run(train_checkpointed, case, kind)
     if kind == "reentrant" and case.model == "net":  # its segments have no input that requires a gradient
@@ -221,7 +226,7 @@ def test_autocast_leaves_unselected_blocks_and_agrees_on_the_selection(fresh_wor
     cases = [
         Case(stage=stage, offload=offload, accumulation=2, section=SELECT, steps=5,
              config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
-        for stage, offload in product((1, 2), ("none", "cpu"))
+        for stage, offload in product((1, 2, 3), ("none", "cpu"))
     ]  # fmt: skip
     tolerance = {"exp_avg": 0.1, "exp_avg_sq": 0.1, "masters": 0.2}  # bf16 gradients of the linear layers
     for case, runs in zip(cases, zip(*fresh_workers(ranks).run(autocast_run, cases), strict=True), strict=True):
