@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Case, assemble, assert_identical, build, finish, observe_state, run_steps, train
+from support import SELECT, Case, assemble, assert_identical, build, finish, observe_state, run_steps, train
 
 SAVED_AT = 4
 CASES = {
@@ -19,6 +19,9 @@ CASES = {
     "stage 2, bf16, offload": Case(offload="cpu", dtype="bf16", clip=0.3),
     "uneven": Case(model="net", decay_groups=True, offload="cpu"),
     "round robin": Case(zero={"round_robin_gradients": True, "contiguous_gradients": True}, tied=False),
+    "visiting": Case(section={**SELECT, "step_device": "accelerator"}),
+    "stage 3": Case(stage=3, zero={"stage3_param_persistence_threshold": 0}),
+    "stage 3, uneven": Case(model="net", stage=3, offload="cpu", decay_groups=True, dtype="bf16"),
     "schedule": Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}, steps=6),
 }
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
