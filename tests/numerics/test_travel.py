@@ -189,3 +189,18 @@ def test_what_can_not_be_loaded_is_refused_by_name(workers, saved, universal):
         assert "is a universal checkpoint. Set checkpoint.load_universal=true" in no_plain
         assert "saved with zero_optimization.stage=3" in other_stage and "universal" in other_stage
         assert nothing == "(None, None)"
+
+
+def load_across_stages(universal: Path) -> list[dict[str, Any]]:
+    """What stages 3 and 2 make of universal checkpoints of stages 1 and 3."""
+    to_3 = CASES["stage 1"].but(stage=3, config=UNIVERSAL)
+    to_2 = CASES["stage 3, uneven"].but(stage=2, config=UNIVERSAL)
+    return [load(to_3, universal / "stage 1"), load(to_2, universal / "stage 3, uneven")]
+
+
+def test_a_universal_checkpoint_loads_into_another_stage(workers, saved, universal):
+    of_ranks = workers(1).run(load_across_stages, universal[2])
+    for index, name in enumerate(("stage 1", "stage 3, uneven")):
+        expected, found = full_state(saved[2][1][name]), full_state([rank[index]["loaded"] for rank in of_ranks])
+        assert_identical(expected, found)
+        assert of_ranks[0][index]["loaded"]["lrs"] == saved[2][1][name][0]["lrs"]
