@@ -84,7 +84,8 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
             "states": SelectiveZeroOptimizer.state_bytes(zero),
         }
         if hasattr(engine, "selection"):
-            seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
+            if not stage3:
+                seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
             seen["planned"] = engine.selection.planned_blocks
             seen |= {"counts": engine.selection.update_counts, "traffic": asdict(engine.selection.traffic[-1])}
         return seen
