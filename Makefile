@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-nodes compat bench lint ops clean
+.PHONY: train test test-slow test-nodes compat bench docs lint ops clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -38,6 +38,11 @@ compat: $(VENV)/.ready ops
 
 bench: $(VENV)/.ready ops
 	$(BIN)/python launch/benchmark.py $(ARGS)
+
+# docs/ is written by scripts; a test says where it is out of date.
+docs: $(VENV)/.ready
+	$(BIN)/python launch/scaling.py --output docs/scaling.md
+	$(BIN)/python launch/simulate_transfers.py --output docs/transfers.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -120,8 +120,8 @@ class Selection:
     @property
     def active_blocks(self) -> tuple[int, ...]:
         """Blocks whose gradients this step needs: the selected ones, or before an explore step's choice all it has."""
-        if self._chosen is not None:
-            return self._chosen
+        if self.plan.blocks is not None or self._chosen is not None:
+            return self.selected_blocks
         return tuple(sorted(self.lottery.drawn + self.lottery.always))
 
     @property
@@ -140,8 +140,8 @@ class Selection:
         """Freeze what this step does not need. Before the first forward of an accumulation window; idempotent."""
         if self.window_is_open:
             return
-        self.window_is_open = True
         self._freeze_all_but(self.active_blocks)
+        self.window_is_open = True
 
     def narrow_window(self) -> None:
         """Freeze what an explore step has left out, for the rest of its window. After `choose`, before a forward."""
@@ -200,7 +200,7 @@ class Selection:
         self.current_traffic = Traffic(step=len(self.history))
 
     def _plan_ahead(self) -> None:
-        self._plan = None
+        self._plan = self._chosen = None
         with suppress(ConfigError):  # a policy that has run out is only an error where training goes on
             self._plan = self._draw_plan()
 

@@ -75,9 +75,9 @@ def _traffic(
         if setup.offload_param == "nvme":
             nvme += gathered / setup.ranks
     if stepping == "host" and setup.stage == 3:
-        # Each micro-step's sum goes to the host and comes back; the last goes there once more, in fp32.
+        # Each micro-step's sum goes to the host and comes back; the last goes there once more, in fp32, unpadded.
         sums = total(step.reduced, [p.whole_numel for p in partitions])
-        d2h += sums * (micro_steps * setup.accumulation_bytes + MASTER_BYTES)
+        d2h += sums * micro_steps * setup.accumulation_bytes + total(step.reduced, covered) * MASTER_BYTES
         h2d += sums * micro_steps * setup.accumulation_bytes
         if setup.offload_param == "none":
             h2d += total(step.selected, numels) * item

@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_agsel.blocks import repeated_layers
-from ds_agsel.errors import ConfigError
+from ds_agsel.errors import ConfigError, TrainingError
 from ds_agsel.report import metrics
 from ds_agsel.zero import compat
 from ds_agsel.zero.checkpointing import CheckpointingEngine
@@ -27,6 +27,17 @@ class SelectiveEngine(CheckpointingEngine):
         if torch.is_grad_enabled():
             self.optimizer.open_window()
         return super().forward(*inputs, **kwargs)
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """`DeepSpeedEngine.backward`. Raises TrainingError, with the remedy, for a loss that nothing selected reaches,
+        of which DeepSpeed says that it is no scalar (engine.py:3397)."""
+        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+            raise TrainingError(
+                f"step {self.selection.plan.step}: the loss requires no gradient. With activation checkpointing, set "
+                "use_reentrant=False (TrainingArguments: gradient_checkpointing_kwargs): the reentrant form drops the "
+                "gradients of a segment whose inputs require none."
+            )
+        return super().backward(loss, *args, **kwargs)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """`DeepSpeedEngine.step`; an applied step is told to DeepSpeed's monitor as ``AdaGradSelect/...`` scalars.

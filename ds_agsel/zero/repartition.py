@@ -181,6 +181,11 @@ class ZeroFiles:
                 base, masters = sections(self._files[rank])
                 flat = masters[index] if key == MASTER else base["state"][index][key]
                 pieces.append(flat.view(-1).narrow(0, piece.at + first - piece.start, last - first))
+        if sum(piece.numel() for piece in pieces) != numel:
+            raise CheckpointError(
+                f"{self._folder} lacks a part of {name}, as a node's own folder does "
+                "(checkpoint.use_node_local_storage). Load it on the nodes and ranks that saved it."
+            )
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def step(self, name: str) -> int:

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.gradient_buffers import FlatGradients
+from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
 
 ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 hangs on it: ds_id, ds_numel, ds_shape, ds_tensor, ...
@@ -279,6 +281,20 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def _make_state(self, group: int) -> None:
         partition = self.fp32_partitioned_groups_flat[group]
         self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+
+    def layouts(self) -> list[Layout]:
+        found = []
+        for group, params in enumerate(self.fp16_groups):
+            at, slices = 0, []
+            for param in params:
+                share, rank = param.partition_numel(), dist.get_rank(group=param.ds_process_group)
+                numel = min(share, param.ds_numel - rank * share)
+                if numel > 0:
+                    slices.append(Slice(self.param_names[param], rank * share, at, numel))
+                at += share
+            names = tuple(self.param_names[param] for param in params)
+            found.append(Layout(names, self.fp16_partitioned_groups_flat_numel[group], tuple(slices)))
+        return found
 
     def _own_slice(self, value: Tensor, param: ZeroParameter) -> Tensor:
         """This rank's part of ``value``, with zeros where it is padded: stock setters can't do uneven parts."""

@@ -16,7 +16,6 @@ from deepspeed.accelerator import get_accelerator
 from ds_agsel import processor
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
-from ds_agsel.errors import ConfigError
 from ds_agsel.residency import default_budget_bytes
 
 logger = logging.getLogger("ds_agsel")
@@ -58,26 +57,9 @@ class Situation:
 
 
 def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
-    """Where to step, and why. Raises ConfigError where the section contradicts ``offload_optimizer``."""
+    """Where to step, and why. What contradicts ``offload_optimizer`` has been refused before (`support`)."""
     if wanted == "accelerator":
-        if not now.can_visit:
-            raise ConfigError(
-                "adagrad_select.step_device='accelerator' can't be used with zero_optimization.stage=3 yet. Use "
-                "stage 2, or set step_device to null."
-            )
-        if now.offloads:
-            raise ConfigError(
-                "adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer "
-                "contradict each other: the one steps on the accelerator, the other on the host. Set "
-                "offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
-                "accelerator), or step_device to null."
-            )
         return StepDevice.VISIT, "step_device is 'accelerator'"
-    if wanted == "cpu" and not now.offloads:
-        raise ConfigError(
-            "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
-            "other. Set offload_optimizer.device to 'cpu', or step_device to null."
-        )
     if now.offloads:
         return StepDevice.HOST, "offload_optimizer says so"
     if not now.can_visit:

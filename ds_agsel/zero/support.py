@@ -63,6 +63,18 @@ def unsupported(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
             "Set it to 1.0",
         )  # fmt: skip
+    if config.step_device == "cpu" and offload_device == "none":
+        problems.append(
+            "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
+            "other. Set offload_optimizer.device to 'cpu', or step_device to null."
+        )
+    if config.step_device == "accelerator" and offload_device != "none" and stage != 3:
+        problems.append(
+            f"adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer.device="
+            f"{offload_device!r} contradict each other: the one steps on the accelerator, the other on the host. Set "
+            "offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
+            "accelerator), or step_device to null."
+        )
     if config.explore_on != "batch" and stage != 2:
         _refuse(
             f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={stage}",

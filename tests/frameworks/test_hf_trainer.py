@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trainers
+import transformers
 from support import assert_identical
 from trainers import AUTO_SCHEDULER, NEVER, assert_engaged, ds_config, tiny_llama
 
@@ -44,9 +45,15 @@ def test_finds_the_trainers_own_steps_per_epoch(workers, tmp_path, rows, drop_la
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_resumed_run_is_the_run_that_did_not_stop(workers, tmp_path, offload, ranks):
     config = ds_config(2, offload, scheduler=AUTO_SCHEDULER)
-    whole = workers(ranks).run(trainers.train, tmp_path, config, save_strategy="steps", save_steps=4)
+    # transformers 4 loses a step of its own when it resumes an epoch whose last accumulation window is not full.
+    rows = trainers.ROWS if int(transformers.__version__.split(".")[0]) >= 5 else 24
+    whole = workers(ranks).run(
+        trainers.train, tmp_path, config, num_rows=rows, save_strategy="steps", save_steps=4
+    )
     lines = (tmp_path / "selection.jsonl").read_text()
-    resumed = workers(ranks).run(trainers.train, tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
+    resumed = workers(ranks).run(
+        trainers.train, tmp_path, config, num_rows=rows, resume=str(tmp_path / "checkpoint-4")
+    )
     for before, after in zip(whole, resumed, strict=True):
         assert_engaged(after, START)
         assert before["history"] == after["history"] and before["counts"] == after["counts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from trainers import SECTION, assert_engaged, ds_config, forget_accelerate, outc
 
 import ds_agsel
 
-ROOT = Path(__file__).parents[2]
-START = {name: parameter.detach().clone() for name, parameter in tiny_llama().named_parameters()}
-
 pytest.importorskip("trl")
+
+ROOT = Path(__file__).parents[2]
+# Its DPO hands the reference model's engine stage 0 and an optimizer, which we refuse.
+OLD_DPO = int(version("trl").split(".")[0]) < 1
+START = {name: parameter.detach().clone() for name, parameter in tiny_llama().named_parameters()}
 
 
 def train(folder: Path, kind: str, offload: str, lora: bool = False) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def train(folder: Path, kind: str, offload: str, lora: bool = False) -> dict[str
         gradient_accumulation_steps=2,
         max_length=32,
         bf16=False,
+        gradient_checkpointing_kwargs={"use_reentrant": False},  # older TRL turns checkpointing on, reentrant
         report_to=[],
     )
     answers = {"sft": ("completion",), "dpo": ("chosen", "rejected")}[kind]
@@ -71,6 +75,8 @@ def train(folder: Path, kind: str, offload: str, lora: bool = False) -> dict[str
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_selects(workers, tmp_path, kind, offload, ranks):
+    if kind == "dpo" and OLD_DPO:
+        pytest.skip("DPO needs TRL 1")
     for run in workers(ranks).run(train, tmp_path, kind, offload):
         assert_engaged(run, START)
         assert run["steps_per_epoch"] * 2 == run["max_steps"]
@@ -98,6 +104,8 @@ def test_blocks_of_adapters(workers, tmp_path, ranks):
 
 @pytest.mark.parametrize("example", ["hf_trainer", "trl_sft", "trl_dpo", "peft_lora"])
 def test_the_example_runs(workers, tmp_path, example):
+    if example == "trl_dpo" and OLD_DPO:
+        pytest.skip("DPO needs TRL 1")
     script = ROOT / "launch" / "examples" / f"{example}.py"
     assert len(script.read_text().splitlines()) <= 60
     [counts] = workers(1).run(trainers.run_example, script, "--output", str(tmp_path), "--epochs", "1")

@@ -70,6 +70,8 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
     if event == "backward" and engine.is_gradient_accumulation_boundary():
         if hasattr(zero, "held_gradient_bytes"):
             on_accelerator, on_host = zero.held_gradient_bytes()
+            if stage3:  # its bucket, which is staging, may outlast backward
+                on_accelerator -= sum(b.buffer.nbytes for b in zero.ipg_buckets.values() if b.buffer is not None)
         elif stage3:
             flat = zero.grad_partitions_flat_buffer.nbytes
             fp32 = sum(p.grad.nbytes for p in zero.fp32_partitioned_groups_flat if p.grad is not None)
@@ -84,7 +86,8 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
             "states": SelectiveZeroOptimizer.state_bytes(zero),
         }
         if hasattr(engine, "selection"):
-            seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
+            if not stage3:
+                seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
             seen["planned"] = engine.selection.planned_blocks
             seen |= {"counts": engine.selection.update_counts, "traffic": asdict(engine.selection.traffic[-1])}
         return seen

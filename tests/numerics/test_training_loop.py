@@ -32,6 +32,8 @@ from support import (
 )
 from test_reference import FP32
 
+from ds_agsel.errors import TrainingError
+
 CASES = [
     *(Case(stage=stage, offload=offload, accumulation=2) for stage, offload in product((1, 2), ("none", "cpu"))),
     Case(stage=3, offload="cpu", accumulation=2, zero={"stage3_param_persistence_threshold": 50}),
@@ -232,3 +234,14 @@ def test_autocast_leaves_unselected_blocks_and_agrees_on_the_selection(fresh_wor
     for case, runs in zip(cases, zip(*fresh_workers(ranks).run(autocast_run, cases), strict=True), strict=True):
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # the reference rounds as the run does
             assert_follows_reference(case, runs, tolerance)
+
+
+def backward_of_nothing() -> str:
+    with pytest.raises(TrainingError) as refused:
+        build(Case()).backward(torch.ones(()))
+    return str(refused.value)
+
+
+def test_a_loss_that_nothing_selected_reaches_is_told_why(workers):
+    [said] = workers(1).run(backward_of_nothing)
+    assert "use_reentrant=False" in said

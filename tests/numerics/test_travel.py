@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Case, assemble, assert_identical, build, finish, observe_state, run_steps, train
+from support import SELECT, Case, assemble, assert_identical, build, finish, observe_state, run_steps, train
 
 SAVED_AT = 4
 CASES = {
@@ -19,6 +19,9 @@ CASES = {
     "stage 2, bf16, offload": Case(offload="cpu", dtype="bf16", clip=0.3),
     "uneven": Case(model="net", decay_groups=True, offload="cpu"),
     "round robin": Case(zero={"round_robin_gradients": True, "contiguous_gradients": True}, tied=False),
+    "visiting": Case(section={**SELECT, "step_device": "accelerator"}),
+    "stage 3": Case(stage=3, zero={"stage3_param_persistence_threshold": 0}),
+    "stage 3, uneven": Case(model="net", stage=3, offload="cpu", decay_groups=True, dtype="bf16"),
     "schedule": Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}, steps=6),
 }
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -186,3 +189,18 @@ def test_what_can_not_be_loaded_is_refused_by_name(workers, saved, universal):
         assert "is a universal checkpoint. Set checkpoint.load_universal=true" in no_plain
         assert "saved with zero_optimization.stage=3" in other_stage and "universal" in other_stage
         assert nothing == "(None, None)"
+
+
+def load_across_stages(universal: Path) -> list[dict[str, Any]]:
+    """What stages 3 and 2 make of universal checkpoints of stages 1 and 3."""
+    to_3 = CASES["stage 1"].but(stage=3, config=UNIVERSAL)
+    to_2 = CASES["stage 3, uneven"].but(stage=2, config=UNIVERSAL)
+    return [load(to_3, universal / "stage 1"), load(to_2, universal / "stage 3, uneven")]
+
+
+def test_a_universal_checkpoint_loads_into_another_stage(workers, saved, universal):
+    of_ranks = workers(1).run(load_across_stages, universal[2])
+    for index, name in enumerate(("stage 1", "stage 3, uneven")):
+        expected, found = full_state(saved[2][1][name]), full_state([rank[index]["loaded"] for rank in of_ranks])
+        assert_identical(expected, found)
+        assert of_ranks[0][index]["loaded"]["lrs"] == saved[2][1][name][0]["lrs"]

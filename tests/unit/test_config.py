@@ -84,6 +84,9 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "steps_per_epoch": None,
         "seed": 42,
         "step_device": None,
+        "keep_master": "host",
+        "state_budget_bytes": None,
+        "explore_on": "batch",
         "blocks": None,
         "fixed_blocks": None,
         "replay_file": None,
@@ -201,13 +204,11 @@ def test_the_config_can_not_be_changed() -> None:
         (
             "step_device",
             "gpu",
-            '="gpu" is not "cpu" or null. Use null to follow offload_optimizer, or "cpu".',
+            '="gpu" is not "cpu", "accelerator" or null. Use null to follow offload_optimizer and the memory',
         ),
-        (
-            "step_device",
-            "accelerator",
-            '="accelerator" is not available yet: states visiting the accelerator are',
-        ),
+        ("keep_master", "gpu", '="gpu" is not "host" or "accelerator". Use "host"'),
+        ("state_budget_bytes", 0, "=0 is outside [1, inf). Use null for the largest selection and two blocks more."),
+        ("explore_on", "epoch", '="epoch" is not "batch" or "first_micro_batch". Use "batch"'),
         (
             "blocks",
             ["a"],

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import batches
-import checkpoints
 import data
 import encoding
 import numpy as np
@@ -431,16 +430,3 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     log.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
-
-
-def test_only_whole_checkpoints_are_resumed_from(tmp_path: Path) -> None:
-    for step in (5, 10, 15):
-        folder = tmp_path / checkpoints.tag_of(step)
-        folder.mkdir()
-        (folder / "weights.pt").write_bytes(b"x" * 100)
-        if step < 15:  # 15: killed while saving
-            checkpoints._mark_whole(folder)
-    assert checkpoints.newest_whole(tmp_path) == tmp_path / checkpoints.tag_of(10)
-    (tmp_path / checkpoints.tag_of(10) / "weights.pt").write_bytes(b"x" * 99)  # cut short later
-    assert checkpoints.newest_whole(tmp_path) == tmp_path / checkpoints.tag_of(5)
-    assert checkpoints.newest_whole(tmp_path / "nowhere") is None
