@@ -4,10 +4,11 @@
     python launch/benchmark.py --stage 2 3          # and ZeRO-3
     python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
 
-Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `all`, ds_agsel with
-every block selected; `floor-20`, a hand-written PyTorch loop on the blocks that `exploit-20` drew. Each row lives in
-a process of its own, and all take their steps in turn, one at a time: a round is one step of each on the same batch.
-Ratios are taken within a round and their median over the rounds is reported, so that the machine's noise cancels.
+Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `visit-20`, exploit steps
+whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel with every block selected; `floor-20`, a
+hand-written PyTorch loop on the blocks that `exploit-20` drew. Each row lives in a process of its own, and all take
+their steps in turn, one at a time: a round is one step of each on the same batch. Ratios are taken within a round and
+their median over the rounds is reported, so that the machine's noise cancels.
 """
 
 from __future__ import annotations
@@ -32,7 +33,18 @@ import deepspeed
 import hardware
 import torch
 import transformers
-from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, Shape, Workload, exploit_row, explore_row
+from benchmark_rows import (
+    ALL,
+    FLOOR,
+    FLOOR_PERCENT,
+    PERCENTAGES,
+    PLAIN,
+    VISIT,
+    Shape,
+    Workload,
+    exploit_row,
+    explore_row,
+)
 from deepspeed.accelerator import get_accelerator
 
 import ds_agsel
@@ -40,7 +52,7 @@ from ds_agsel import processor
 
 FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this row draws
 # Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
-EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL)
+EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), VISIT, ALL)
 EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES))
 ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP))
 WARMUP_STEPS = 2
@@ -130,6 +142,8 @@ class Measured:
 
 def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> Measured:
     """``steps`` rounds of each group of ``rows``."""
+    if workload.stage == 3 or workload.offload != "none":
+        rows = [row for row in rows if row != VISIT]
     samples: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
     first_round = 0
     with row_processes() as processes:

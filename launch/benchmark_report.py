@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, Workload, exploit_row, explore_row
+from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, VISIT, Workload, exploit_row, explore_row
 
 PHASES = ("forward", "backward", "optimizer")
 ZERO_ALIGNMENT_NUMEL = 2  # DeepSpeed pads a rank's flat partition to 4 bytes of 2-byte elements (stage_1_and_2.py)
@@ -141,7 +142,47 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: 
                 for sample in samples[row].values()
             )
             found.append(Bar(f"{row} gradient bytes / bytes of the selected blocks", 1.0, worst))
+    if workload.stage == 2:
+        for row in (explore_row(percent) for percent in PERCENTAGES):
+            if row in samples:
+                found.append(_streaming_bar(row, samples[row], block_numels, workload))
+    if VISIT in samples:
+        found += _visiting_bars(samples[VISIT], block_numels)
     return found
+
+
+def _streaming_bar(row: str, by_round: Samples, block_numels: Sequence[int], workload: Workload) -> Bar:
+    """The most gradient bytes there were at once, over those of the k + 1 largest blocks."""
+    sample = next(iter(by_round.values()))
+    largest = sorted(range(len(block_numels)), key=lambda block: -block_numels[block])[: len(sample["blocks"]) + 1]
+    on_device = replace(workload, offload="none")
+    allowed = expected_gradient_bytes(largest, block_numels, on_device)
+    if workload.offload == "cpu":  # what is kept lies on the host, in fp32, and one block on the accelerator
+        allowed = expected_gradient_bytes(largest[:-1], block_numels, workload)
+        allowed += expected_gradient_bytes(largest[:1], block_numels, on_device)
+    most = max(sample["most_gradient_bytes"] for sample in by_round.values())
+    return Bar(f"{row} most gradient bytes / bytes of the k + 1 largest blocks", 1.0, most / allowed)
+
+
+def _visiting_bars(by_round: Samples, block_numels: Sequence[int]) -> list[Bar]:
+    """Of exploit steps: resident bytes, and bytes moved, over what the selections say; planning over the step."""
+
+    def state_bytes(blocks: Iterable[int]) -> int:
+        aligned = [math.ceil(block_numels[block] / ZERO_ALIGNMENT_NUMEL) * ZERO_ALIGNMENT_NUMEL for block in blocks]
+        return 12 * sum(aligned)
+
+    steps = [by_round[number] for number in sorted(by_round)]
+    resident = [abs(step["resident_state_bytes"] / state_bytes(step["blocks"]) - 1) for step in steps]
+    moved = []
+    for before, after in pairwise(steps):
+        changed = set(before["blocks"]) ^ set(after["blocks"])
+        moved.append(abs(after["traffic"]["h2d_bytes"] + after["traffic"]["d2h_bytes"] - state_bytes(changed)))
+    planning = statistics.median(step["planning_seconds"] / step_seconds(step) for step in steps)
+    return [
+        Bar(f"{VISIT} resident state bytes, off 12 bytes an element selected", 0.0, max(resident)),
+        Bar(f"{VISIT} bytes moved, off the states of the blocks that changed", 0.0, max(moved, default=0)),
+        Bar(f"{VISIT} planning / step", 0.01, planning),
+    ]
 
 
 def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Sequence[int]) -> Bar:

@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +33,8 @@ import ds_agsel
 from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks
 from ds_agsel.policies.adagrad_select import AdaGradSelect
+from ds_agsel.selection import Selection
+from ds_agsel.zero import visiting
 from ds_agsel.zero.adapters import adapter_for
 
 PERCENTAGES = (10, 20, 30)
@@ -40,6 +42,7 @@ FLOOR_PERCENT = 20
 PLAIN = "plain"
 ALL = "all"
 FLOOR = f"floor-{FLOOR_PERCENT}"
+VISIT = f"visit-{FLOOR_PERCENT}"
 RESET = "reset"  # the command that starts the peak of memory anew
 
 LEARNING_RATE = 1e-4
@@ -146,6 +149,8 @@ def section(row: str) -> dict[str, Any] | None:
     phase, percent = row.split("-")
     if phase == "exploit":
         return {"policy": "benchmark", "select_percent": int(percent), "explore_rate": 0}
+    if row == VISIT:
+        return {**(section(exploit_row(FLOOR_PERCENT)) or {}), "step_device": "accelerator"}
     every_step = {"explore_rate": 1, "explore_decay": 0, "steps_per_epoch": 1_000_000_000}
     return {"policy": "benchmark", "select_percent": int(percent), **every_step}
 
@@ -165,6 +170,33 @@ class Stopwatch:
         self.seconds[name] = time.perf_counter() - start
 
 
+class PlanningClock:
+    """Host seconds that ds_agsel spends on what to choose, to freeze and to move, since `take` was called last."""
+
+    TIMED = (
+        (Selection, "open_window"), (Selection, "choose"), (Selection, "commit"), (visiting, "plan_moves"),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        for owner, name in self.TIMED:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._seconds += time.perf_counter() - start
+
+        return timed
+
+    def take(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class Trainer(Protocol):
     """What makes a row's steps."""
 
@@ -180,6 +212,12 @@ class DeepSpeedTrainer:
     def __init__(self, workload: Workload, section: dict[str, Any] | None) -> None:
         model = workload.model()
         self.blocks = find_blocks(model)
+        self._clock = PlanningClock()
+        self._selection: Selection | None = None
+        self._most_gradient_bytes = 0
+        self._look_at_gradients = [
+            p.register_post_accumulate_grad_hook(lambda _: self._look()) for p in model.parameters()
+        ]
         config = workload.ds_config()
         if section is not None:
             config["adagrad_select"] = section
@@ -187,6 +225,17 @@ class DeepSpeedTrainer:
             model=model, model_parameters=model.parameters(), config=config
         )
         self._selection = getattr(self._engine, "selection", None)
+        self._adapter = adapter_for(self._optimizer)  # plain DeepSpeed's optimizer has what is read by it, too
+
+    def start_measuring(self) -> None:
+        """The hooks that have seen the warm-up's gradients would cost time."""
+        for hook in self._look_at_gradients:
+            hook.remove()
+
+    def _look(self) -> None:
+        if self._selection is not None and self._selection.plan.phase == "explore":
+            held = sum(self._adapter.held_gradient_bytes(self._optimizer))
+            self._most_gradient_bytes = max(self._most_gradient_bytes, held)
 
     def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
         engine, watch = self._engine, Stopwatch()
@@ -195,9 +244,8 @@ class DeepSpeedTrainer:
             loss = engine(input_ids=tokens, labels=tokens).loss
         with watch.phase("backward"):
             engine.backward(loss)
-        # The same yardstick for plain DeepSpeed, whose optimizer has what these two read.
-        adapter = adapter_for(self._optimizer)
-        accelerator_bytes, host_bytes = adapter.held_gradient_bytes(self._optimizer)
+        accelerator_bytes, host_bytes = self._adapter.held_gradient_bytes(self._optimizer)
+        resident_bytes = self._optimizer.resident_state_bytes() if hasattr(self._optimizer, "bring_states_home") else 0
         with watch.phase("optimizer"):
             engine.step()
         measured = {
@@ -205,7 +253,10 @@ class DeepSpeedTrainer:
             "loss": loss.item(),
             "accelerator_gradient_bytes": accelerator_bytes,
             "host_gradient_bytes": host_bytes,
-            "state_bytes": adapter.state_bytes(self._optimizer),
+            "state_bytes": self._adapter.state_bytes(self._optimizer),
+            "resident_state_bytes": resident_bytes,
+            "most_gradient_bytes": self._most_gradient_bytes,
+            "planning_seconds": self._clock.take(),
             "phase": "full",
             "blocks": [block.index for block in self.blocks],
         }
@@ -324,6 +375,8 @@ def _serve(connection: Connection, row: str, workload: Workload) -> None:
         command = connection.recv()
         if command == RESET:
             reset_peak_memory()
+            if isinstance(trainer, DeepSpeedTrainer):
+                trainer.start_measuring()
             continue
         batch, blocks = command
         start = time.process_time()

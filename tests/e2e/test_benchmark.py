@@ -67,11 +67,13 @@ def test_every_row_is_measured(benchmark: tuple[dict[str, Any], str]) -> None:
 def test_every_bar_is_judged(benchmark: tuple[dict[str, Any], str]) -> None:
     results, printed = benchmark
     bars = results["offload"]["cpu"]["bars"]
-    assert len(bars) == 2 + 3 + 1 + 3 + 3
+    assert len(bars) == 2 + 3 + 1 + 3 + 3 + 3
     assert all(bar["met"] == (bar["value"] <= bar["limit"]) for bar in bars)
     assert all(bar["name"] in printed for bar in bars)
-    held = [bar for bar in bars if "gradient bytes" in bar["name"]]
+    held = [bar for bar in bars if "gradient bytes / bytes of the selected" in bar["name"]]
     assert [bar["value"] for bar in held] == [1.0] * 3
+    streamed = [bar["value"] for bar in bars if "most gradient bytes" in bar["name"]]
+    assert len(streamed) == 3 and all(0.1 < value <= 1 for value in streamed)
 
 
 def test_the_rows_do_what_they_are_called(benchmark: tuple[dict[str, Any], str]) -> None:
@@ -94,6 +96,20 @@ def test_all_rows_see_the_same_batches(benchmark: tuple[dict[str, Any], str]) ->
     plain = {sample["round"]: sample["loss"] for sample in samples["plain"]}
     for sample in samples["all"]:
         assert sample["loss"] == pytest.approx(plain[sample["round"]], rel=1e-2)  # bf16 has 8 bits
+
+
+def test_visiting_states_move_what_the_selection_says(tmp_path: Path) -> None:
+    rows = ("exploit-20", "visit-20", "explore-20")
+    done = run_benchmark("--offload", "none", "--rows", *rows, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    mode = json.loads((tmp_path / "benchmark.json").read_text())["offload"]["none"]
+    assert set(mode["rows"]) == {"plain", *rows}
+    bars = {bar["name"]: bar["value"] for bar in mode["bars"]}
+    assert bars["visit-20 resident state bytes, off 12 bytes an element selected"] == 0
+    assert bars["visit-20 bytes moved, off the states of the blocks that changed"] == 0
+    assert bars["visit-20 planning / step"] > 0
+    assert 0 < bars["explore-20 most gradient bytes / bytes of the k + 1 largest blocks"] <= 1
+    assert all(sample["resident_state_bytes"] > 0 for sample in mode["samples"]["visit-20"])
 
 
 def test_zero3_has_its_rows_and_bars(tmp_path: Path) -> None:
