@@ -160,7 +160,7 @@ def watch_steps(case: Case) -> dict[str, Any]:
             "flat_numel": _sum_by_block(engine, [weights for _, _, weights in groups_of(engine)]),
             "block_numel": [block.numel for block in engine.selection.blocks],
             "state_bytes": zero.state_bytes(),
-            "staging_bytes": zero.staging_bytes(),
+            "staging_bytes": zero.staging_bytes() if case.stage < 3 else None,
             "counts": engine.selection.update_counts,
         }
 
@@ -307,7 +307,7 @@ def test_memory_follows_what_was_selected(watched, case, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", [case for case in CASES if case.offload == "cpu"], ids=case_id)
+@pytest.mark.parametrize("case", [case for case in CASES if case.offload == "cpu" and case.stage < 3], ids=case_id)
 def test_staging_is_as_large_as_the_largest_step(watched, case, ranks):
     for run in watched(case, ranks):
         largest = 0
