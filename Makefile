@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow compat bench docs lint ops clean
+.PHONY: train test test-slow test-nodes compat bench docs lint ops clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -27,6 +27,10 @@ test: $(VENV)/.ready ops
 
 test-slow: $(VENV)/.ready ops
 	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
+
+# Two "nodes" on this machine, over loopback addresses; the part by ssh needs: apt-get install openssh-server pdsh
+test-nodes: $(VENV)/.ready ops
+	$(BIN)/python -m pytest tests/e2e/test_two_nodes.py $(ARGS)
 
 # The ends of the framework versions that we claim, each in an environment of its own; outside CI.
 compat: $(VENV)/.ready ops

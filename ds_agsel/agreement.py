@@ -40,23 +40,11 @@ def next_call() -> int:
     return next(_calls)
 
 
-def parts(
-    ds_config: Mapping[str, Any],
-    config: SelectionConfig,
-    model: nn.Module,
-    block_names: Sequence[tuple[str, Sequence[str]]],
-    param_groups: Sequence[Mapping[str, Any]],
-    steps_per_epoch: int | None,
-    deepspeed_version: str,
-) -> dict[str, Any]:
-    """What all ranks must have alike, part by part, in types that JSON has."""
+def parts(ds_config: Mapping[str, Any], config: SelectionConfig, model: nn.Module) -> dict[str, Any]:
+    """What all ranks must have alike of the caller's arguments, part by part."""
     section = config.model_dump(mode="json")
     seed = section.pop("seed")
     return {
-        "versions": {
-            "ds_agsel": ds_agsel.__version__, "deepspeed": deepspeed_version, "torch": str(torch.__version__),
-            "python": ".".join(platform.python_version_tuple()[:2]),
-        },
         f"{SECTION}.seed": seed,
         SECTION: {**section, "replay_file": _content(section.get("replay_file"))},
         "ds_config": _shared({key: value for key, value in ds_config.items() if key != SECTION}),
@@ -64,10 +52,13 @@ def parts(
             name: [list(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad]
             for name, p in model.named_parameters()
         },
-        "blocks": [[name, list(parameters)] for name, parameters in block_names],
-        "param groups": [{key: value for key, value in group.items() if key != "params"} for group in param_groups],
-        "steps_per_epoch": steps_per_epoch,
-    }  # fmt: skip
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what must be the same on all ranks, but for DeepSpeed."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"ds_agsel": ds_agsel.__version__, "torch": str(torch.__version__), "python": python}
 
 
 def require(call: int, own: Mapping[str, Any], failure: str | None = None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger("ds_agsel")
@@ -54,6 +55,23 @@ def warn_of_unseen_ranks() -> None:
                     owner.num_processes, ranks,
                 )  # fmt: skip
             return
+
+
+def warn_of_replaced_optimizer(given: Any) -> None:
+    """Say so where the calling Accelerator hands over ``given`` for an optimizer of the user that is no Adam."""
+    for frame in _frames():
+        if not _is_a(frame.f_locals.get("self"), "accelerate.accelerator", "Accelerator"):
+            continue
+        for prepared in frame.f_locals.get("args", ()):
+            if isinstance(prepared, torch.optim.Optimizer) and not isinstance(
+                prepared, (type(given), torch.optim.Adam, torch.optim.AdamW)
+            ):
+                logger.warning(
+                    "Accelerate has replaced your %s by %s, as it does under CPU offload. Use "
+                    "torch.optim.AdamW, or set zero_force_ds_cpu_optimizer to false to have your own looked at.",
+                    type(prepared).__name__, type(given).__name__,
+                )  # fmt: skip
+                return
 
 
 def _training_loader(accelerator: Any, prepared_now: tuple[Any, ...]) -> Any:

@@ -30,6 +30,7 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "adagrad_select.json"
 SAVING_FILE = ".saving"
 LATEST_FILE = "latest"
+LATEST_UNIVERSAL_FILE = "latest_universal"  # of DeepSpeed's converter
 MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 22
 _LISTED = 5  # problems that a message names
@@ -241,19 +242,21 @@ def tags(directory: Path) -> list[str]:
     return sorted(found, key=lambda tag: (found[tag].order, tag), reverse=True)
 
 
-def candidates(directory: Path) -> list[str]:
+def candidates(directory: Path, latest: str = LATEST_FILE) -> list[str]:
     """Tags to load where none is named: the one that ``latest`` names, then the others, the one saved last first.
 
-    Raises CheckpointError where ``latest`` leads out of ``directory``.
+    With `LATEST_UNIVERSAL_FILE` there are no others. Raises CheckpointError where ``latest`` leads out of
+    ``directory``.
     """
     named: list[str] = []
     with suppress(FileNotFoundError):
-        tag = (directory / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        tag = (directory / latest).read_text(encoding="utf-8", errors="replace").strip()
         try:
             named += [folder_of(directory, tag).name] if tag else []
         except CheckpointError as error:
-            raise CheckpointError(f"{directory / LATEST_FILE}: {error} Or pass tag=.") from None
-    return named + [tag for tag in tags(directory) if tag not in named]
+            raise CheckpointError(f"{directory / latest}: {error} Or pass tag=.") from None
+    others = tags(directory) if latest == LATEST_FILE else []
+    return named + [tag for tag in others if tag not in named]
 
 
 def newest_whole(directory: Path) -> tuple[str | None, dict[str, list[str]]]:

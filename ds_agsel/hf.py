@@ -16,8 +16,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from ds_agsel.config import SECTION
 from ds_agsel.errors import ConfigError
+from ds_agsel.files import write_atomically
 from ds_agsel.report import metrics
-from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
+from ds_agsel.report.log import METRICS_FILE, SUMMARY_FILE, JsonLines, SelectionLog
 from ds_agsel.zero.selective import SelectiveStep
 
 logger = logging.getLogger("ds_agsel")
@@ -26,9 +27,10 @@ logger = logging.getLogger("ds_agsel")
 class SelectionCallback(TrainerCallback):
     """Adds the selection to the Trainer's logs, for all that it reports to, and writes the files of a run.
 
-    Each training log gains ``adagrad_select/...`` (`ds_agsel.report.metrics`: phase, ε, saved bytes, every block's
-    update count). ``blocks.json``, ``selection.jsonl`` and ``metrics.jsonl``, which `ds-agsel report` and
-    `ds-agsel watch` read, are written on the main process.
+    Each training log gains ``adagrad_select/...`` (`ds_agsel.report.metrics`): phase, ε, saved bytes, every block's
+    update count, and ``selected/BLOCK``, the share of the steps since the last log that updated it. ``blocks.json``,
+    ``selection.jsonl``, ``metrics.jsonl`` and, when training ends, ``summary.json``, which `ds-agsel report` and
+    `ds-agsel watch` read, are written on rank 0.
 
     Args:
         folder: where the files go; None: ``args.output_dir``.
@@ -80,6 +82,7 @@ class SelectionCallback(TrainerCallback):
         self._last_log_seconds, self._last_log_step = time.perf_counter(), state.global_step
         if dist.get_rank() == 0:  # on a CPU, Accelerate may think each rank the main process
             folder = Path(args.output_dir if self.folder is None else self.folder)
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # an earlier run's: this one is not finished
             self._selection_log = SelectionLog(folder, self._optimizer)
             path = folder / METRICS_FILE
             self._metrics = JsonLines(path, _lines_before(path, state.global_step))
@@ -101,7 +104,11 @@ class SelectionCallback(TrainerCallback):
         if self._optimizer is None or not logs or "loss" not in logs:
             return
         selection = self._optimizer.selection
-        scalars = {**metrics.scalars(selection), **metrics.block_counts(selection)}
+        scalars = {
+            **metrics.scalars(selection),
+            **metrics.block_counts(selection),
+            **metrics.block_shares(selection, state.global_step - self._last_log_step),
+        }
         logs.update({f"{SECTION}/{name}": value for name, value in scalars.items()})
         if self._metrics is not None:
             now, steps = time.perf_counter(), max(1, state.global_step - self._last_log_step)
@@ -115,7 +122,8 @@ class SelectionCallback(TrainerCallback):
                 "phase": selection.history[-1].phase if selection.history else None,
                 "seconds": (now - self._last_log_seconds) / steps,  # of one step, mean of those since the last log
             })
-            self._last_log_seconds, self._last_log_step = now, state.global_step
+            self._last_log_seconds = now
+        self._last_log_step = state.global_step
 
     def on_evaluate(
         self,
@@ -134,6 +142,15 @@ class SelectionCallback(TrainerCallback):
         for log in (self._selection_log, self._metrics):
             if log is not None:
                 log.close()
+        if self._optimizer is not None and self._metrics is not None:
+            selection = self._optimizer.selection
+            summary = {
+                "steps": state.global_step,
+                "epochs": state.epoch,
+                "policy": selection.config.policy,
+                "update_counts": {b.name: n for b, n in zip(selection.blocks, selection.update_counts, strict=True)},
+            }
+            write_atomically(self._metrics.path.with_name(SUMMARY_FILE), json.dumps(summary, indent=1) + "\n")
         self._selection_log = self._metrics = None
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import logging
+import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +15,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import deepspeed
+
+logger = logging.getLogger("ds_agsel")
 
 # True inside our own initialize: DeepSpeed's is meant there, whatever wraps it.
 _inside: ContextVar[bool] = ContextVar("ds_agsel_inside_initialize", default=False)
@@ -63,9 +70,12 @@ def install() -> None:
     """Make every later call of `deepspeed.initialize` in this process honour the ``adagrad_select`` section.
 
     Calls whose ds_config has none, or a disabled one, go to DeepSpeed as they are. Idempotent and thread-safe. A name
-    bound before (``from deepspeed import initialize``) is not reached: install first.
+    bound before (``from deepspeed import initialize``) is not reached: install first. A process that ends well without
+    any selection is told so, as a framework may never have called it.
     """
     with _installation.lock:
+        if not _installation.wanted_by_install:
+            atexit.register(_warn_if_nothing_was_selected)
         _installation.wanted_by_install = True
         _installation.apply()
 
@@ -73,6 +83,7 @@ def install() -> None:
 def uninstall() -> None:
     """Undo `install`: `deepspeed.initialize` is DeepSpeed's own again, once no `installed` scope is open either."""
     with _installation.lock:
+        atexit.unregister(_warn_if_nothing_was_selected)
         _installation.wanted_by_install = False
         _installation.apply()
 
@@ -104,3 +115,19 @@ def stock_initialize() -> Iterator[None]:
         yield
     finally:
         _inside.reset(token)
+
+
+def _warn_if_nothing_was_selected() -> None:
+    """At exit, on rank 0: say why no engine selected, where the script itself did not fail."""
+    is_main = multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
+    if not is_main or getattr(sys, "last_value", None) is not None or _installation.calls["selective"]:
+        return
+    plain = _installation.calls["plain"]
+    logger.warning(
+        "ds_agsel is installed and nothing was selected: %s",
+        f"of {plain} deepspeed.initialize call(s) none had an optimizer and an enabled adagrad_select section at the "
+        "top level of its ds_config."
+        if plain
+        else "deepspeed.initialize was not called, so DeepSpeed was not used (Accelerator(cpu=True) turns it off, a "
+        "Trainer needs TrainingArguments(deepspeed=...)), or its name was imported before ds_agsel.install().",
+    )

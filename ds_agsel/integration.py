@@ -84,34 +84,20 @@ def _initialize_selective(
     except ConfigError as error:
         _tell_other_ranks(number, arguments, error)
         raise
-    blocks, named = prepared.blocks, prepared.named
-    user_optimizer, split = prepared.user_optimizer, prepared.split
     _init_distributed(arguments)
-    agreement.require(
-        number,
-        agreement.parts(
-            ds_config,
-            config,
-            arguments["model"],
-            [(block.name, block.parameter_names) for block in blocks],
-            split.groups,
-            prepared.steps_per_epoch,
-            deepspeed.__version__,
-        ),
-    )
-
+    agreement.require(number, _shared_parts(prepared, arguments["model"], ds_config, config))
     choice = _step_device(ds_config, config, prepared)
-    changed = _split_arguments(arguments, user_optimizer, split)
+    changed = _split_arguments(arguments, prepared.user_optimizer, prepared.split)
     changed.update(_with_ds_config(arguments, _stepping_there(ds_config, choice)))
     visits = choice is StepDevice.VISIT
 
     with compat.masters_made_on_host() if visits and config.keep_master == "host" else nullcontext():
         engine, optimizer, dataloader, scheduler = deepspeed.initialize(**{**arguments, **changed})
 
-    selection = Selection(blocks, prepared.policy, prepared.lottery, config, named)
-    link = HyperparameterLink(prepared.user_groups, split.parents)
+    selection = Selection(prepared.blocks, prepared.policy, prepared.lottery, config, prepared.named)
+    link = HyperparameterLink(prepared.user_groups, prepared.split.parents)
     compat.swap_class(engine, SelectiveEngine)
-    engine.optimizer = restrict(optimizer, selection, split.blocks, link, states_visit=visits)
+    engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)
@@ -137,6 +123,7 @@ def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config:
     model = arguments["model"]
     refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
     callers.warn_of_unseen_ranks()
+    callers.warn_of_replaced_optimizer(arguments.get("optimizer"))
     user_optimizer = _user_optimizer(arguments, ds_config)
     user_groups = (
         as_param_groups(arguments.get("model_parameters"), model)
@@ -156,6 +143,21 @@ def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config:
     )
     policy = _policy(blocks, lottery, config, steps)
     return _Prepared(blocks, named, user_optimizer, user_groups, split, lottery, steps, policy)
+
+
+def _shared_parts(
+    prepared: _Prepared, model: torch.nn.Module, ds_config: Mapping[str, Any], config: SelectionConfig
+) -> dict[str, Any]:
+    """What all ranks must have alike."""
+    return {
+        **agreement.parts(ds_config, config, model),
+        "versions": {**agreement.versions(), "deepspeed": deepspeed.__version__},
+        "blocks": [[block.name, list(block.parameter_names)] for block in prepared.blocks],
+        "param groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in prepared.split.groups
+        ],
+        "steps_per_epoch": prepared.steps_per_epoch,
+    }
 
 
 def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigError) -> None:
@@ -202,11 +204,22 @@ def _split_arguments(
     scheduler = arguments.get("lr_scheduler")
     if callable(scheduler) and not hasattr(scheduler, "step"):
         changed["lr_scheduler"] = lambda _: scheduler(user_optimizer)
-    if all(p.grad is None for group in user_optimizer.param_groups for p in group["params"]):
-        # Without gradients this changes nothing but torch's note that the optimizer has stepped, in whose absence
-        # a scheduler made on it warns at each run that it was called too early.
-        user_optimizer.step()
+    _note_a_step(user_optimizer)
     return changed
+
+
+def _note_a_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch note that ``optimizer`` has stepped; else a scheduler made on it warns that it was called too early.
+
+    Without gradients a step changes nothing more, but for a count that FusedAdam puts into the groups.
+    """
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        return
+    before = [set(group) for group in optimizer.param_groups]
+    optimizer.step()
+    for group, keys in zip(optimizer.param_groups, before):
+        for key in set(group) - keys:
+            del group[key]
 
 
 def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared: _Prepared) -> StepDevice:
@@ -230,7 +243,7 @@ def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared
 def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
     """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
     zero = ds_config["zero_optimization"]
-    offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    offloads = step_device.offloads_optimizer(ds_config)
     if choice is StepDevice.HOST and not offloads:
         offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
         return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
@@ -302,6 +315,7 @@ def _policy(
             num_selected=policies.num_selected(config.select_percent, num_drawn),
             block_names=tuple(blocks[index].name for index in lottery.drawn),
             steps_per_epoch=steps_per_epoch,
+            block_indices=lottery.drawn,
         )
     )
 

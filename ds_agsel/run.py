@@ -6,16 +6,12 @@ Also behind a launcher: ``deepspeed --module ds_agsel.run script.py ...``, ``tor
 
 from __future__ import annotations
 
-import logging
 import os
 import runpy
 import sys
 from typing import NoReturn
 
 import ds_agsel
-from ds_agsel import installation
-
-logger = logging.getLogger("ds_agsel")
 
 USAGE = "usage: python -m ds_agsel.run script.py [arguments of the script]"
 
@@ -37,24 +33,14 @@ def main(arguments: list[str]) -> None:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as exit_:
-        if exit_.code in (None, 0):
-            _warn_if_nothing_was_selected()
+        if exit_.code not in (None, 0):
+            ds_agsel.uninstall()  # it says itself what went wrong: no word at exit about what was not selected
         raise
-    _warn_if_nothing_was_selected()
 
 
 def _refuse(what: str) -> NoReturn:
     print(f"ds_agsel.run: {what}. {USAGE}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _warn_if_nothing_was_selected() -> None:
-    if not installation.calls()["selective"]:
-        logger.warning(
-            "ds_agsel.run: nothing was selected: of %d deepspeed.initialize calls none had an optimizer and an enabled "
-            "adagrad_select section. Without any call, DeepSpeed was not used (Accelerator(cpu=True) turns it off).",
-            installation.calls()["plain"],
-        )
 
 
 if __name__ == "__main__":

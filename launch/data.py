@@ -181,15 +181,18 @@ def _read_file(file: Path) -> Dataset:
     reader = _READERS.get(file.suffix)
     if reader is None:
         raise DataError(f"{file} is of an unknown kind. Use one of {', '.join(_READERS)}.")
+    empty = DataError(f"{file} is empty. Put at least one example into it.")
     if file.stat().st_size == 0:
-        raise DataError(f"{file} is empty. Put at least one example into it.")
+        raise empty
     try:
         part = load_dataset(reader, data_files=str(file), split="train")
     except Exception as error:  # datasets wraps its readers' errors in many classes of its own
+        if "corresponds to no data" in str(error):  # blank lines, or a header alone
+            raise empty from error
         problem = _malformed_json_line(file) if reader == "json" else None
         raise DataError(f"{file} can't be read: {problem or _reason(error)}") from error
     if len(part) == 0:
-        raise DataError(f"{file} is empty. Put at least one example into it.")
+        raise empty
     return part
 
 

@@ -72,6 +72,8 @@ def keeps_last_logits(model: PreTrainedModel) -> bool:
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
     source = str(_converted_smollm2()) if name == SMOLLM2 else name
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ConfigError(f"model={name!r} is a folder without a config.json. Use a folder made by save_pretrained.")
     try:
         return load(source, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 
 import ds_agsel
 from ds_agsel.errors import CheckpointError
@@ -30,7 +31,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(building)
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-    except (OSError, RuntimeError) as error:  # safetensors has its own error class for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two from those who write tensors
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(
             f"The model could not be written to {folder}: {error}. Make room, then --resume."

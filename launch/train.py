@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import sys
@@ -23,6 +24,7 @@ from stopping import StopRequest
 from ds_agsel.errors import AgselError, CheckpointError, ConfigError
 
 FAILED = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> int:
@@ -45,6 +47,16 @@ def main() -> int:
         # Every rank meets the same error at the same place, but for a disk that only one of them writes to.
         if ranks.is_main() or isinstance(error, CheckpointError):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    except OSError as error:  # of the logs; checkpoints and the model have errors of their own
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"\nerror: --output={wanted.output!r} can't be written to: {error.strerror}. Make room, then go on with "
+            "--resume.",
+            file=sys.stderr,
+            flush=True,
+        )
         return FAILED
     except ranks.MainRankFailed:
         return FAILED

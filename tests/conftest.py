@@ -31,7 +31,7 @@ def simulated_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     directory = tmp_path_factory.mktemp("simulated")
 
     def group(world_size: int) -> Workers:
-        return groups.setdefault(world_size, Workers(world_size, directory, simulated=True))
+        return groups.setdefault(world_size, Workers(world_size, directory, "sim"))
 
     yield group
     for started in groups.values():

@@ -69,6 +69,7 @@ class Reference:
         always: Sequence[int] = (),
         never: Sequence[int] = (),
         reduces_each_micro_step: bool = True,
+        explores_on_first_micro_batch: bool = False,
     ):
         self.model = model
         self.blocks = blocks
@@ -76,6 +77,7 @@ class Reference:
         self.adam = adam
         self.max_norm = max_norm
         self.reduces_each_micro_step = reduces_each_micro_step
+        self.explores_on_first_micro_batch = explores_on_first_micro_batch
         self.always = tuple(always)
         self.drawn = [index for index in range(len(blocks)) if index not in (*always, *never)]
         self.parameters = dict(model.named_parameters())
@@ -98,7 +100,8 @@ class Reference:
         gradients = self.mean_gradients(batches)
 
         # 4. Scores, and the choice where the plan has left it open.
-        scores = tuple(sum(gradients[name].norm().item() for name in names) for names in self.blocks)
+        scored = self.first_gradients if self.explores_on_first_micro_batch else gradients
+        scores = tuple(sum(scored[name].norm().item() for name in names) for names in self.blocks)
         if drawn is None:
             if not all(math.isfinite(score) for score in scores):
                 return None
@@ -134,6 +137,7 @@ class Reference:
         shares = [self.micro_gradients(micro_batches) for micro_batches in batches]
         if self.reduces_each_micro_step:
             means = [self.mean_over_ranks(gradients) for gradients in zip(*shares, strict=True)]
+            self.first_gradients = {name: gradient.float() for name, gradient in means[0].items()}
             return {name: sum(mean[name].float() for mean in means) for name in self.parameters}
         sums = [
             {name: sum(share[name].float() for share in of_rank).to(weight.dtype) for name, weight in weights}

@@ -24,6 +24,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SELECT = {"select_percent": 34, "steps_per_epoch": 6, "explore_decay": 0.15, "seed": 2}
 ALL = {"policy": "all"}
 VISIT = {"step_device": "accelerator"}  # on a CPU: the same moves, within one memory
+# Room for the largest block of `tiny_llama` and little more: blocks of a step pass through.
+NARROW = {**VISIT, "state_budget_bytes": 12 * 1900}
+FIRST = {**SELECT, "explore_on": "first_micro_batch"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def ds_config(case: Case) -> dict[str, Any]:
         **case.config,
     }
     if case.dtype != "fp32":
-        config[case.dtype] = {"enabled": True}
+        config[case.dtype] = {"enabled": True, **case.config.get(case.dtype, {})}
     if case.section is not None:
         config["adagrad_select"] = dict(case.section)
     return config
@@ -217,12 +220,12 @@ def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:
     return initialize(model=model, config=ds_config(case), **arguments)[0]
 
 
-def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> float:
-    """One micro-step up to and including backward; its loss."""
+def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> Tensor:
+    """One micro-step up to and including backward; its loss, not read: that would wait for the accelerator."""
     data = batch(case, step, micro_step, torch.distributed.get_rank())
     loss = engine(**{name: tensor.to(engine.device) for name, tensor in data.items()}).loss
     engine.backward(loss)
-    return loss.item()
+    return loss.detach()
 
 
 def run_steps(
@@ -251,6 +254,7 @@ def run_steps(
         result["norms"].append(float(engine.get_global_grad_norm()))
         result["lrs"].append([group["lr"] for group in engine.optimizer.param_groups])
         event("step", step)
+    result["losses"] = [loss.item() for loss in result["losses"]]
     return result
 
 
@@ -427,8 +431,9 @@ def reference_run(
         schedule=schedule,
     )
     reference = Reference(
-        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2
-    )
+        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2,
+        section.get("explore_on") == "first_micro_batch",
+    )  # fmt: skip
     states = [reference_state(reference)]
     for step in range(case.steps):
         reference.step(

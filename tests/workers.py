@@ -42,12 +42,12 @@ def _free_port() -> int:
 
 
 class Workers:
-    """``world_size`` processes over gloo, started when first used; ``simulated`` ones have the accelerator of
+    """``world_size`` processes, started when first used, on the ``accelerator`` "cpu", "cuda" or "sim": that of
     tests/simulator, whose seed and budget a job sets by `simulator.simulated`."""
 
-    def __init__(self, world_size: int, directory: Path, simulated: bool = False):
+    def __init__(self, world_size: int, directory: Path, accelerator: str = "cpu"):
         self.world_size = world_size
-        self.simulated = simulated
+        self.accelerator = accelerator
         self._directory = directory
         self._processes: list[subprocess.Popen] = []
         self._connections: list[Connection] = []
@@ -77,8 +77,8 @@ class Workers:
         self._processes, self._connections = [], []
 
     def _logs(self) -> list[Path]:
-        kind = "simulated" if self.simulated else "world"
-        return [self._directory / f"{kind}{self.world_size}_rank{rank}.log" for rank in range(self.world_size)]
+        name = f"{self.accelerator}{self.world_size}"
+        return [self._directory / f"{name}_rank{rank}.log" for rank in range(self.world_size)]
 
     def _start(self) -> None:
         port = _free_port()
@@ -86,7 +86,7 @@ class Workers:
             ours, theirs = socket.socketpair()
             environment = {
                 **os.environ,
-                "DS_ACCELERATOR": "cpu",
+                "DS_ACCELERATOR": "cuda" if self.accelerator == "cuda" else "cpu",
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "MASTER_ADDR": "127.0.0.1",
@@ -99,7 +99,7 @@ class Workers:
                 "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             }
             with log.open("ab") as output:
-                command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid()), str(int(self.simulated))]
+                command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid()), self.accelerator]
                 process = subprocess.Popen(
                     command,
                     env=environment,
@@ -154,7 +154,7 @@ def _die_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)  # compilers too
 
 
-def _serve(connection: Connection, parent: int, is_simulated: bool) -> None:
+def _serve(connection: Connection, parent: int, accelerator: str) -> None:
     """Be one rank: run jobs until the test session goes away."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
@@ -168,12 +168,13 @@ def _serve(connection: Connection, parent: int, is_simulated: bool) -> None:
 
     torch.set_num_threads(1)
     CPUAdamBuilder().load()
-    FusedAdamBuilder().load()
-    if is_simulated:
+    if accelerator != "cuda":
+        FusedAdamBuilder().load()
+    if accelerator == "sim":
         from simulator import simulated
 
         simulated()
-    deepspeed.init_distributed("simccl" if is_simulated else "gloo")
+    deepspeed.init_distributed({"cpu": "gloo", "cuda": "nccl", "sim": "simccl"}[accelerator])
     connection.send_bytes(pickle.dumps((True, None)))
     while True:
         try:
@@ -193,4 +194,4 @@ def _serve(connection: Connection, parent: int, is_simulated: bool) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3] == "1")
+    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])

@@ -28,6 +28,7 @@ class PolicyContext:
         num_selected: k, the blocks per step.
         block_names: (num_blocks,), for messages and for policies that are told names.
         steps_per_epoch: optimizer steps in epoch 1; None where it is not known.
+        block_indices: (num_blocks,), what the model and selection.jsonl number them; None: 0 … B-1 too.
     """
 
     config: SelectionConfig
@@ -35,6 +36,7 @@ class PolicyContext:
     num_selected: int
     block_names: tuple[str, ...]
     steps_per_epoch: int | None
+    block_indices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_selected <= self.num_blocks or len(self.block_names) != self.num_blocks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_agsel.config import SECTION
@@ -19,7 +19,8 @@ class Replay(Policy):
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
         self._path = context.config.replay_file or ""
-        self._selections = _read(self._path, context.num_blocks)
+        indices = range(context.num_blocks) if context.block_indices is None else context.block_indices
+        self._selections = _read(self._path, {block: place for place, block in enumerate(indices)})
 
     @property
     def max_selected(self) -> int:
@@ -34,7 +35,7 @@ class Replay(Policy):
         return self._selections[step]
 
 
-def _read(path: str, num_blocks: int) -> dict[int, tuple[int, ...]]:
+def _read(path: str, places: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
@@ -47,7 +48,7 @@ def _read(path: str, num_blocks: int) -> dict[int, tuple[int, ...]]:
         if not line.strip():
             continue
         try:
-            step, blocks = _record(json.loads(line), num_blocks)
+            step, blocks = _record(json.loads(line), places)
             if selections.setdefault(step, blocks) != blocks:
                 raise ValueError(f"step {step} stands in an earlier line with other blocks")
         except ValueError as error:
@@ -60,7 +61,8 @@ def _read(path: str, num_blocks: int) -> dict[int, tuple[int, ...]]:
     return selections
 
 
-def _record(record: Any, num_blocks: int) -> tuple[int, tuple[int, ...]]:
+def _record(record: Any, places: Mapping[int, int]) -> tuple[int, tuple[int, ...]]:
+    """A line's step and, by their places in the lottery, its blocks, which the file numbers as the model does."""
     if not isinstance(record, dict) or "step" not in record or "blocks" not in record:
         raise ValueError('it is not an object with "step" and "blocks"')
     step, blocks = record["step"], record["blocks"]
@@ -70,9 +72,12 @@ def _record(record: Any, num_blocks: int) -> tuple[int, tuple[int, ...]]:
         raise ValueError(f'"blocks" is {blocks!r}, not a list of block indices')
     if len(set(blocks)) < len(blocks):
         raise ValueError(f'"blocks" is {blocks!r}, which names a block twice')
-    if not 0 <= min(blocks) <= max(blocks) < num_blocks:
-        raise ValueError(f'"blocks" is {blocks!r}, and this model has blocks 0 to {num_blocks - 1}')
-    return step, tuple(sorted(blocks))
+    strange = [block for block in blocks if block not in places]
+    if strange:
+        first, last = min(places), max(places)
+        known = f"{first} to {last}" if len(places) == last - first + 1 else f"{sorted(places)}"
+        raise ValueError(f'"blocks" is {blocks!r}, and the blocks that can be chosen here are {known}')
+    return step, tuple(sorted(places[block] for block in blocks))
 
 
 def _setting(path: str) -> str:

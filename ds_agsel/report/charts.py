@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,16 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ds_agsel.report.runs import PARTS, Run
-from ds_agsel.report.text import bytes_text
+from ds_agsel.report.text import bytes_text, seconds_text
 
 WIDTH = 9.0  # inches, at 2 x 100 dots
-MAX_COLUMNS = 720  # of the heat map: more steps than that share a column
+MAX_SINGLE_STEPS = 480  # a step a column up to here
+MANY_STEPS_COLUMNS = 240  # else several share one, and shades tell how many of them
+MAX_NAME_LETTERS = 34  # of a run's or block's name beside a chart
+MAX_NOISE_RUNS = 3  # whose single losses are drawn behind their means
 TRAFFIC_LABELS = {
     "reduced_bytes": "gradients reduced",
     "d2h_bytes": "gradients to host",
@@ -33,17 +38,18 @@ class Theme:
     text: str
     muted: str
     grid: str
+    reference: str
     explore: str
     exploit: str
     series: tuple[str, ...]
 
 
 LIGHT = Theme(
-    "light", "#1b1f24", "#59636e", "#d9dee4", "#d98200", "#0072b2",
+    "light", "#1b1f24", "#59636e", "#d9dee4", "#b4bdc7", "#d98200", "#0072b2",
     ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a6a00", "#56b4e9"),
 )  # fmt: skip
 DARK = Theme(
-    "dark", "#e8ebee", "#9aa4af", "#39424c", "#f0a830", "#56b4e9",
+    "dark", "#e8ebee", "#9aa4af", "#39424c", "#56626e", "#f0a830", "#56b4e9",
     ("#56b4e9", "#f08048", "#2fc79c", "#e39ac3", "#e5d85c", "#6fa8dc"),
 )  # fmt: skip
 THEMES = (LIGHT, DARK)
@@ -71,7 +77,7 @@ def png(draw: Draw, height: float, theme: Theme) -> bytes:
 def heat_map(run: Run) -> tuple[Draw, float]:
     """Step x block: which blocks each step updated, explore and exploit apart."""
     num_blocks, last = len(run.block_names), run.steps[-1].step
-    columns = min(MAX_COLUMNS, last + 1)
+    columns = _num_columns(last + 1)
     shares = np.zeros((2, num_blocks, columns))
     steps_in = np.zeros(columns)
     for step in run.steps:
@@ -87,13 +93,14 @@ def heat_map(run: Run) -> tuple[Draw, float]:
         rgb = [np.asarray(matplotlib.colors.to_rgb(colour)) for colour in (theme.exploit, theme.explore)]
         image = np.zeros((num_blocks, columns, 4))
         image[..., :3] = mix[0][..., None] * rgb[0] + mix[1][..., None] * rgb[1]
-        image[..., 3] = np.where(total > 0, 0.15 + 0.85 * np.minimum(total, 1), 0)
+        image[..., 3] = np.where(total > 0, 0.12 + 0.88 * total / max(total.max(), 1e-12), 0)
         axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, last + 0.5, num_blocks - 0.5, -0.5))
-        axes.set_yticks(range(num_blocks), run.block_names, fontsize=9 if num_blocks <= 20 else 7)
+        _name_blocks(axes, run.block_names)
         axes.set_yticks(np.arange(-0.5, num_blocks), minor=True)
         axes.grid(which="minor", axis="y", linewidth=0.5)
         axes.tick_params(which="both", length=0)
-        axes.set_xlabel("optimizer step" if columns == last + 1 else f"optimizer step ({columns} columns)")
+        shared = f" ({(last + 1) / columns:.0f} a column: the stronger the colour, the more of them)"
+        axes.set_xlabel("optimizer step" + (shared if columns <= last else ""))
         _phase_legend(axes, theme)
 
     return draw, 1.2 + 0.22 * num_blocks
@@ -110,9 +117,11 @@ def update_counts(run: Run) -> tuple[Draw, float]:
         axes.barh(places, explore, left=exploit, color=theme.explore, height=0.72)
         for place, count in enumerate(np.add(explore, exploit)):
             axes.annotate(str(count), (count, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(places, run.block_names, fontsize=9 if len(places) <= 20 else 7)
+        _name_blocks(axes, run.block_names)
         axes.set_ylim(len(places) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("steps that updated the block")
         axes.grid(axis="x", linewidth=0.5)
         _phase_legend(axes, theme)
@@ -142,8 +151,11 @@ def timeline(run: Run) -> tuple[Draw, float]:
         top.grid(linewidth=0.5)
         if rates or window > 1:
             top.legend(loc="upper right")
-        rgba = np.asarray([[matplotlib.colors.to_rgb(theme.explore if e else theme.exploit) for e in explored]])
-        strip.imshow(rgba, aspect="auto", interpolation="nearest", extent=(steps[0] - 0.5, steps[-1] + 0.5, 0, 1))
+        columns = _num_columns(len(explored))
+        shares = [part.mean() for part in np.array_split(explored, columns)]
+        ends = [np.asarray(matplotlib.colors.to_rgb(colour)) for colour in (theme.exploit, theme.explore)]
+        rgb = np.asarray([[(1 - share) * ends[0] + share * ends[1] for share in shares]])
+        strip.imshow(rgb, aspect="auto", interpolation="nearest", extent=(steps[0] - 0.5, steps[-1] + 0.5, 0, 1))
         strip.set_yticks([])
         strip.set_xlabel("optimizer step")
         _phase_legend(strip, theme, y=-1.6)
@@ -153,6 +165,8 @@ def timeline(run: Run) -> tuple[Draw, float]:
 
 def losses(runs: Sequence[Run]) -> tuple[Draw, float]:
     """Training and validation loss on steps and on wall time."""
+    names = [_short(run.name) for run in runs]
+    legend_columns = max(1, min(len(names), 110 // (max(map(len, names)) + 8)))
 
     def draw(figure: Figure, theme: Theme) -> None:
         by_step, by_time = figure.subplots(1, 2, sharey=True)
@@ -160,98 +174,163 @@ def losses(runs: Sequence[Run]) -> tuple[Draw, float]:
         longest = max((points[-1][0] for run in runs if (points := run.wall_seconds())), default=0.0)
         if longest < 120:
             unit, divisor = "s", 1.0
-        for index, run in enumerate(runs):
+        elif longest > 3 * 3600:
+            unit, divisor = "h", 3600.0
+        handles = []
+        for index, (run, name) in enumerate(zip(runs, names)):
             colour = theme.series[index % len(theme.series)]
-            dashes = "-" if index < len(theme.series) else "--"
+            dashes = ("-", "--", ":")[index // len(theme.series) % 3]
+            handles.append(matplotlib.lines.Line2D([], [], color=colour, linestyle=dashes, label=name))
             points = [(line.step + 1, line.loss) for line in run.measured if line.loss is not None]
             timed = [(seconds / divisor, loss) for seconds, loss in run.wall_seconds()]
             for axes, series in ((by_step, points), (by_time, timed)):
                 if series:
                     x, y = np.asarray(series, dtype=float).T
-                    axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-                    axes.plot(x, _smoothed(y), color=colour, linewidth=1.6, linestyle=dashes, label=run.name)
+                    if len(runs) <= MAX_NOISE_RUNS:
+                        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+                    axes.plot(x, _smoothed(y), color=colour, linewidth=1.6, linestyle=dashes)
             if run.validation:
                 x, y = np.asarray(run.validation, dtype=float).T
-                label = f"{run.name}, validation"
-                by_step.plot(x, y, "o", color=colour, markersize=5, markeredgecolor=theme.text, label=label)
+                by_step.plot(x, y, "o", color=colour, markersize=4.5, markeredgecolor=theme.text, markeredgewidth=0.8)
         by_step.set(xlabel="optimizer steps", ylabel="loss", title="on steps")
         by_time.set(xlabel=f"training time ({unit})", title="on wall time")
         for axes in (by_step, by_time):
             axes.grid(linewidth=0.5)
-        if by_step.get_legend_handles_labels()[0]:
-            by_step.legend(loc="upper right", fontsize=8.5)
+        if not any(run.wall_seconds() for run in runs):
+            by_time.set_xticks([])
+            by_time.text(0.5, 0.5, "no times were logged", color=theme.muted, ha="center", transform=by_time.transAxes)
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=9)
 
-    return draw, 3.6
+    return draw, 3.5 + 0.2 * math.ceil(len(runs) / legend_columns)
 
 
 def memory(runs: Sequence[Run]) -> tuple[Draw, float]:
-    """Optimizer-state bytes beside full fine-tuning's and the paper's formula."""
-    labels = {"full": "full fine-tuning, 2·P·4", "formula": "formula, 2·P_selected·4", "measured": "kept, measured"}
-    return _bars(runs, lambda run: {labels[k]: v for k, v in (run.state_bytes() or {}).items()}, "optimizer states")
+    """Optimizer-state bytes of a rank, on top of full fine-tuning's, with the paper's formula as a mark."""
+    shown = [(run, states) for run in runs if (states := run.state_bytes()) is not None]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        for place, (_, states) in enumerate(shown):
+            axes.barh(place, states["full"], color=theme.reference, height=0.7)
+            axes.barh(place, states.get("measured", 0), color=theme.series[0], height=0.4)
+            axes.plot([states["formula"]] * 2, [place - 0.42, place + 0.42], color=theme.text, linewidth=2.4)
+            told = [f"{bytes_text(states['measured'])} kept"] if "measured" in states else []
+            told += [f"{bytes_text(states['formula'])} formula", f"{bytes_text(states['full'])} full"]
+            _beside_bar(axes, states["full"], place, ", ".join(told))
+        _finish_rows(axes, [_short(run.name) for run, _ in shown])
+        axes.set_xlabel("optimizer states of a rank")
+        patch, line = matplotlib.patches.Patch, matplotlib.lines.Line2D
+        handles = [
+            patch(color=theme.reference, label="full fine-tuning, 2·P·4 bytes"),
+            patch(color=theme.series[0], label="kept, measured"),
+            line([], [], color=theme.text, linewidth=2.4, label="formula, 2·P_selected·4 bytes"),
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=9)
+
+    return draw, 1.3 + 0.36 * len(shown)
 
 
 def traffic(runs: Sequence[Run]) -> tuple[Draw, float]:
-    """Bytes moved in a mean step, by kind, beside full fine-tuning's."""
-
-    def values(run: Run) -> dict[str, float]:
+    """Bytes moved in a mean step, by kind, on top of full fine-tuning's."""
+    rows: list[tuple[str, tuple[float, float] | None]] = []
+    for run in runs:
         moved = run.traffic() or {}
-        return {
-            f"{TRAFFIC_LABELS[kind]}, {what}": pair[index]
-            for kind, pair in moved.items()
-            for index, what in ((1, "full (computed)"), (0, "this run"))
-        }
+        if moved and len(runs) > 1:
+            rows.append((run.name, None))
+        rows += [(TRAFFIC_LABELS[kind], pair) for kind, pair in moved.items()]
 
-    return _bars(runs, values, "bytes a step, rank 0")
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        for place, (_, pair) in enumerate(rows):
+            if pair is not None:
+                here, full = pair
+                axes.barh(place, full, color=theme.reference, height=0.7)
+                axes.barh(place, here, color=theme.series[0], height=0.4)
+                told = f"{bytes_text(here)} of {bytes_text(full)}, {100 * here / full:.0f} %"
+                _beside_bar(axes, max(here, full), place, told)
+        _finish_rows(axes, [name if pair is not None else None for name, pair in rows])
+        _head_rows(axes, [(place, name) for place, (name, pair) in enumerate(rows) if pair is None])
+        axes.set_xlabel("bytes a step, rank 0")
+        patch = matplotlib.patches.Patch
+        handles = [
+            patch(color=theme.reference, label="full fine-tuning, computed"),
+            patch(color=theme.series[0], label="this run, measured"),
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=9)
+
+    return draw, 1.3 + 0.3 * len(rows)
 
 
 def step_seconds(runs: Sequence[Run]) -> tuple[Draw, float]:
     """Median step time by phase, and its parts where they were logged."""
-    rows = [(f"{run.name}, {phase}", times) for run in runs for phase, times in sorted(run.step_seconds().items())]
+    rows: list[tuple[str, dict[str, float] | None]] = []
+    for run in runs:
+        by_phase = sorted(run.step_seconds().items())
+        if by_phase and len(runs) > 1:
+            rows.append((run.name, None))
+        rows += by_phase
+    has_parts = any(part in times for _, times in rows if times for part in PARTS)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         for place, (_, times) in enumerate(rows):
+            if times is None:
+                continue
             left = 0.0
             for part, colour in zip(PARTS, theme.series):
                 if part in times:
                     axes.barh(place, times[part], left=left, color=colour, height=0.6)
                     left += times[part]
             if times["all"] > left:
-                axes.barh(place, times["all"] - left, left=left, color=theme.grid, height=0.6)
-            axes.annotate(f"{times['all']:.3g} s", (max(left, times["all"]), place), (4, 0),
-                          textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.margins(x=0.12)
-        axes.set_xlabel("seconds a step, median (grey: what is neither of the parts)")
-        axes.grid(axis="x", linewidth=0.5)
-        handles = [matplotlib.patches.Patch(color=c, label=p) for p, c in zip(PARTS, theme.series)]
-        figure.legend(handles=handles, loc="outside upper right", ncols=3)
+                axes.barh(place, times["all"] - left, left=left, color=theme.reference, height=0.6)
+            _beside_bar(axes, max(left, times["all"]), place, seconds_text(times["all"]))
+        _finish_rows(axes, [name if times is not None else None for name, times in rows], of_bytes=False)
+        _head_rows(axes, [(place, name) for place, (name, times) in enumerate(rows) if times is None])
+        axes.set_xlabel("seconds a step, median")
+        if has_parts:
+            parts = [*zip(PARTS, theme.series), ("other", theme.reference)]
+            handles = [matplotlib.patches.Patch(color=colour, label=part) for part, colour in parts]
+            figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=9)
 
-    return draw, 1.3 + 0.34 * len(rows)
+    return draw, 1.3 + 0.3 * len(rows)
 
 
-def _bars(runs: Sequence[Run], values: Callable[[Run], dict[str, float]], label: str) -> tuple[Draw, float]:
-    rows = [(run.name, name, value, index) for index, run in enumerate(runs) for name, value in values(run).items()]
+def _num_columns(num_steps: int) -> int:
+    return num_steps if num_steps <= MAX_SINGLE_STEPS else MANY_STEPS_COLUMNS
 
-    def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
-        for place, (_, name, value, index) in enumerate(rows):
-            reference = name.startswith("full") or name.endswith("(computed)")
-            colour = theme.grid if reference else theme.series[index % len(theme.series)]
-            axes.barh(place, value, color=colour, height=0.66)
-            axes.annotate(bytes_text(value), (value, place), (4, 0), textcoords="offset points", va="center")
-        prefix = len({run for run, *_ in rows}) > 1
-        axes.set_yticks(range(len(rows)), [f"{run}: {name}" if prefix else name for run, name, *_ in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.margins(x=0.14)
-        axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
-        axes.set_xlabel(label)
-        axes.grid(axis="x", linewidth=0.5)
 
-    return draw, 1.0 + 0.3 * len(rows)
+def _short(name: str) -> str:
+    """``name`` with its middle left out where it is too long: runs differ at both ends."""
+    if len(name) <= MAX_NAME_LETTERS:
+        return name
+    half = (MAX_NAME_LETTERS - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"
+
+
+def _name_blocks(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=9 if len(names) <= 20 else 7.5)
+
+
+def _beside_bar(axes: Any, end: float, place: int, text: str) -> None:
+    axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+
+
+def _finish_rows(axes: Any, labels: Sequence[str | None], *, of_bytes: bool = True) -> None:
+    """Names, limits and scale of horizontal bars from the top down; a row without a label is a heading's."""
+    named = [(place, label) for place, label in enumerate(labels) if label is not None]
+    axes.set_yticks([place for place, _ in named], [label for _, label in named])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if of_bytes:
+        axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value).replace(".00 ", " ").replace(".0 ", " "))
+    axes.grid(axis="x", linewidth=0.5)
+
+
+def _head_rows(axes: Any, heads: Sequence[tuple[int, str]]) -> None:
+    for place, name in heads:
+        axes.annotate(name, (0, place), (4, -2), textcoords="offset points", va="center", fontsize=9, weight="bold")
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from ds_agsel.files import write_atomically
-from ds_agsel.report.runs import BLOCKS_FILE, METRICS_FILE, SELECTION_FILE
+from ds_agsel.report.runs import BLOCKS_FILE, METRICS_FILE, SELECTION_FILE, SUMMARY_FILE
 from ds_agsel.selection import Record
 
-__all__ = ["BLOCKS_FILE", "METRICS_FILE", "SELECTION_FILE", "JsonLines", "SelectionLog"]
+__all__ = ["BLOCKS_FILE", "METRICS_FILE", "SELECTION_FILE", "SUMMARY_FILE", "JsonLines", "SelectionLog"]
 
 
 class JsonLines:
@@ -23,6 +25,7 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_lines: int = 0) -> None:
         kept = path.read_text(encoding="utf-8").splitlines()[:keep_lines] if keep_lines else []
+        self.path = path
         self.num_lines = len(kept)
         if keep_lines:
             write_atomically(path, "".join(f"{line}\n" for line in kept))
@@ -85,6 +88,7 @@ class SelectionLog:
         return {
             "policy": self._selection.config.policy,
             "select_percent": self._selection.config.select_percent,
+            "ranks": distributed.get_world_size() if distributed.is_initialized() else 1,
             "total_numel": sum(block.numel for block in blocks),
             "blocks": [{"index": block.index, "name": block.name, "numel": block.numel} for block in blocks],
         }

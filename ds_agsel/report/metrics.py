@@ -42,6 +42,15 @@ def block_counts(selection: Selection) -> dict[str, float]:
     }
 
 
+def block_shares(selection: Selection, num_steps: int) -> dict[str, float]:
+    """``selected/NAME`` of every block: the share of the last ``num_steps`` steps that updated it; for one, 1 or 0."""
+    last = selection.history[-num_steps:] if num_steps > 0 else []
+    return {
+        f"selected/{block.name}": sum(block.index in record.blocks for record in last) / max(1, len(last))
+        for block in selection.blocks
+    }
+
+
 def count_entropy(counts: tuple[int, ...]) -> float:
     """Entropy of the shares of ``counts`` over its largest value, ln(len(counts)): 1 where all are equal, 0 for one."""
     total = sum(counts)

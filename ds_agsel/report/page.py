@@ -17,6 +17,8 @@ from ds_agsel.report import charts
 from ds_agsel.report.runs import Run
 from ds_agsel.report.text import bytes_text, seconds_text
 
+WITHOUT_PERCENT = ("all", "fixed", "replay")  # policies that do not look at select_percent
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -70,15 +72,15 @@ def write_report(runs: Sequence[Run], path: Path) -> list[Path]:
 def _charts_of_all(runs: Sequence[Run], chart: Any) -> list[Chart]:
     found = []
     if any(line.loss is not None for run in runs for line in run.measured):
-        note = "Thin: each logged step. Thick: an exponential mean. Dots: validation."
+        note = "Lines: an exponential mean of the logged steps, which are faint behind it. Dots: validation."
         found.append(chart("loss", "Loss", note, charts.losses(runs)))
     if any(run.step_seconds() for run in runs):
         found.append(chart("step_time", "Step time", "Medians, explore and exploit steps apart.",
                            charts.step_seconds(runs)))  # fmt: skip
     if any(run.state_bytes() for run in runs):
         note = (
-            "Adam's moments. Full fine-tuning and the formula (of a mean step) are computed from the parameters; what "
-            "is kept was measured on rank 0 at the last step, and covers every block updated so far."
+            "Adam's moments, a rank's share. Full fine-tuning and the formula (of a mean step) are computed from the "
+            "parameters; what is kept was measured on rank 0 at the last step, and covers every block updated so far."
         )
         found.append(chart("memory", "Optimizer-state memory", note, charts.memory(runs)))
     if any(run.traffic() for run in runs):
@@ -94,7 +96,7 @@ def _charts_of(run: Run, chart: Any, name: str) -> list[Chart]:
     if not run.steps:
         return []
     return [
-        chart(f"{name}_selection", "Selected blocks", "A column is a step; filled where the block was updated.",
+        chart(f"{name}_selection", "Selected blocks", "Filled where a step updated the block.",
               charts.heat_map(run)),
         chart(f"{name}_counts", "Updates of each block", "Over all steps so far.", charts.update_counts(run)),
         chart(f"{name}_phases", "Explore and exploit", "ε, and below which steps explored.", charts.timeline(run)),
@@ -106,7 +108,7 @@ def _overview(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "policy": run.policy,
-        "percent": run.select_percent,
+        "percent": None if run.policy in WITHOUT_PERCENT else run.select_percent,
         "blocks": len(run.block_names) or None,
         "explore": run.num_steps("explore") if run.steps else None,
         "exploit": run.num_steps("exploit") if run.steps else None,

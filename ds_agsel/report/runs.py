@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -56,10 +57,12 @@ class Run:
     block_numels: list[int] | None = None
     policy: str | None = None
     select_percent: float | None = None
+    ranks: int = 1
     steps: list[Step] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     summary: dict[str, Any] | None = None
+    changed: float | None = None  # when its logs were last written, seconds since the epoch
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -93,14 +96,14 @@ class Run:
         return statistics.fmean(selected) / sum(self.block_numels)
 
     def state_bytes(self) -> dict[str, float] | None:
-        """Bytes of Adam's moments: ``full`` fine-tuning, the paper's ``formula`` for a mean step, ``measured`` on rank
-        0 at the end (absent in older logs): those that exist, kept for all blocks updated so far."""
+        """Bytes of Adam's moments on a rank: its share of ``full`` fine-tuning's, of the paper's ``formula`` for a mean
+        step, and ``measured`` on rank 0 at the end (absent in older logs): kept for all blocks updated so far."""
         selected = self.selected_numel()
         if not selected or self.block_numels is None:
             return None
         found = {
-            "full": float(ADAM_BYTES_PER_ELEMENT * sum(self.block_numels)),
-            "formula": ADAM_BYTES_PER_ELEMENT * statistics.fmean(selected),
+            "full": ADAM_BYTES_PER_ELEMENT * sum(self.block_numels) / self.ranks,
+            "formula": ADAM_BYTES_PER_ELEMENT * statistics.fmean(selected) / self.ranks,
         }
         if self.steps[-1].state_bytes is not None:
             found["measured"] = float(self.steps[-1].state_bytes)
@@ -170,10 +173,19 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
             "ds_agsel.hf.SelectionCallback."
         )
     _read_blocks(run)
+    run.changed = _last_change(folder)
     text = _read_text(run, SUMMARY_FILE)
     if text is not None:
         run.summary = _parse(run, SUMMARY_FILE, text)
     return run
+
+
+def _last_change(folder: Path) -> float | None:
+    times = []
+    for name in (SELECTION_FILE, METRICS_FILE):
+        with contextlib.suppress(OSError):
+            times.append((folder / name).stat().st_mtime)
+    return max(times, default=None)
 
 
 def _read_selection(run: Run) -> bool:
@@ -261,6 +273,7 @@ def _read_blocks(run: Run) -> None:
             if len(names) >= num_blocks:
                 run.block_names, run.block_numels = names, numels
                 run.policy, run.select_percent = described.get("policy"), _number(described.get("select_percent"))
+                run.ranks = max(1, int(_number(described.get("ranks")) or 1))
                 return
             run.problems.append(
                 f"{run.folder / BLOCKS_FILE}: it names {len(names)} blocks, and {SELECTION_FILE} has {num_blocks}"

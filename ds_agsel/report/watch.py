@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ds_agsel.report.runs import Run, read_run
 from ds_agsel.report.text import bytes_text, seconds_text
 
 SPARKS = "▁▂▃▄▅▆▇█"
+LEAST_BAR = 8  # characters of the longest bar, below which blocks do not share a line
 COLOURS = {"explore": "yellow", "exploit": "blue"}
 
 
@@ -41,26 +43,43 @@ def watch(folder: Path, *, interval_seconds: float = 2.0, once: bool = False, co
                     return
                 time.sleep(interval_seconds)
                 run = read_run(folder)
-        with Live(view(run, console.width), console=console, refresh_per_second=4) as live:
+        with Live(view(run, *console.size), console=console, refresh_per_second=4) as live:
             while not run.is_finished:
                 time.sleep(interval_seconds)
                 run = read_run(folder)
-                live.update(view(run, console.width))
+                live.update(view(run, *console.size))
     except KeyboardInterrupt:
         console.print("stopped watching; the run goes on")
 
 
-def view(run: Run, width: int) -> Panel:
-    """The run as it stands, for a terminal of ``width`` columns."""
-    parts = [_head(run), _loss(run, width), _counts(run, width), _last(run)]
+def view(run: Run, width: int, height: int | None = None) -> Panel:
+    """The run as it stands, for a terminal of ``width`` columns; with ``height``, of as many lines at most."""
+    inner = width - 4
+    above = [*_facts(run, inner), *_loss(run, inner)]
+    below = [*_last(run, inner)]
     if run.problems:
-        parts.append(Text(f"{len(run.problems)} unreadable: {run.problems[-1]}", style="yellow"))
-    state = "finished" if run.is_finished else "no summary yet"
-    return Panel(Group(*[part for part in parts if part is not None]), title=Text(f"{run.name} ({state})"))
+        last = run.problems[-1].removeprefix(f"{run.folder}/")
+        below.append(_line(f"{len(run.problems)} unreadable: {last}", inner, style="yellow"))
+    room = None if height is None else max(1, height - 3 - len(above) - len(below))
+    return Panel(Group(*above, *_counts(run, inner, room), *below), title=Text(f"{run.name} ({_state(run)})"))
 
 
-def _head(run: Run) -> Table:
-    table = Table.grid(padding=(0, 3))
+def _state(run: Run) -> str:
+    if run.is_finished:
+        return "finished"
+    if run.changed is None:
+        return "unfinished"
+    seconds = max(0, round(time.time() - run.changed))
+    return f"unfinished, written {f'{seconds} s' if seconds < 60 else seconds_text(seconds)} ago"
+
+
+def _line(text: str, width: int, style: str = "") -> Text:
+    line = Text(text, style=style, no_wrap=True)
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _facts(run: Run, width: int) -> list[Text]:
     explore, exploit = run.num_steps("explore"), run.num_steps("exploit")
     facts = [f"steps {len(run.steps) or len(run.measured)}", f"explore {explore}, exploit {exploit}"]
     if run.steps and run.steps[-1].explore_rate is not None:
@@ -68,46 +87,90 @@ def _head(run: Run) -> Table:
     share = run.share_of_parameters()
     if share is not None:
         facts.append(f"{100 * share:.1f} % of parameters a step")
-    facts += [f"{phase} {seconds_text(times['all'])}" for phase, times in sorted(run.step_seconds().items())]
+    for phase, times in sorted(run.step_seconds().items()):
+        facts.append(f"{phase} step {seconds_text(times['all'])}" if phase != "step" else f"step {times['all']:.2f} s")
     states = run.state_bytes()
     if states is not None and "measured" in states:
         facts.append(f"states {bytes_text(states['measured'])} of {bytes_text(states['full'])}")
-    for start in range(0, len(facts), 3):
-        table.add_row(*[Text(fact) for fact in facts[start : start + 3]])
-    return table
+    lines = [facts[0]]
+    for fact in facts[1:]:  # whole facts: as many to a line as fit
+        if len(lines[-1]) + 3 + len(fact) <= width:
+            lines[-1] += f" · {fact}"
+        else:
+            lines.append(fact)
+    return [_line(line, width) for line in lines]
 
 
-def _loss(run: Run, width: int) -> Text | None:
+def _loss(run: Run, width: int) -> list[Text]:
     losses = [line.loss for line in run.measured if line.loss is not None]
     if not losses:
-        return None
+        return []
     validation = f", validation {run.validation[-1][1]:.3f}" if run.validation else ""
-    return Text(f"loss {losses[-1]:.3f}{validation}  ") + Text(sparkline(losses, max(10, width - 40)), style="green")
+    told = f"loss {losses[-1]:.3f}{validation}  "
+    return [Text(told) + Text(sparkline(losses, max(8, width - len(told))), style="green")]
 
 
-def _counts(run: Run, width: int) -> Table | None:
+def _counts(run: Run, width: int, room: int | None) -> list[Table | Text]:
+    """A row a block, with its count as a bar; where ``room`` lines do not hold them all, in several columns, and where
+    those would be too narrow, only the blocks updated most."""
     if not run.steps:
-        return None
-    table = Table.grid(padding=(0, 1))
+        return []
+    blocks, more = list(range(len(run.block_names))), []
+    counts = run.counts()
+    name_width = max(len(name) for name in run.block_names)
+    least_width = name_width + len(str(max(counts))) + 4 + LEAST_BAR
+    columns = 1
+    if room is not None and len(blocks) > room:
+        columns = max(1, min(math.ceil(len(blocks) / room), (width + 2) // (least_width + 2)))
+        if len(blocks) > room * columns:
+            shown = max(1, room - 1) * columns
+            by_count = sorted(blocks, key=lambda block: -counts[block])
+            blocks, left = sorted(by_count[:shown]), by_count[shown:]
+            more = [_line(f"… and {len(left)} blocks more, updated {counts[left[0]]} times at most", width)]
+    rows = math.ceil(len(blocks) / columns)
+    if columns == 1:
+        return [_bars(run, blocks, width), *more]
+    table = Table.grid(padding=(0, 2), expand=False)
+    each = (width - 2 * (columns - 1)) // columns
+    parts = [blocks[start : start + rows] for start in range(0, len(blocks), rows)]
+    table.add_row(*[_bars(run, part, each) for part in parts])
+    return [table, *more]
+
+
+def _bars(run: Run, blocks: Sequence[int], width: int) -> Table:
     explore, exploit = run.counts("explore"), run.counts("exploit")
     largest = max(1, *(sum(pair) for pair in zip(explore, exploit)))
-    room = max(10, width - 16 - max(len(name) for name in run.block_names))
+    digits = len(str(largest))
+    name_width = min(max(len(name) for name in run.block_names), max(8, width - digits - 4 - LEAST_BAR))
+    room = max(1, width - name_width - digits - 4)
+    table = Table.grid(padding=(0, 1))
     selected = set(run.steps[-1].blocks)
-    for index, name in enumerate(run.block_names):
+    for index in blocks:
         bar = Text("█" * round(exploit[index] / largest * room), style=COLOURS["exploit"])
         bar.append("█" * round(explore[index] / largest * room), style=COLOURS["explore"])
+        bar.truncate(room)
         mark = Text("●" if index in selected else " ", style=COLOURS[run.steps[-1].phase])
-        table.add_row(mark, Text(name), Text(str(explore[index] + exploit[index]), justify="right"), bar)
+        name = run.block_names[index]
+        if len(name) > name_width:  # layers differ at the end
+            name = "…" + name[1 - name_width :]
+        table.add_row(mark, Text(f"{name:{name_width}}"), Text(f"{explore[index] + exploit[index]:>{digits}}"), bar)
     return table
 
 
-def _last(run: Run) -> Text | None:
+def _last(run: Run, width: int) -> list[Text]:
     if not run.steps:
-        return None
-    text = Text("last steps  ")
-    for step in run.steps[-4:]:
-        text.append(f"{step.step}: {','.join(map(str, step.blocks))}  ", style=COLOURS[step.phase])
-    return text
+        return []
+    parts: list[Text] = []
+    used = len("last steps")
+    for step in reversed(run.steps[-4:]):
+        part = f"  {step.step}: {','.join(map(str, step.blocks))}"
+        if parts and used + len(part) > width:
+            break
+        used += len(part)
+        parts.insert(0, Text(part, style=COLOURS[step.phase]))
+    line = Text("last steps", no_wrap=True) + Text("").join(parts)
+    line.truncate(width, overflow="ellipsis")
+    return [line]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -20,12 +20,21 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 
 import ds_agsel
 from ds_agsel import checkpoints
 from ds_agsel.errors import CheckpointError
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, model_states
+
+SELECTION_KEY = "adagrad_select"  # in the client_state, beside which a universal checkpoint keeps nothing of ours
+FIRST_MODEL_STATES = "*mp_rank_00_model_states.pt"
 
 logger = logging.getLogger("ds_agsel")
 
@@ -58,13 +67,12 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
             errors.attempt(checkpoints.make_room, folder)
         failure = errors.first_of_all_ranks()
         if failure is None:
+            state = self.selection.state_dict()
+            ours_and_theirs = {**universal_info(), **(client_state or {}), SELECTION_KEY: state}
             with self.selection.thawed(), compat.writes_through(self, errors.attempt) as written:
-                super().save_checkpoint(
-                    os.fspath(save_dir), tag, dict(client_state or {}), False, exclude_frozen_parameters
-                )
+                super().save_checkpoint(os.fspath(save_dir), tag, ours_and_theirs, False, exclude_frozen_parameters)
             if place.leads:
-                state = json.dumps(self.selection.state_dict())
-                errors.attempt((folder / checkpoints.STATE_FILE).write_text, state, encoding="utf-8")
+                errors.attempt((folder / checkpoints.STATE_FILE).write_text, json.dumps(state), encoding="utf-8")
                 written.append(folder / checkpoints.STATE_FILE)
             written += [path for path in compat.offloaded_files(self, folder) if path.is_file()]
             ours = errors.attempt(checkpoints.entries, folder, written)
@@ -105,13 +113,22 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
             "world_size": dist.get_world_size(),
             "stage": int(self.zero_optimization_stage()),
             "steps": self.global_steps,
-            "section_sha256": hashlib.sha256(section.encode()).hexdigest(),
+            "layout_sha256": self._layout(),
+            "section_sha256": _sha256(section),
             "versions": {
                 "ds_agsel": ds_agsel.__version__,
                 "deepspeed": compat.deepspeed_version(),
                 "torch": str(torch.__version__),
             },
         }
+
+    def _layout(self) -> str:
+        """Which elements lie where in which rank's partitions, hashed; equal on all ranks."""
+        shapes = [[(name, list(shape)) for name, shape in group.items()] for group in self._get_zero_param_shapes()]
+        return _sha256(json.dumps([dist.get_world_size(), self._form(), shapes]))
+
+    def _form(self) -> str:
+        return "3" if self.zero_optimization_partition_weights() else "1 and 2"
 
     def load_checkpoint(
         self, load_dir: str | os.PathLike[str], tag: str | None = None, *args: Any, **kwargs: Any
@@ -133,19 +150,75 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
             return None, None
         state = None
         if with_states:
-            state = read_selection_state(directory / tag)
+            state = read_selection_state(directory / tag, self.load_universal_checkpoint())
+            self._check_form(directory / tag)
             self.selection.check_compatible(state, f"checkpoint {directory / tag}")
         with self.selection.thawed():
             result = super().load_checkpoint(os.fspath(load_dir), tag, *args, **kwargs)
         if state is not None and result[0] is not None:
             self.selection.load_state_dict(state)
-        return result
+        path, client_state = result
+        ours = (SELECTION_KEY, *universal_info())
+        return path, client_state and {key: value for key, value in client_state.items() if key not in ours}
+
+    def _check_form(self, folder: Path) -> None:
+        if self.load_universal_checkpoint():
+            UniversalFolder(folder)
+            return
+        if not checkpoints.has_manifest(folder):
+            return
+        stage = checkpoints.read_manifest(folder).facts.get("stage", 2)
+        if (stage == 3) != self.zero_optimization_partition_weights():
+            raise CheckpointError(
+                f"checkpoint {folder} was saved with zero_optimization.stage={stage}; a run with stage="
+                f"{int(self.zero_optimization_stage())} can't load it as it is. Make a universal checkpoint of it "
+                "(python -m deepspeed.checkpoint.ds_to_universal) and set checkpoint.load_universal=true, or use the "
+                "same stage."
+            )
+
+    def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
+        """Stock where this rank's file is what it needs; otherwise [Note: By name] in `repartition`."""
+        folder = Path(load_dir) / tag
+        saved: SavedStates
+        if self.load_universal_checkpoint():
+            saved = UniversalFolder(folder)
+            if not self.zero_optimization_partition_weights():
+                self._load_what_zero_does_not_manage(folder)
+        elif self._is_ours_to_cut(folder):
+            saved = ZeroFiles(folder)
+        else:
+            return super()._load_zero_checkpoint(load_dir, tag, load_optimizer_states)
+        self.optimizer.load_by_name(
+            saved,
+            load_optimizer_states=load_optimizer_states,
+            load_from_fp32_weights=True,
+            param_shapes=self._get_zero_param_shapes(),
+        )
+        return True
+
+    def _is_ours_to_cut(self, folder: Path) -> bool:
+        facts = checkpoints.read_manifest(folder).facts if checkpoints.has_manifest(folder) else {}
+        here = self._layout()
+        return self.loaded_checkpoint_dp_world_size != dist.get_world_size() or facts.get("layout_sha256", here) != here
+
+    def _load_what_zero_does_not_manage(self, folder: Path) -> None:
+        """Buffers and frozen parameters, which DeepSpeed's universal load leaves as they are (engine.py:4660)."""
+        own = self.module.state_dict()
+        module = model_states(folder)["module"]
+        fitting = {name: value for name, value in module.items() if name in own and own[name].shape == value.shape}
+        self.module.load_state_dict(fitting, strict=False)
+
+    def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
+        """Stock, or the first rank's file where the saving run had fewer ranks or another stage."""
+        found = super()._get_all_ckpt_names(checkpoints_path, tag)
+        return found or [os.fspath(path) for path in sorted(Path(checkpoints_path, tag).glob(FIRST_MODEL_STATES))[:1]]
 
     def _whole_tag(self, directory: Path, wanted: str | None) -> str | None:
         """The tag to load, the same on all ranks; None where there is none and none is wanted. Collective."""
         place = _Place.of(self)
         passed_over: dict[str, list[str]] = {}
-        for tag, is_verifiable in _of_rank_0(lambda: _candidates(directory, wanted)):
+        latest = checkpoints.LATEST_UNIVERSAL_FILE if self.load_universal_checkpoint() else checkpoints.LATEST_FILE
+        for tag, is_verifiable in _of_rank_0(lambda: _candidates(directory, wanted, latest)):
             if not is_verifiable:
                 self._warn(f"{directory / tag} has no {checkpoints.MANIFEST_FILE}, so it can't be verified.")
                 return tag
@@ -170,9 +243,9 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
             logger.warning("adagrad_select: %s", message)
 
 
-def _candidates(directory: Path, wanted: str | None) -> list[tuple[str, bool]]:
+def _candidates(directory: Path, wanted: str | None, latest: str) -> list[tuple[str, bool]]:
     """The tags to try, in turn, and whether each can be verified."""
-    tags = checkpoints.candidates(directory) if wanted is None else [checkpoints.folder_of(directory, wanted).name]
+    tags = [checkpoints.folder_of(directory, wanted).name] if wanted else checkpoints.candidates(directory, latest)
     return [(tag, checkpoints.is_verifiable(directory / tag) or not (directory / tag).is_dir()) for tag in tags]
 
 
@@ -180,18 +253,33 @@ def _reasons(passed_over: Mapping[str, list[str]]) -> str:
     return "; ".join(f"{tag} ({checkpoints.in_words(why)})" for tag, why in passed_over.items())
 
 
-def read_selection_state(folder: Path) -> dict[str, Any]:
+def read_selection_state(folder: Path, universal: bool = False) -> dict[str, Any]:
     """The selection saved in a checkpoint folder. Raises CheckpointError where there is none, or a damaged one."""
     path = folder / checkpoints.STATE_FILE
     try:
+        if universal:  # which has what DeepSpeed's converter copies alone
+            return model_states(folder)[SELECTION_KEY]
+        if (folder / "zero" / "optimizer_state.pt").is_file():
+            raise CheckpointError(
+                f"{folder} is a universal checkpoint. Set checkpoint.load_universal=true in the ds_config to load it."
+            )
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyError):
         raise CheckpointError(
             f"{folder} has no {checkpoints.STATE_FILE}: plain DeepSpeed wrote it. Its weights alone can be "
             "loaded, and selection then starts afresh: load_checkpoint(..., load_module_only=True)."
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}). Load an earlier checkpoint with tag=.") from error
+
+
+def universal_info() -> dict[str, Any]:
+    """The client_state without which `ds_to_universal` refuses a checkpoint (0.19.8)."""
+    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -395,6 +395,14 @@ def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
         )
 
 
+def place_in_partition(param: Any) -> tuple[int, int, int] | None:
+    """(first element of ``param`` in this rank's ZeRO-1/2 partition, where it lies there, how many); None: none is."""
+    mapping = param._hp_mapping
+    if mapping is None:
+        return None
+    return mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+
 def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
     partition = optimizer.single_partition_of_fp32_groups[group]
@@ -522,6 +530,7 @@ __all__ = [
     "offloaded_files",
     "only_groups",
     "only_sub_groups",
+    "place_in_partition",
     "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",

@@ -20,6 +20,7 @@ from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.host_adam import HostAdam
+from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -171,10 +172,28 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     param_groups = property(_get_param_groups, _set_param_groups)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super().load_state_dict(*args, **kwargs)
+    def layouts(self) -> list[Layout]:
+        """What lies in this rank's partition of each group."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        if not getattr(self, "swap_optimizer", False):  # its states lie on NVMe
+            add_empty_states(state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
+        for state_dict in state_dict_list:
+            if state_dict is not None:
+                drop_empty_states(state_dict)
+        super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
         self._link.pull(self.optimizer.param_groups)
 
+    def load_by_name(self, saved: SavedStates, **kwargs: Any) -> None:
+        """Load what any number of ranks saved, [Note: By name] in `repartition`. Collective."""
+        own = state_dict_for(super().state_dict(), self.layouts(), self.optimizer, saved)
+        rank = dist.get_rank(group=self.dp_process_group)
+        self.load_state_dict([own if other == rank else None for other in range(rank + 1)], **kwargs)
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError

@@ -29,7 +29,9 @@ from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
+from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
+from ds_agsel.zero.staging import HostStaging
 from ds_agsel.zero.visiting import VisitingStates
 
 
@@ -58,6 +60,10 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         self._stream: ExploreStream | None = None
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
+        if self.cpu_offload:
+            numels = [partition.numel() for partition in self.single_partition_of_fp32_groups]
+            self._staging = HostStaging(numels, self.dtype, self.cpu_offload_pin_memory)
+            self._free_stock_staging()
         self._visiting = self._visiting_states() if states_visit else None
         self._link_all_hp_params()
 
@@ -72,6 +78,19 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
             config.state_budget_bytes, config.keep_master, count,
         )  # fmt: skip
+
+    def _free_stock_staging(self) -> None:
+        buffers = self.param_buffer_of_bit16_for_cpu_offload_groups
+        for group, buffer in enumerate(buffers):
+            if self.cpu_offload_pin_memory:
+                get_accelerator().unpin_memory(buffer)
+            buffers[group] = buffer.new_empty(0)
+
+    def destroy(self) -> None:
+        if self.cpu_offload:
+            self._staging.release()
+            self.param_buffer_of_bit16_for_cpu_offload_groups.clear()
+        super().destroy()
 
     # ------------------------------------------------------------------ window
 
@@ -389,7 +408,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                     self._visiting.leave_entered()
 
     def _begin_update(self, blocks: Sequence[int]) -> list[int]:
-        return self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
+        groups = self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
+        if self.cpu_offload:
+            for group, buffer in self._staging.slices(groups).items():
+                self.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
+        return groups
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
@@ -472,6 +495,10 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             host += list(self.accumulated_grads_in_cpu.values())
         return storage_bytes(tensors), storage_bytes(host)
 
+    def staging_bytes(self) -> int:
+        """Bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
+        return self._staging.held_bytes() if self.cpu_offload else 0
+
     def resident_state_bytes(self) -> int:
         """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
 
@@ -496,6 +523,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         super()._link_all_hp_params()
         if self.round_robin_gradients:
             compat.link_reordered_params(self)
+            self._param_slice_mappings = self._create_param_mapping()  # what checkpoints say of it
         self._states_linked.clear()
         for group, params in enumerate(self.bit16_groups):
             self._link_state(group)
@@ -563,6 +591,15 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             self._states_linked.clear()
             for group in range(len(self.bit16_groups)):
                 self._link_state(group)
+
+    def layouts(self) -> list[Layout]:
+        found = []
+        for params, partition in zip(self.bit16_groups, self.single_partition_of_fp32_groups):
+            names = tuple(self.param_names[param] for param in params)
+            places = [compat.place_in_partition(param) for param in params]
+            slices = tuple(Slice(name, *place) for name, place in zip(names, places) if place is not None)
+            found.append(Layout(names, partition.numel(), slices))
+        return found
 
     def refresh_fp32_params(self) -> None:
         if self._visiting is not None:

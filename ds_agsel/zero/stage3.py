@@ -67,8 +67,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         compat.gradient_partitions(self).clear()
         for partition in self.fp32_partitioned_groups_flat:
             partition.grad = None
-        for bucket in self.ipg_buckets.values():
-            bucket.buffer = None
+        self._free_buckets()
 
     def _sub_group_of(self, param: ZeroParameter) -> int:
         return self._group_of_param[self._number_of_param[param.ds_id]]
@@ -97,21 +96,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
                 _, start, numel = self.grad_position[self.get_param_id(param)]
                 partitions[param.ds_id] = self._partitions.held[group].narrow(0, start, numel)
         if self.offload_optimizer:
-            in_memory = [group for group in groups if not self._swappable_optimizer_subgroup(group)]
-            self._fp32_gradients.hold(in_memory)
-            for group, partition in enumerate(self.fp32_partitioned_groups_flat):
-                if not self._swappable_optimizer_subgroup(group):
-                    partition.grad = self._fp32_gradients.held.get(group)
-        self._resize_buckets(sum(param.ds_numel for group in groups for param in self.fp16_groups[group]))
-
-    def _resize_buckets(self, active_numel: int) -> None:
-        """Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large."""
+            for partition in self.fp32_partitioned_groups_flat:
+                partition.grad = None
+            self._fp32_gradients.hold(group for group in groups if not self._swappable_optimizer_subgroup(group))
+            for group, gradient in self._fp32_gradients.held.items():
+                self.fp32_partitioned_groups_flat[group].grad = gradient
+        # Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large.
+        active_numel = sum(param.ds_numel for group in groups for param in self.fp16_groups[group])
         self.reduce_bucket_size = min(self._stock_bucket_size, active_numel)
-        if self.contiguous_gradients:
-            device = get_accelerator().current_device_name()
-            for dtype, bucket in self.ipg_buckets.items():
-                if bucket.buffer is None or bucket.buffer.numel() != self.reduce_bucket_size:
-                    bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
 
     # ---------------------------------------------------------------- backward
 
@@ -121,7 +113,18 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             return
         if param.ds_id not in compat.gradient_partitions(self):
             self._hold_gradient_buffers()
+        self._make_bucket(self.get_param_comm_dtype(param))
         super().reduce_ready_partitions_and_remove_grads(param)
+
+    def _make_bucket(self, dtype: torch.dtype) -> None:
+        bucket = self.ipg_buckets[dtype]
+        if self.contiguous_gradients and bucket.buffer is None:
+            device = get_accelerator().current_device_name()
+            bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
+
+    def _free_buckets(self) -> None:
+        for bucket in self.ipg_buckets.values():
+            bucket.buffer = None
 
     def partition_grads(self, params_to_release: list[ZeroParameter], grad_partitions: list[Tensor]) -> list[Tensor]:
         traffic = self.selection.current_traffic
@@ -157,6 +160,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
         with compat.only_sub_groups(self, self._groups_of(self.selection.active_blocks)):
             super().independent_gradient_partition_epilogue()
+        self._free_buckets()
 
     # -------------------------------------------------------------------- step
 

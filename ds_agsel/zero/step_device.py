@@ -43,7 +43,7 @@ class Situation:
     """What the decision hangs on. Bytes are of one rank.
 
     Attributes:
-        offloads: the ds_config says ``offload_optimizer: cpu``.
+        offloads: the ds_config says ``offload_optimizer``, to the cpu or (ZeRO-3) to NVMe.
         can_offload: the optimizer comes from the ds_config, so that DeepSpeed can make the one that offload needs.
         can_visit: the ZeRO stage's adapter lets states visit.
         has_own_memory: the accelerator's memory is not the host's.
@@ -67,7 +67,7 @@ def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
             )
         if now.offloads:
             raise ConfigError(
-                "adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer.device='cpu' "
+                "adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer "
                 "contradict each other: the one steps on the accelerator, the other on the host. Set "
                 "offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
                 "accelerator), or step_device to null."
@@ -79,7 +79,7 @@ def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
             "other. Set offload_optimizer.device to 'cpu', or step_device to null."
         )
     if now.offloads:
-        return StepDevice.HOST, "offload_optimizer.device is 'cpu'"
+        return StepDevice.HOST, "offload_optimizer says so"
     if not now.can_visit:
         return StepDevice.STAY, "with ZeRO-3 states don't visit yet"
     if not now.has_own_memory:
@@ -93,6 +93,12 @@ def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
         f"weights, gradients and visiting states need {now.needed_bytes} bytes of the accelerator, of which "
         f"{now.available_bytes} are free"
     )
+
+
+def offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the ds_config keeps the optimizer on the host, or on NVMe behind it."""
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return str(offload.get("device", "none")) != "none"
 
 
 def situation(
@@ -118,7 +124,7 @@ def situation(
     accelerator = get_accelerator()
     own_memory = accelerator.device_name() != "cpu"
     return Situation(
-        offloads=str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu",
+        offloads=offloads_optimizer(ds_config),
         can_offload=not optimizer_is_given,
         can_visit=zero.get("stage") in (1, 2),
         has_own_memory=own_memory,
@@ -137,7 +143,9 @@ def _least_available_bytes() -> int:
 
 
 def report(choice: StepDevice, reason: str) -> None:
-    """Log the choice, why, and what its speed hangs on, once a run."""
+    """Log the choice, why, and what its speed hangs on: once, on rank 0, where somebody listens."""
+    if dist.get_rank() != 0 or not logger.isEnabledFor(logging.INFO):
+        return
     where = {StepDevice.HOST: "on the host", StepDevice.VISIT: "on the accelerator, its states visit it"}
     logger.info(
         "adagrad_select: AdamW runs %s: %s. Processor: %s, SIMD %s. %s",

@@ -48,11 +48,13 @@ def unsupported(
     if offload.get("super_offload"):
         setting = "zero_optimization.offload_optimizer.super_offload=true"
         _refuse(setting, "it steps outside ZeRO's loop", "Set it to false")
-    if offload_device not in ("none", "cpu"):
+    if offload_device not in (("none", "cpu", "nvme") if stage == 3 else ("none", "cpu")):
         _refuse(
             f"zero_optimization.offload_optimizer.device={offload_device!r}", "stages 1 and 2 offload to the cpu",
-            "Use 'cpu' or 'none'",
+            "Use 'cpu' or 'none', or stage 3",
         )  # fmt: skip
+    if stage == 3:
+        _refuse_for_stage3(zero, config, _refuse)
     if offload.get("ratio", 1.0) != 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
@@ -75,8 +77,10 @@ def unsupported(
         _refuse("compile.deepcompile=true", "it compiles the gradients of all blocks in", "Set it to false")
     if ds_config.get("managed_gradient_accumulation") is False:
         _refuse("managed_gradient_accumulation=false", "the window of a choice is DeepSpeed's own", "Set it to true")
-    if _section(ds_config, "checkpoint").get("load_universal"):
-        _refuse("checkpoint.load_universal=true", "blocks without state have no universal form yet", "Set it to false")
+    if _section(ds_config, "checkpoint").get("writer") is not None:
+        _refuse("checkpoint.writer", "what it writes is not there yet when a save returns", "Remove it")
+    if _section(ds_config, "datastates_ckpt").get("enabled"):
+        _refuse("datastates_ckpt.enabled=true", "a save returns before it has written", "Set it to false")
     for key, section in (("bf16", bf16), ("fp16", fp16)):
         for name in (f"{key}_master_weights_and_grads", f"{key}_optimizer_states"):
             if section.get(name):
@@ -103,6 +107,29 @@ def unsupported(
     if model is not None:
         _refuse_model(model, _refuse)
     return problems
+
+
+def _refuse_for_stage3(
+    zero: Mapping[str, Any], config: SelectionConfig, _refuse: Callable[[str, str, str], None]
+) -> None:
+    if config.step_device == "accelerator":
+        _refuse(
+            "adagrad_select.step_device='accelerator' with zero_optimization.stage=3",
+            "DeepSpeed steps where offload_optimizer.device puts the states", "Set step_device to null",
+        )  # fmt: skip
+    if zero.get("mics_shard_size", -1) > 0:
+        _refuse(
+            f"zero_optimization.mics_shard_size={zero['mics_shard_size']}", "MiCS has an optimizer of its own",
+            "Leave it out",
+        )  # fmt: skip
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        _refuse(
+            f"zero_optimization.zero_hpz_partition_size={zero['zero_hpz_partition_size']}",
+            "it drops the second copies of all weights at each step, updated or not", "Set it to 1",
+        )  # fmt: skip
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(name):
+            _refuse(f"zero_optimization.{name}=true", "it is not tested with frozen blocks", "Set it to false")
 
 
 def optimizer_problem(ds_config: Mapping[str, Any]) -> str | None:

@@ -5,20 +5,38 @@ The kernels are the host's, so that the bits must be the host's too, whatever or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import pytest
-from simulator import simulated
-from support import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Case, assert_identical, case_id, observe_state, train
+from simulator import Site, simulated
+from support import (
+    BETAS,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    Case,
+    assert_identical,
+    build,
+    case_id,
+    differences,
+    finish,
+    observe_state,
+    run_steps,
+    train,
+)
 from workers import Workers
 
 # Without DeepSpeed's CUDA kernels, AdamW on the device is torch's; with offload it is DeepSpeed's on the host.
 PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+# The throughput timer synchronizes the device at every step, which would hide a missing wait.
+UNTIMED = {"timers": {"throughput": {"enabled": False}}}
 TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-ON_DEVICE = Case(config=TORCH_ADAM, steps=6)
-ON_HOST = Case(offload="cpu", zero=PINNED, steps=6)
+ON_DEVICE = Case(config={**UNTIMED, **TORCH_ADAM}, steps=6)
+ON_HOST = Case(config=UNTIMED, offload="cpu", zero=PINNED, steps=6)
 
 CASES = [
     ON_DEVICE.but(section=None, zero={"overlap_comm": True}),
@@ -33,14 +51,16 @@ CASES = [
 ]
 
 
-def train_simulated(case: Case, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """`support.train` on the simulated accelerator, and the hazards met."""
-    accelerator = simulated(seed=seed, strict=False)
+def train_simulated(
+    case: Case, seed: int, without: Collection[Site] = ()
+) -> tuple[dict[str, Any], list[str], set[Site]]:
+    """`support.train` on the simulated accelerator, the hazards met, and the lines that declare waits."""
+    accelerator = simulated(seed=seed, strict=False, without=without)
     try:
         result = train(case, observer(case))
     finally:
-        accelerator.synchronize()  # before the next job meets the other rank
-    return result, [str(report) for report in accelerator.detector.found]
+        accelerator.queue.finish()  # before the next job meets the other rank
+    return result, [str(report) for report in accelerator.detector.found], accelerator.queue.declared_waits
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +83,7 @@ def observer(case: Case) -> Callable[[str, Any, int], Any] | None:
 
 def check(case: Case, expected: list[dict[str, Any]], ranks: Workers, seed: int) -> None:
     """``case`` on ``ranks`` leaves ``expected`` behind, bit for bit, and meets no hazard."""
-    for host, (device, hazards) in zip(expected, ranks.run(train_simulated, case, seed), strict=True):
+    for host, (device, hazards, _) in zip(expected, ranks.run(train_simulated, case, seed), strict=True):
         assert not hazards, f"{len(hazards)} hazards, the first:\n{hazards[0]}"
         assert_identical(host, device)
 
@@ -74,6 +94,53 @@ def test_training_has_the_hosts_bits(
     case: Case, world_size: int, on_host: Any, simulated_workers: Callable[[int], Workers]
 ) -> None:
     check(case, on_host(case, world_size), simulated_workers(world_size), seed=world_size)
+
+
+def test_fp16_with_an_overflow_takes_the_same_steps_in_every_order(
+    simulated_workers: Callable[[int], Workers],
+) -> None:
+    """DeepSpeed refuses fp16 on a host without fp16 matrix instructions; the accelerator has it."""
+    case = ON_HOST.but(dtype="fp16")
+    ((first, hazards, _),) = simulated_workers(1).run(train_simulated, case, 0)
+    assert first["skipped"] == 1 and len(first["history"]) == case.steps - 1
+    assert not hazards
+    check(case, [first], simulated_workers(1), seed=1)
+
+
+def stop_and_resume(case: Case, seed: int, folder: str) -> tuple[dict[str, Any], list[str]]:
+    """``case`` saved at its middle and gone on with by another engine, and the hazards met."""
+    accelerator = simulated(seed=seed, strict=False)
+    engine = build(case)
+    run_steps(engine, case, last=case.steps // 2)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    engine = build(case)
+    engine.load_checkpoint(folder)
+    result = finish(engine, run_steps(engine, case, first=case.steps // 2))
+    accelerator.queue.finish()
+    return result, [str(report) for report in accelerator.detector.found]
+
+
+def test_resume_equals_not_having_stopped(simulated_workers: Callable[[int], Workers], tmp_path: Path) -> None:
+    case = ON_HOST.but(dtype="bf16", zero={**PINNED, "overlap_comm": True})
+    ((whole, _, _),) = simulated_workers(1).run(train_simulated, case, 0)
+    ((resumed, hazards),) = simulated_workers(1).run(stop_and_resume, case, 1, str(tmp_path))
+    assert not hazards
+    for key in ("weights", "partitions", "counts", "plan"):
+        assert_identical(whole[key], resumed[key])
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=case_id)
+def test_waits_left_out_of_deepspeed_are_noticed(case: Case, simulated_workers: Callable[[int], Workers]) -> None:
+    """With overlap_comm gradients are averaged, and copied to the host, on a side stream (stage_1_and_2.py:1586)."""
+    case = case.but(steps=2)
+    ((expected, _, sites),) = simulated_workers(1).run(train_simulated, case, 0)
+    waits = [site for site in sites if os.path.join("deepspeed", "runtime") in site.file]
+    assert "average_tensor" in {site.function for site in waits}
+    for seed in range(2):
+        ((result, hazards, _),) = simulated_workers(1).run(train_simulated, case, seed, waits)
+        assert hazards
+        assert differences(expected["weights"], result["weights"])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,9 +12,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -148,21 +151,20 @@ def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path,
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    options = {"steps": "12", "checkpoint_every": "6", "evaluate_every": "6", "accumulation": "2"}
-    first = train(tiny_model, whole, ranks=2, **options)
-    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
+RESUMED = {"steps": "12", "checkpoint_every": "3", "keep_checkpoints": "4", "evaluate_every": "6", "accumulation": "2"}
 
-    # As if killed after step 6: the later checkpoint is broken off, the logs have lines of steps to be done again.
-    shutil.copytree(whole, resumed)
-    for name in ("model", "summary.json"):
-        path = resumed / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (resumed / "checkpoints" / "step00000012" / "manifest.json").unlink()
-    second = train(tiny_model, resumed, ranks=2, resume=None, **options)
-    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
-    assert "going on from" in second.stdout and "step00000006" in second.stdout
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that went through."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    result = train(tiny_model, output, ranks=2, **RESUMED)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return output
+
+
+def assert_same_run(resumed: Path, whole: Path) -> None:
+    """Logs, model and the last checkpoint's optimizer states are equal, bit for bit."""
 
     def logged(output: Path) -> list[dict[str, Any]]:
         timed = ("seconds", "forward_seconds", "backward_seconds", "step_seconds")
@@ -183,6 +185,55 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(tiny_model: Pat
         ours, theirs = (torch.load(path, weights_only=False)["optimizer_state_dict"] for path in states)
         assert_equal(ours["base_optimizer_state"], theirs["base_optimizer_state"])
         assert_equal(ours["single_partition_of_fp32_groups"], theirs["single_partition_of_fp32_groups"])
+
+
+def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
+    tiny_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    # As if killed after step 6: the later checkpoints are broken, the logs have lines of steps to be done again.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(uninterrupted, resumed)
+    shutil.rmtree(resumed / "model")
+    (resumed / "summary.json").unlink()
+    (resumed / "checkpoints" / "step00000012" / "manifest.json").unlink()
+    broken = next((resumed / "checkpoints" / "step00000009").glob("*zero_pp_rank_1_*"))
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken.write_bytes(content)
+    second = train(tiny_model, resumed, ranks=2, resume=None, **RESUMED)
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
+    assert "going on from" in second.stdout and "step00000006" in second.stdout
+    told = second.stderr
+    assert "LOADING" in told and "step00000012 (no manifest.json" in told and f"{broken.name} has changed" in told
+    assert_same_run(resumed, uninterrupted)
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_a_resume_goes_on(
+    tiny_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log.txt"
+    options = {f"--{name.replace('_', '-')}": value for name, value in RESUMED.items()}
+    with launched(command(tiny_model, output, "configs/zero2_offload.json", 2, options), log) as process:
+        wait_until(lambda: (output / "checkpoints" / "step00000006").exists(), process, log)
+        [victim] = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child, 1)]
+        victim.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        assert process.wait(timeout=60) != 0
+        while group_is_alive(process.pid):
+            assert time.monotonic() < killed + 60, log.read_text()[-4000:]
+            time.sleep(0.2)
+    assert not (output / "model").exists()
+    resumed = train(tiny_model, output, ranks=2, resume=None, **RESUMED)
+    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
+    assert "step00000003, after 3" in resumed.stdout or "step00000006, after 6" in resumed.stdout
+    assert_same_run(output, uninterrupted)
+
+
+def is_rank(process: psutil.Process, rank: int) -> bool:
+    try:
+        return "launch/train.py" in process.cmdline() and process.environ().get("RANK") == str(rank)
+    except psutil.Error:
+        return False
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -210,33 +261,42 @@ def test_the_same_seed_makes_two_runs_identical_and_another_one_does_not(tiny_mo
     assert a == b != c
 
 
-def test_sigterm_saves_and_leaves(tiny_model: Path, tmp_path: Path) -> None:
-    output, log = tmp_path / "run", tmp_path / "log.txt"
-    options = {"--steps": "100000", "--test-rows": "0"}
+@contextlib.contextmanager
+def launched(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher in a process group of its own, which is killed at the end at the latest."""
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command(tiny_model, output, "configs/zero2_offload.json", 2, options),
-            cwd=ROOT,
-            env=environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            words, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 150
-        while not (output / "selection.jsonl").is_file() or len(lines_of(output / "selection.jsonl")) < 3:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=60) != 0
-        while group_is_alive(process.pid):
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.2)
+        yield process
     finally:
         if group_is_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-    assert "stopped by SIGTERM after" in log.read_text()
-    assert "Traceback" not in log.read_text()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 150
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("ranks", "sent"), [(2, signal.SIGTERM), (1, signal.SIGINT)], ids=["SIGTERM", "SIGINT"])
+def test_a_stop_signal_saves_and_leaves(tiny_model: Path, tmp_path: Path, ranks: int, sent: signal.Signals) -> None:
+    output, log = tmp_path / "run", tmp_path / "log.txt"
+    options = {"--steps": "100000", "--test-rows": "0"}
+    selections = output / "selection.jsonl"
+    with launched(command(tiny_model, output, "configs/zero2_offload.json", ranks, options), log) as process:
+        wait_until(lambda: selections.is_file() and len(lines_of(selections)) >= 3, process, log)
+        os.killpg(process.pid, sent)
+        assert process.wait(timeout=60) != 0
+        deadline = time.monotonic() + 60
+        while group_is_alive(process.pid):
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+    assert f"stopped by {sent.name} after" in log.read_text()
+    assert 'launch/train.py", line' not in log.read_text()  # the launcher itself dies of a SIGINT with a traceback
     [checkpoint] = [path for path in (output / "checkpoints").iterdir() if path.is_dir()]
     assert (checkpoint / "manifest.json").is_file()
     assert int(checkpoint.name.removeprefix("step")) == len(lines_of(output / "selection.jsonl"))

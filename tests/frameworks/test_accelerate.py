@@ -39,6 +39,7 @@ def train(
     save_at: tuple[int, Path] | None = None,
     resume: tuple[int, Path] | None = None,
     sees_all_ranks: bool = True,
+    adam: type = torch.optim.AdamW,
 ) -> dict[str, Any]:
     """``loaders``: "train", "train, evaluation" in one prepare, or "before" it, in one of its own."""
     from accelerate import Accelerator, DeepSpeedPlugin
@@ -60,7 +61,7 @@ def train(
                 {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
                 {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
             ]
-            optimizer = torch.optim.AdamW(groups, lr=1e-2)
+            optimizer = adam(groups, lr=1e-2)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         if loaders == "before":
             accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
@@ -146,11 +147,11 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(workers, tmp_path, offload, 
         assert_identical(before["weights"], after["weights"])
 
 
-def warnings_of_a_run(sees_all_ranks: bool) -> list[str]:
+def warnings_of_a_run(sees_all_ranks: bool, config: Mapping[str, Any] | None = None, **how: Any) -> list[str]:
     heard = Heard()
     logging.getLogger("ds_agsel").addHandler(heard)
     try:
-        train(ds_config("none"), sees_all_ranks=sees_all_ranks)
+        train(config or ds_config("none"), sees_all_ranks=sees_all_ranks, **how)
     finally:
         logging.getLogger("ds_agsel").removeHandler(heard)
     return heard.said
@@ -160,6 +161,14 @@ def test_ranks_that_accelerate_does_not_see_are_told(workers):
     message = "Accelerate sees 1 process and DeepSpeed has 2 ranks"
     assert all(any(message in line for line in said) for said in workers(2).run(warnings_of_a_run, False))
     assert not any(message in line for said in workers(2).run(warnings_of_a_run, True) for line in said)
+
+
+@pytest.mark.parametrize("adam", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_accelerate_replaces_is_named(workers, adam):
+    config = ds_config("cpu", zero_force_ds_cpu_optimizer=True)
+    [said] = workers(1).run(warnings_of_a_run, True, config, adam=adam)
+    replaced = any("replaced your SGD by DeepSpeedCPUAdam" in line for line in said)
+    assert replaced == (adam is torch.optim.SGD), said
 
 
 @pytest.mark.parametrize(

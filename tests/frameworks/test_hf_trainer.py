@@ -162,6 +162,9 @@ def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
     assert saved == [8 * (total - sum(numels[index] for index in r.blocks)) for r in run["history"]]
     for name, count in zip(run["blocks"], run["counts"], strict=True):
         assert events.Scalars(f"train/adagrad_select/block_counts/{name}")[-1].value == count
+    for index, name in enumerate(run["blocks"]):
+        selected = [event.value for event in events.Scalars(f"train/adagrad_select/selected/{name}")]
+        assert selected == [float(index in record.blocks) for record in run["history"]]
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in metrics if line["event"] == "train"]
     assert [line["step"] for line in train] == list(range(run["global_step"]))
@@ -171,7 +174,7 @@ def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
     selection = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
     assert [tuple(line["blocks"]) for line in selection] == [record.blocks for record in run["history"]]
     found = read_run(tmp_path)
-    assert found.problems == [] and tuple(found.counts()) == run["counts"]
+    assert found.is_finished and found.problems == [] and tuple(found.counts()) == run["counts"]
     assert set(found.step_seconds()) == {"explore", "exploit"} and len(found.validation) == 2
     assert NEVER in {block["name"] for block in json.loads((tmp_path / "blocks.json").read_text())["blocks"]}
 

@@ -112,6 +112,67 @@ def test_a_script_runs_as_python_runs_it(script, action, code, error):
     assert ("nothing was selected" in ours.stderr) == (code == 0)
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("ds_agsel.install()", "deepspeed.initialize was not called"),
+        ("ds_agsel.install(); ds_agsel.uninstall()", ""),
+        ("ds_agsel.install(); ds_agsel.install(); ds_agsel.uninstall()", ""),
+        ("ds_agsel.install(); raise ValueError('wrong')", ""),
+        ("ds_agsel.installed().__enter__()", ""),
+        ("import os; os.environ['RANK'] = '1'; ds_agsel.install()", ""),
+    ],
+)
+def test_a_process_that_never_selected_is_told_at_its_end(code, said):
+    done = run([sys.executable, "-c", f"import ds_agsel; {code}"])
+    assert ("nothing was selected" in done.stderr) == bool(said) and said in done.stderr, done.stderr
+
+
+def test_a_plain_engine_under_install_is_told_too():
+    """As of an Accelerate plugin made from its own fields, whose ds_config has no section."""
+    done = run([sys.executable, "-c", PLAIN], **one_rank())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of 1 deepspeed.initialize call(s) none had" in done.stderr
+
+
+PLAIN = """
+import deepspeed, torch, ds_agsel
+ds_agsel.install()
+model = torch.nn.Linear(2, 2)
+config = {"train_batch_size": 1, "optimizer": {"type": "AdamW"}}
+deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+"""
+
+
+def test_training_needs_no_extra(tmp_path):
+    done = run([sys.executable, "-c", WITHOUT_EXTRAS, str(tmp_path)], **one_rank())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "selection.jsonl").read_text().count("\n") == 2
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("matplotlib", "jinja2", "rich", "accelerate", "trl", "peft", "tensorboard", "gguf"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+from pathlib import Path
+import torch, ds_agsel
+from ds_agsel.report.log import SelectionLog
+model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)]))
+model.forward = lambda x: model[0][2](model[0][1](model[0][0](x))).square().mean()
+config = {
+    "train_batch_size": 1, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2},
+    "adagrad_select": {"steps_per_epoch": 2},
+}
+engine = ds_agsel.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+log = SelectionLog(Path(sys.argv[1]), engine.optimizer)
+for _ in range(2):
+    engine.backward(engine(torch.ones(1, 4)))
+    engine.step()
+    log.update()
+log.close()
+"""
+
+
 def test_the_launchers_local_rank_goes_to_the_script(script):
     done = run([*MODULE, "--local_rank=3", str(script), "pass"])
     assert "[['--local_rank=3', 'pass']" in done.stdout

@@ -111,6 +111,7 @@ def arguments(folder: Path, deepspeed: Mapping[str, Any] | None, **changes: Any)
         "num_train_epochs": 2,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
+        "warmup_steps": 2,  # transformers 4 fills "auto" with 0, which DeepSpeed's schedulers refuse
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "no",

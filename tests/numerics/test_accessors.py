@@ -15,8 +15,10 @@ from support import (
     case_id,
     forward_backward,
     observe_state,
+    partitions,
     run_steps,
     train,
+    weights,
 )
 
 CASES = [
@@ -25,6 +27,10 @@ CASES = [
     Case(dtype="bf16", offload="cpu", steps=4, decay_groups=True),
     Case(model="net", steps=4, decay_groups=True),
     Case(model="net", steps=4, decay_groups=True, offload="cpu"),
+    Case(stage=3, dtype="bf16", steps=4),
+    Case(stage=3, offload="cpu", steps=4, zero={"sub_group_size": 300}),
+    Case(stage=3, model="net", steps=4, decay_groups=True, zero={"stage3_param_persistence_threshold": 0}),
+    Case(stage=3, model="net", steps=4, decay_groups=True, offload="cpu"),
 ]
 ROBIN = [
     Case(stage=stage, offload=offload, steps=2, zero={"round_robin_gradients": True})
@@ -64,14 +70,18 @@ def test_getters_tell_what_the_partitions_hold(workers, case, ranks):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
-    """At an exploit step an unselected block's gradient was never computed: zeros. A selected one's makes the norm."""
+    """At an exploit step an unselected block's gradient was never computed: zeros. A selected one's makes the norm.
+
+    At an explore step that streams it is there for selected blocks too; what others have beaten has been given back.
+    """
+    streams = case.stage == 2 and case.accumulation == 1
     for run in workers(ranks).run(train, case, get_all):
         gradients = [moment["gradients"] for moment in run["observed"] if "gradients" in moment]
         for (_, phase, selected), norm, by_name in zip(run["history"], run["norms"], gradients, strict=True):
             squared = 0.0
             for index, names in enumerate(run["blocks"].values()):
                 block = sum(by_name[name].double().pow(2).sum().item() for name in names)
-                assert (block > 0) == (phase == "explore" or index in selected)
+                assert (block > 0) == (index in selected or (phase == "explore" and not streams))
                 squared += block if index in selected else 0.0
             assert squared**0.5 == pytest.approx(norm, rel=1e-5 if case.dtype == "fp32" else 2e-2)
 
@@ -91,7 +101,7 @@ def set_all(case: Case) -> dict[str, Any]:
     wanted: dict[str, Any] = {"masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for index, (name, parameter) in enumerate(parameters.items()):
         for kind, offset in (("masters", 0.25), ("exp_avg", 0.5), ("exp_avg_sq", 0.75)):
-            wanted[kind][name] = torch.full(parameter.shape, index + offset)
+            wanted[kind][name] = torch.full(shape_of(parameter), index + offset)
         safe_set_full_fp32_param(parameter, wanted["masters"][name])
         safe_set_full_optimizer_state(parameter, wanted["exp_avg"][name], "exp_avg")
         safe_set_full_optimizer_state(parameter, wanted["exp_avg_sq"][name], "exp_avg_sq")
@@ -102,7 +112,7 @@ def set_all(case: Case) -> dict[str, Any]:
     }
     forward_backward(engine, case, 0, 0)
     for parameter in parameters.values():
-        safe_set_full_grad(parameter, torch.zeros_like(parameter))
+        safe_set_full_grad(parameter, torch.zeros(shape_of(parameter)))
     engine.step()
     after = {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in parameters.items()}
     (record,) = engine.selection.history
@@ -122,6 +132,11 @@ def test_setters_reach_every_block_and_the_step_uses_what_was_set(workers, case,
             assert torch.allclose(result["after"][name], expected, rtol=1e-6, atol=0), name
 
 
+def shape_of(parameter: Any) -> torch.Size:
+    """Of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 BLOCKS = {"llama": ("embedding", "model.layers.2"), "net": ("embedding", "layers.2")}
 
 
@@ -132,10 +147,10 @@ def save_nothing_lost(case: Case) -> dict[str, Any]:
     engine = build(case)
     run_steps(engine, case, 0, 2)
     for parameter in engine.module.parameters():
-        safe_set_full_fp32_param(parameter, torch.full(parameter.shape, 0.125))
-    before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        safe_set_full_fp32_param(parameter, torch.full(shape_of(parameter), 0.125))
+    before = weights(engine)
     run_steps(engine, case, 2, 3)
-    after = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    after = weights(engine)
     selected = engine.selection.history[-1].blocks
     blocks = [block.parameter_names for block in engine.selection.blocks]
     engine.destroy()
@@ -143,10 +158,69 @@ def save_nothing_lost(case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_set_in_mid_run_are_where_training_goes_on(workers, ranks):
-    for result in workers(ranks).run(save_nothing_lost, Case()):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_set_in_mid_run_are_where_training_goes_on(workers, stage, ranks):
+    for result in workers(ranks).run(save_nothing_lost, Case(stage=stage)):
         for index, names in enumerate(result["blocks"]):
             for name in names:
                 assert (result["before"][name] == 0.125).all()
                 moved = (result["after"][name] - 0.125).abs().max()
                 assert moved <= 0.05 if index in result["selected"] else moved == 0
+
+
+def get_and_set_locally(case: Case) -> dict[str, Any]:
+    """ZeRO-3's accessors of this rank's partitions, frozen or not: what they say beside the raw partitions, before
+    and after each moment of every parameter was set to its number; and what the vectorized setter of gradients did."""
+    from deepspeed.utils import (
+        safe_get_full_grad,
+        safe_get_local_fp32_param,
+        safe_get_local_grad,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+        safe_update_full_grad_vectorized,
+    )
+
+    def get() -> list[dict[str, torch.Tensor]]:
+        return [
+            {
+                "masters": safe_get_local_fp32_param(p).clone(),
+                "exp_avg": safe_get_local_optimizer_state(p, "exp_avg").clone(),
+                "exp_avg_sq": safe_get_local_optimizer_state(p, "exp_avg_sq").clone(),
+            }
+            for p in parameters
+        ]
+
+    def raw() -> list[dict[str, torch.Tensor]]:
+        of_name = {next(iter(part["shapes"])): part for part in partitions(engine)}
+        return [{key: of_name[names[p]][key] for key in ("masters", "exp_avg", "exp_avg_sq")} for p in parameters]
+
+    engine = build(case)
+    parameters, names = list(engine.module.parameters()), engine.optimizer.param_names
+    run_steps(engine, case, 0, 3)
+    forward_backward(engine, case, 3, 0)
+    result = {"before": (get(), raw())}
+    gradients = [safe_get_full_grad(p) for p in parameters]
+    safe_update_full_grad_vectorized(parameters, lambda gradient, _: gradient * 0.5)
+    result["gradients"] = ([g * 0.5 for g in gradients], [safe_get_full_grad(p) for p in parameters])
+    result["locally"] = [safe_get_local_grad(p).numel() == p.ds_tensor.numel() for p in parameters]
+    for number, parameter in enumerate(parameters):
+        value = torch.full((parameter.ds_tensor.numel(),), number + 0.25)
+        safe_set_local_fp32_param(parameter, value)
+        safe_set_local_optimizer_state(parameter, value, "exp_avg")
+        safe_set_local_optimizer_state(parameter, value, "exp_avg_sq")
+    result["after"] = (get(), raw())
+    result["values"] = [tensor.unique().tolist() for part in result["after"][0] for tensor in part.values()]
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", [case for case in CASES if case.stage == 3], ids=case_id)
+def test_local_accessors_tell_and_set_the_partitions(workers, case, ranks):
+    for result in workers(ranks).run(get_and_set_locally, case):
+        assert_identical(*result["before"])
+        assert_identical(*result["gradients"])
+        assert all(result["locally"])
+        assert_identical(*result["after"])
+        assert result["values"] == [[number + 0.25] for number in range(len(result["locally"])) for _ in range(3)]

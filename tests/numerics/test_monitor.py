@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from support import Case, build, run_steps
 CASE = Case(steps=4)
 
 
-def train_watched(folder: Path, monitor: str) -> dict[str, Any]:
-    section = {"enabled": True, "output_path": str(folder), "job_name": "job"}
+def train_watched(folder: Path, monitor: str, **settings: Any) -> dict[str, Any]:
+    section = {"enabled": True, **(settings or {"output_path": str(folder), "job_name": "job"})}
     case = CASE.but(config={monitor: section, "steps_per_print": 2})
     engine = build(case)
     run_steps(engine, case)
@@ -56,3 +58,38 @@ def test_tensorboard_has_every_step(workers, tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "job"))
     events.Reload()
     _check(run, lambda name: [(event.step, event.value) for event in events.Scalars(name)])
+
+
+def train_with_a_service(monitor: str) -> dict[str, Any]:
+    """What DeepSpeed's own monitor hands to W&B's or Comet's package, here one that keeps it."""
+    events: list[tuple[str, int, float]] = []
+
+    def keep(data: dict[str, float], step: int, commit: Any = None) -> None:
+        events.extend((name, step, value) for name, value in data.items())
+
+    experiment = SimpleNamespace(
+        __internal_api__log_metric__=lambda name, value, step: events.append((name, step, value)),
+        set_name=lambda name: None,
+    )
+    modules = {
+        "wandb": SimpleNamespace(init=lambda **_: None, log=keep),
+        "comet": SimpleNamespace(start=lambda **_: experiment, __version__="3.58.0"),
+    }
+    settings = {"wandb": {"project": "p"}, "comet": {"project": "p", "samples_log_interval": 1}}[monitor]
+    name = {"wandb": "wandb", "comet": "comet_ml"}[monitor]
+    before = sys.modules.get(name)
+    sys.modules[name] = modules[monitor]  # type: ignore[assignment]
+    try:
+        return {**train_watched(Path(), monitor, **settings), "events": events}
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+@pytest.mark.parametrize("monitor", ["wandb", "comet"])
+def test_a_service_has_every_step(workers, monitor):
+    [run] = workers(1).run(train_with_a_service, monitor)
+    _check(run, lambda wanted: [(step, value) for name, step, value in run["events"] if name == wanted])
+    steps = [step for _, step, _ in run["events"]]
+    assert steps == sorted(steps)  # W&B drops what comes for a step before its last

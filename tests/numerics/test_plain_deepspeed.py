@@ -9,6 +9,8 @@ import pytest
 from support import (
     ALL,
     LEARNING_RATE,
+    NARROW,
+    VISIT,
     Case,
     assert_identical,
     build,
@@ -27,14 +29,22 @@ SAME = ("losses", "norms", "lrs", "weights", "partitions", "skipped")
 WIDE = [
     Case(stage=stage, offload=offload, dtype=dtype, clip=clip, accumulation=accumulation, steps=4, section=ALL)
     for stage, offload, dtype, clip, accumulation in product(
-        (1, 2), ("none", "cpu"), ("fp32", "bf16"), (0.0, 0.3), (1, 3)
+        (1, 2, 3), ("none", "cpu"), ("fp32", "bf16"), (0.0, 0.3), (1, 3)
     )
 ]
-CORE = [case for case in WIDE if (case.stage == 2) ^ (case.dtype == "bf16") ^ (case.clip > 0) ^ (case.accumulation > 1)]
+# Half of them, and of stage 3 a quarter, in which each setting meets each other one; the rest is slow.
+CORE = [
+    case
+    for case in WIDE
+    if (case.stage == 2) ^ (case.dtype == "bf16") ^ (case.clip > 0) ^ (case.accumulation > 1)
+    and (case.stage != 3 or (case.offload == "cpu") ^ (case.clip > 0))
+]
 SWEEP = [pytest.param(case, marks=[] if case in CORE else pytest.mark.slow, id=case_id(case)) for case in WIDE]
 
 FLAGS = ("overlap_comm", "contiguous_gradients", "round_robin_gradients")
 VARIANTS = [
+    *(Case(steps=4, section={**ALL, **visit}, dtype=dtype, clip=0.3, decay_groups=True)
+      for visit, dtype in ((VISIT, "bf16"), (NARROW, "fp32"))),
     *(
         Case(
             stage=stage, offload=offload, steps=3, section=HUNDRED, accumulation=2,
@@ -57,6 +67,20 @@ VARIANTS = [
     Case(steps=4, section=ALL, zero={"reduce_scatter": False}),
     Case(steps=4, section=ALL, offload="cpu", dtype="bf16",
          zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+    *(
+        Case(stage=3, offload=offload, steps=3, section=HUNDRED, accumulation=2, zero={"sub_group_size": 300, **zero})
+        for offload, zero in (
+            ("none", {"overlap_comm": True}),
+            ("cpu", {"stage3_param_persistence_threshold": 0}),
+            ("none", {"contiguous_gradients": False}),
+            ("cpu", {"reduce_scatter": False}),
+            ("cpu", {"offload_param": {"device": "cpu"}}),
+        )
+    ),
+    *(Case(stage=3, offload=offload, steps=4, section=HUNDRED, model="net", decay_groups=True, dtype=dtype)
+      for offload, dtype in (("none", "bf16"), ("cpu", "fp32"))),
+    Case(stage=3, offload="cpu", dtype="bf16", steps=4, section=ALL, accumulation=3,
+         config={"data_types": {"grad_accum_dtype": "fp32"}}),
 ]  # fmt: skip
 
 
@@ -86,7 +110,7 @@ def test_policy_all_is_plain_deepspeed_under_autocast(fresh_workers, ranks):
     cases = [
         Case(stage=stage, offload=offload, accumulation=2, clip=0.3, steps=3, section=section,
              config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
-        for stage, offload, section in product((1, 2), ("none", "cpu"), (ALL, None))
+        for stage, offload, section in product((1, 2, 3), ("none", "cpu"), (ALL, None))
     ]  # fmt: skip
     for runs in fresh_workers(ranks).run(train_all, cases):
         for selective, plain in zip(runs[::2], runs[1::2], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from support import SELECT, Case, assert_follows_reference, case_id
+from support import FIRST, NARROW, SELECT, VISIT, Case, assert_follows_reference, case_id
 
 # fp32 rounds by 2**-24 = 6e-8. A gradient element is a sum of a few hundred terms of size 0.1 to 1: its error is some
 # 1e-8 to 1e-7, 1e-6 of a gradient's L2, and so are the moments'; the steps feed it back. Seen: 1e-5. AdamW divides an
@@ -23,6 +23,16 @@ WIDE = [
 ]
 # Half of them, in which each setting meets each other one; the rest is slow.
 CORE = [case for case in WIDE if (case.stage == 2) ^ (case.offload == "cpu") ^ (case.clip > 0) ^ case.tied]
+WIDE3 = [
+    Case(stage=3, offload=offload, accumulation=accumulation, clip=clip, tied=tied)
+    for offload, accumulation, clip, tied in product(("none", "cpu"), (1, 3), (0.0, 0.3), (True, False))
+]
+WIDE += WIDE3
+CORE += [
+    case
+    for case in WIDE3
+    if (case.accumulation == 3) == (case.clip > 0) and case.tied == (case.offload == "cpu") ^ (case.clip > 0)
+]
 SWEEP = [pytest.param(case, marks=[] if case in CORE else pytest.mark.slow, id=case_id(case)) for case in WIDE]
 
 SECTIONS = [
@@ -57,9 +67,25 @@ VARIANTS = [
         )
         if (stage == 1) ^ (offload == "cpu") ^ overlap ^ contiguous ^ robin
     ),
+    *(Case(section={**SELECT, **visit}, stage=stage, decay_groups=True, clip=0.3, accumulation=accumulation)
+      for visit, stage, accumulation in ((VISIT, 1, 2), (VISIT, 2, 1), (NARROW, 2, 2),
+                                         ({**VISIT, "keep_master": "accelerator"}, 2, 1))),
+    *(Case(section={**FIRST, **extra}, accumulation=3, clip=0.3, **more) for extra, more in (
+        ({}, {}), ({}, {"offload": "cpu"}), (VISIT, {"model": "net"}),
+        ({"policy": "gradient_topk", "always_select": ["final_norm"]},
+         {"offload": "cpu", "zero": {"overlap_comm": True}}),
+    )),
     Case(zero={"reduce_scatter": False}, accumulation=2),
     Case(zero={"reduce_bucket_size": 10_000_000}),
     Case(offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+    # Sub-groups of one or two parameters; nothing gathered between steps; a gather per parameter.
+    Case(stage=3, accumulation=2, zero={"sub_group_size": 300}, decay_groups=True),
+    Case(stage=3, offload="cpu", zero={"sub_group_size": 300, "stage3_param_persistence_threshold": 0}),
+    Case(stage=3, zero={"overlap_comm": True, "stage3_param_persistence_threshold": 50}),
+    Case(stage=3, offload="cpu", accumulation=2, zero={"contiguous_gradients": False, "reduce_scatter": False}),
+    Case(stage=3, offload="cpu", clip=0.3, zero={"offload_param": {"device": "cpu"}}),
+    Case(stage=3, model="net", accumulation=2, zero={"reduce_scatter": False}),
+    Case(stage=3, model="net", offload="cpu", decay_groups=True),
 ]
 
 
@@ -81,7 +107,7 @@ def test_follows_the_reference_with(trained, case, ranks):
     [
         *(
             Case(dtype="bf16", stage=stage, offload=offload)
-            for stage, offload in product((1, 2), ("none", "cpu"))
+            for stage, offload in product((1, 2, 3), ("none", "cpu"))
         ),
         *(
             Case(
@@ -91,7 +117,7 @@ def test_follows_the_reference_with(trained, case, ranks):
                 accumulation=3,
                 config={"data_types": {"grad_accum_dtype": "fp32"}},
             )
-            for stage, offload in ((2, "none"), (2, "cpu"), (1, "cpu"))
+            for stage, offload in ((2, "none"), (2, "cpu"), (1, "cpu"), (3, "none"), (3, "cpu"))
         ),
     ],
     ids=case_id,

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SELECT, Case, assert_identical, build, finish, forward_backward, run_steps, train
+import torch
+from support import (
+    FIRST,
+    NARROW,
+    SELECT,
+    VISIT,
+    Case,
+    assert_identical,
+    build,
+    finish,
+    forward_backward,
+    run_steps,
+    train,
+)
 
 SAVED_AT = 4
 CASES = [
     *(Case(stage=stage, offload=offload, dtype=dtype, clip=0.3) for stage, offload, dtype in product(
         (1, 2), ("none", "cpu"), ("fp32", "bf16"))),
+    Case(stage=3, dtype="bf16", clip=0.3, zero={"sub_group_size": 300}),
+    Case(stage=3, offload="cpu", accumulation=2, zero={"stage3_param_persistence_threshold": 0}),
+    Case(stage=3, offload="cpu", model="net", decay_groups=True, zero={"offload_param": {"device": "cpu"}}),
     Case(accumulation=3, decay_groups=True, offload="cpu"),
     Case(model="net", decay_groups=True),
     Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}),
     Case(section={**SELECT, "policy": "cyclic"}),
+    Case(section={**SELECT, **NARROW}, dtype="bf16", clip=0.3),
+    Case(section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2),
     Case(section={**SELECT, "policy": "gradient_topk", "always_select": ["final_norm"]}, offload="cpu"),
 ]  # fmt: skip
 KINDS = ("between steps", "between planning and stepping")
@@ -129,3 +148,41 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(wor
     for errors in workers(ranks).run(load_what_does_not_fit, tmp_path):
         assert errors["plain"].startswith("CheckpointError") and "plain DeepSpeed" in errors["plain"]
         assert errors["other"].startswith("CheckpointError") and "blocks" in errors["other"]
+
+
+def saved_keys(case: Case, directory: Path) -> dict[str, Any]:
+    """The keys of this rank's optimizer file after a step that left most blocks without state, and our own file."""
+    engine = build(case)
+    run_steps(engine, case, 0, 1)
+    engine.save_checkpoint(str(directory), tag="here")
+    rank = torch.distributed.get_rank()
+    (file,) = (directory / "here").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    optimizer = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    counts = engine.selection.update_counts
+    engine.destroy()
+    del optimizer["param_slice_mappings"]  # which parameters this rank has slices of, in plain DeepSpeed too
+    return {
+        "keys": keys_of(optimizer),
+        "states": len(optimizer["base_optimizer_state"]["state"]),
+        "groups": len(optimizer["base_optimizer_state"]["param_groups"]),
+        "ours": json.loads((directory / "here" / "adagrad_select.json").read_text()),
+        "counts": counts,
+    }
+
+
+def keys_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: keys_of(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [keys_of(inner) for inner in value]
+    return type(value).__name__
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_checkpoints_have_the_same_keys_on_every_rank_and_our_part_is_json(workers, tmp_path, offload):
+    """Also where a partition is empty on one rank; a block that was never updated has no state on any."""
+    case = Case(model="net", decay_groups=True, offload=offload)
+    first, second = workers(2).run(saved_keys, case, tmp_path)
+    assert first["keys"] == second["keys"]
+    assert 0 < first["states"] < first["groups"]
+    assert first["ours"]["update_counts"] == list(first["counts"])

@@ -115,9 +115,10 @@ def schedule(step: int) -> float:
 
 
 def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "DeepSpeedCPUAdam": DeepSpeedCPUAdam}
+    deepspeeds = {"DeepSpeedCPUAdam": DeepSpeedCPUAdam, "FusedAdam": FusedAdam}
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, **deepspeeds}
     return kinds[name](parameters, lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
 
@@ -150,6 +151,7 @@ def train_with_own_optimizer(case: Case, how: str, name: str, scheduler: str) ->
         ("object", "AdamW", "none", "callable"),
         ("object", "Adam", "none", "none"),
         ("object", "DeepSpeedCPUAdam", "cpu", "made earlier"),
+        ("object", "FusedAdam", "none", "made earlier"),
         ("callable", "AdamW", "none", "callable"),
         ("callable", "DeepSpeedCPUAdam", "cpu", "none"),
     ],
@@ -184,6 +186,8 @@ def refusal(case: Case, optimizer: str) -> str:
     arguments: dict[str, Any] = {}
     if optimizer == "object":
         arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    elif optimizer == "amsgrad":
+        arguments["optimizer"] = torch.optim.AdamW(model.parameters(), amsgrad=True)
     elif optimizer == "callable":
         arguments["optimizer"] = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
     else:
@@ -201,6 +205,11 @@ def refusal(case: Case, optimizer: str) -> str:
 def test_other_optimizers_are_refused_by_name(workers, optimizer):
     (message,) = workers(1).run(refusal, Case(), optimizer)
     assert message.startswith("ConfigError") and "SGD" in message
+
+
+def test_amsgrad_is_refused(workers):
+    (message,) = workers(1).run(refusal, Case(), "amsgrad")
+    assert message == "ConfigError: optimizer amsgrad=True can't be used with adagrad_select. Set amsgrad=False."
 
 
 def autocast_run(cases: list[Case]) -> list[dict[str, Any]]:

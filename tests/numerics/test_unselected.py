@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import SELECT, STATES, Case, assert_identical, case_id, train
+from support import NARROW, SELECT, STATES, Case, assert_identical, case_id, train
 
 CASES = [
     *(
         Case(stage=stage, offload=offload, dtype=dtype)
-        for stage, offload, dtype in product((1, 2), ("none", "cpu"), ("fp32", "bf16"))
+        for stage, offload, dtype in product((1, 2, 3), ("none", "cpu"), ("fp32", "bf16"))
     ),
     *(Case(stage=stage, offload=offload, decay_groups=True, accumulation=2, clip=0.3)
       for stage, offload in product((1, 2), ("none", "cpu"))),
+    Case(section={**SELECT, **NARROW}, dtype="bf16"),
+    Case(stage=3, offload="cpu", decay_groups=True, accumulation=2, clip=0.3, zero={"sub_group_size": 300}),
 ]  # fmt: skip
 
 
@@ -59,10 +61,10 @@ def test_adam_counts_the_updates_of_its_block(trained, case, ranks):
 def test_ranks_stages_and_offload_select_alike(trained, ranks):
     runs = [
         run
-        for stage, offload in product((1, 2), ("none", "cpu"))
+        for stage, offload in product((1, 2, 3), ("none", "cpu"))
         for run in trained(Case(stage=stage, offload=offload), ranks)
     ]
-    assert len(runs) == 4 * ranks
+    assert len(runs) == 6 * ranks
     for run in runs:
         assert run["history"] == runs[0]["history"]
         assert [state["plan"] for state in run["observed"]] == [state["plan"] for state in runs[0]["observed"]]

@@ -9,10 +9,10 @@ order, hazards.py missing waits, collectives.py ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from simulator.hazards import Hazard, Report
+from simulator.hazards import Hazard, Report, Site
 
 _accelerator: Any = None
 
@@ -22,8 +22,9 @@ def simulated(
     seed: int = 0,
     strict: bool = True,
     allowed: Callable[[Report], bool] = lambda report: False,
+    without: Collection[Site] = (),
 ) -> Any:
-    """This process's `SimulatedAccelerator`, as DeepSpeed's accelerator too. See its class for the arguments."""
+    """This process's `SimulatedAccelerator`, as DeepSpeed's accelerator too; the arguments are `configure`'s."""
     global _accelerator
     from deepspeed.accelerator import set_accelerator
 
@@ -32,8 +33,8 @@ def simulated(
     if _accelerator is None:
         _accelerator = SimulatedAccelerator()
         set_accelerator(_accelerator)
-    _accelerator.configure(budget_bytes, seed, strict, allowed)
+    _accelerator.configure(budget_bytes, seed, strict, allowed, without)
     return _accelerator
 
 
-__all__ = ["Hazard", "Report", "simulated"]
+__all__ = ["Hazard", "Report", "Site", "simulated"]

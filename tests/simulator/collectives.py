@@ -56,7 +56,7 @@ class SimulatedGroup(dist.ProcessGroup):
         return NAME
 
     def _queue(
-        self, name: str, read: Any, written: Any, collective: Callable[[Any, Any], dist.Work], keep: Any = None
+        self, name: str, read: Any, written: Any, collective: Callable[[Any, Any], dist.Work]
     ) -> _Work:
         """Queue ``collective(read, written)``, which gets host tensors over the same bytes, nested alike."""
         accesses: list[Access] = []
@@ -72,10 +72,11 @@ class SimulatedGroup(dist.ProcessGroup):
             return [lower(item, writes) for item in value]
 
         lowered = lower(read, False), lower(written, True)
-        self._stream.wait_stream(self._accelerator.current_stream())
-        self._accelerator.queue.submit(
-            name, lambda: collective(*lowered).wait(), accesses, stream=self._stream.stream_id
-        )
+        queue, stream = self._accelerator.queue, self._stream.stream_id
+        called = queue.new_event()
+        queue.record(called, queue.current())
+        queue.follow(called, stream)
+        queue.submit(name, lambda: collective(*lowered).wait(), accesses, stream)
         event = self._accelerator.Event()
         event.record(self._stream)
         return _Work(event, written)
@@ -137,7 +138,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
     def barrier(self, opts: Any = None) -> _Work:
         work = self._queue("barrier", [], [], lambda *_: self._gloo.barrier())
-        self._accelerator.queue.synchronize_stream(self._stream.stream_id)
+        self._accelerator.queue.finish_stream(self._stream.stream_id)
         return work
 
     # What torch calls the same before 2.12.
@@ -156,7 +157,7 @@ def register(accelerator: Any) -> None:
 
     def create(store: Any, rank: int, size: int, timeout: timedelta) -> SimulatedGroup:
         # Ranks meet on the host while groups are made: none may wait in a queued collective then.
-        accelerator.synchronize()
+        accelerator.queue.finish()
         return SimulatedGroup(accelerator, stream, dist.ProcessGroupGloo(store, rank, size, timeout))
 
     dist.Backend.register_backend(NAME, create, devices=[DEVICE])

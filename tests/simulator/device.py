@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
 from torch import Tensor
 
 from simulator import collectives
-from simulator.hazards import Detector, Report
+from simulator.hazards import Detector, Report, Site
 from simulator.operators import DEVICE, Operators
 from simulator.queue import Queue
 
@@ -62,7 +62,12 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         collectives.register(self)
 
     def configure(
-        self, budget_bytes: int, seed: int, strict: bool, allowed: Callable[[Report], bool]
+        self,
+        budget_bytes: int,
+        seed: int,
+        strict: bool,
+        allowed: Callable[[Report], bool],
+        without: Collection[Site],
     ) -> None:
         """Start afresh, after what is queued has run.
 
@@ -70,8 +75,10 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
             seed: decides the order of all that may run in more than one.
             strict: a hazard raises where it is completed; else it is kept in ``detector.found``.
             allowed: which hazards are known faults of others (see `Detector`).
+            without: drop the waits that these lines declare, to see that they are missed. ``queue.declared_waits``
+                of an earlier run has the lines there are.
         """
-        self.queue.reseed(seed)
+        self.queue.reseed(seed, without)
         self.detector.strict, self.detector.allowed = strict, allowed
         self.detector.found.clear()
         self.detector.tolerated.clear()
@@ -102,7 +109,7 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         return False
 
     def use_host_timers(self) -> bool:
-        return True  # simulated work has an order and no duration, so that events have no times
+        return False  # host timers synchronize the device, which would hide missing waits
 
     def resolves_data_dependency(self) -> bool:
         return False

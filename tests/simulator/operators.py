@@ -73,10 +73,11 @@ def _kernels_hidden_by_composites() -> Iterator[tuple[str, torch._ops.OpOverload
     """Operators with a kernel for the CPU and a composite one, which would come before the fallback."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("aten::") and has_kernel(name, "CPU") and not has_kernel(name, "PrivateUse1"):
-            if any(has_kernel(name, f"Composite{kind}Autograd") for kind in ("Implicit", "Explicit")):
-                base, _, overload = name.removeprefix("aten::").partition(".")
-                yield name, getattr(getattr(torch.ops.aten, base), overload or "default")
+        composite = any(has_kernel(name, f"Composite{kind}Autograd") for kind in ("Implicit", "Explicit"))
+        ours = has_kernel(name, "PrivateUse1")
+        if name.startswith("aten::") and composite and has_kernel(name, "CPU") and not ours:
+            base, _, overload = name.removeprefix("aten::").partition(".")
+            yield name, getattr(getattr(torch.ops.aten, base), overload or "default")
 
 
 class Operators:
@@ -174,7 +175,7 @@ class Operators:
         """The result itself, after everything queued before on this stream."""
         result: list[Any] = []
         self._queue.submit(str(op), lambda: result.append(kernel(*args, **kwargs)), accesses)
-        self._queue.synchronize_stream(self._queue.current())
+        self._queue.finish_stream(self._queue.current())
         return result[0]
 
     def _upload(self, result: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ class Operators:
             taken = source.detach().to(target.dtype).clone()
         self._queue.submit("copy H2D", lambda: alias.copy_(taken), accesses)
         if not non_blocking:
-            self._queue.synchronize_stream(self._queue.current())
+            self._queue.finish_stream(self._queue.current())
 
     def _copy_to_host(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if source.dtype != target.dtype:
@@ -247,7 +248,7 @@ class Operators:
         destination = target.detach()
         self._queue.submit("copy D2H", lambda: destination.copy_(alias), accesses)
         if not (non_blocking and block != 0 and target.is_contiguous()):
-            self._queue.synchronize_stream(self._queue.current())
+            self._queue.finish_stream(self._queue.current())
 
 
 def _map(function: Callable[[Tensor], Any], value: Any) -> Any:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from simulator.hazards import Access, Clock, Detector, Hazard, call_site
+from simulator.hazards import Access, Clock, Detector, Hazard, Site, call_site
 
 
 @dataclass(eq=False)
@@ -65,14 +65,13 @@ class Queue:
         self._streams: dict[int, _Stream] = {}
         self._freed: dict[int, list[tuple[int, int, torch.Tensor]]] = {}
         self._running = False
-        self.operations_run = 0
-        self.host_syncs = 0
         self.reseed(0)
 
-    def reseed(self, seed: int) -> None:
-        """Let ``seed`` decide all orders from here on. Runs what is queued first."""
-        if self._streams:
-            self.synchronize()
+    def reseed(self, seed: int, left_out: Collection[Site] = ()) -> None:
+        """Let ``seed`` decide all orders from here on, and drop the waits that the lines ``left_out`` declare."""
+        self.finish()
+        self.declared_waits: set[Site] = set()
+        self.left_out = left_out
         self._random = random.Random(seed)
         self._eagerness = self._random.choice([0.0, 0.0, 0.05, 0.5])
 
@@ -150,6 +149,11 @@ class Queue:
 
     def wait(self, event: Event, stream: int) -> None:
         """Let what is queued on ``stream`` from now on run after ``event``; nothing if it was never recorded."""
+        if self._is_declared():
+            self.follow(event, stream)
+
+    def follow(self, event: Event, stream: int) -> None:
+        """`wait`, for the simulator's own use: not one of ``declared_waits``."""
         with self.lock:
             self._take_freed()
             if event.stream is None or event.clock is None:
@@ -165,16 +169,18 @@ class Queue:
                 return True
             if not self._passed(event.stream, event.position) and self._random.random() < 0.5:
                 return False
-            self.synchronize_event(event)
+            self._finish(event)
             return True
 
     def synchronize_event(self, event: Event) -> None:
-        with self.lock:
-            self._take_freed()
-            if event.stream is not None and event.clock is not None:
-                self.host_syncs += 1
-                self._drain(event.stream, event.position)
-                self.detector.join_host(event.clock)
+        if self._is_declared():
+            self._finish(event)
+
+    def _is_declared(self) -> bool:
+        """Note who declares a wait; False where this one is to be left out."""
+        site = call_site()
+        self.declared_waits.add(site)
+        return site not in self.left_out
 
     # ------------------------------------------------------------- host waits
 
@@ -184,18 +190,34 @@ class Queue:
         return self.query_event(event)
 
     def synchronize_stream(self, stream: int) -> None:
-        event = self.new_event()
-        self.record(event, stream)
-        self.synchronize_event(event)
+        if self._is_declared():
+            self.finish_stream(stream)
 
     def synchronize(self) -> None:
-        """Run all that is queued."""
+        if self._is_declared():
+            self.finish()
+
+    def finish(self) -> None:
+        """Run all that is queued, while the host waits."""
         with self.lock:
             self._take_freed()
             for stream in list(self._streams):
-                self.synchronize_stream(stream)
+                self.finish_stream(stream)
             for stream in list(self._freed):
                 self._reuse(stream)
+
+    def finish_stream(self, stream: int) -> None:
+        """Run all that is queued on ``stream``, while the host waits."""
+        event = self.new_event()
+        self.record(event, stream)
+        self._finish(event)
+
+    def _finish(self, event: Event) -> None:
+        with self.lock:
+            self._take_freed()
+            if event.stream is not None and event.clock is not None:
+                self._drain(event.stream, event.position)
+                self.detector.join_host(event.clock)
 
     def on_memory_pressure(self) -> None:
         """Run all that is queued, so that blocks held for recorded streams come back. The host learns nothing."""
@@ -261,7 +283,6 @@ class Queue:
         item = stream.items.popleft()
         stream.done += 1
         if isinstance(item, _Operation):
-            self.operations_run += 1
             with self._on_the_device():
                 item.run()
 

@@ -83,7 +83,9 @@ def test_parquet_and_csv_and_json_arrays_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", "", "is empty"),
+        ("empty.jsonl", "", "is empty. Put at least one example into it."),
+        ("blank.jsonl", "\n\n", "is empty. Put at least one example into it."),
+        ("header.csv", "question,answer\n", "is empty. Put at least one example into it."),
         ("cut.jsonl", '{"question": "a", "answer": "1"}\n\n{"question": "b", "ans', "line 3 is no valid JSON"),
         ("list.jsonl", '{"question": "a", "answer": "1"}\n[1, 2]\n', "line 2 is list, not an object"),
         ("wide.csv", "question,answer\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),

@@ -122,6 +122,20 @@ def test_threads_do_not_lose_or_double_it(received: list[str]) -> None:
     assert not failures and deepspeed.initialize is stock
 
 
+@pytest.mark.parametrize("change", [ds_agsel.install, ds_agsel.uninstall, lambda: ds_agsel.installed().__enter__()])
+def test_no_change_is_made_in_the_middle_of_another(received: list[str], change: Any) -> None:
+    """The interpreter's own lock hides a missing one in the test above: here another thread holds ours."""
+    thread = threading.Thread(target=change)
+    with installation._installation.lock:
+        thread.start()
+        thread.join(timeout=0.2)
+        assert thread.is_alive()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    installation._installation.open_scopes = 0
+    ds_agsel.uninstall()
+
+
 def test_calls_are_counted(received: list[str]) -> None:
     before = installation.calls()
     ds_agsel.install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -411,8 +412,8 @@ def test_replay_gives_back_an_earlier_runs_blocks(tmp_path: Path) -> None:
         ({"step": 1, "blocks": 3}, '"blocks" is 3, not a list of block indices'),
         ({"step": 1, "blocks": [1.0]}, '"blocks" is [1.0], not a list of block indices'),
         ({"step": 1, "blocks": [2, 2]}, '"blocks" is [2, 2], which names a block twice'),
-        ({"step": 1, "blocks": [1, 6]}, '"blocks" is [1, 6], and this model has blocks 0 to 5'),
-        ({"step": 1, "blocks": [-1]}, '"blocks" is [-1], and this model has blocks 0 to 5'),
+        ({"step": 1, "blocks": [1, 6]}, '"blocks" is [1, 6], and the blocks that can be chosen here are 0 to 5'),
+        ({"step": 1, "blocks": [-1]}, '"blocks" is [-1], and the blocks that can be chosen here are 0 to 5'),
         ({"step": 0, "blocks": [2]}, "step 0 stands in an earlier line with other blocks"),
     ],
 )
@@ -422,6 +423,15 @@ def test_replay_refuses_a_bad_line_with_its_number(tmp_path: Path, line: object,
         make(policy="replay", replay_file=path)
     assert str(caught.value).startswith(f"adagrad_select.replay_file={json.dumps(path)}, line 2: {problem}")
     assert str(caught.value).endswith('A line is {"step": 0, "phase": "exploit", "blocks": [3, 7]}.')
+
+
+def test_replay_reads_the_model_s_indices_where_blocks_stand_outside_the_lottery(tmp_path: Path) -> None:
+    path = selection_file(tmp_path, {"step": 0, "phase": "explore", "blocks": [5, 2]})
+    config = SelectionConfig(policy="replay", replay_file=path)
+    lottery = PolicyContext(config, 3, 1, ("b", "c", "f"), None, block_indices=(1, 2, 5))
+    assert policies.create(lottery).plan(0, [0] * 3) == (1, 2)
+    with pytest.raises(ConfigError, match=r"and the blocks that can be chosen here are \[1, 3, 5\]\."):
+        policies.create(dataclasses.replace(lottery, block_indices=(1, 3, 5)))
 
 
 def test_replay_refuses_a_missing_a_binary_and_an_empty_file(tmp_path: Path) -> None:

@@ -65,6 +65,42 @@ def test_a_whole_run_is_read(tmp_path: Path) -> None:
     assert run.validation == [(6, 2.25)]
 
 
+def test_states_are_a_ranks_share(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    described = json.loads((folder / "blocks.json").read_text())
+    (folder / "blocks.json").write_text(json.dumps(described | {"ranks": 2}))
+    assert read_run(folder).state_bytes() == {"full": 4 * 124, "formula": 4 * 60, "measured": 960}
+
+
+def test_a_policy_that_has_no_percentage_is_shown_without(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    folder = write_run(tmp_path / "run")
+    page = {}
+    for policy in ("adagrad_select", "all"):
+        described = json.loads((folder / "blocks.json").read_text())
+        (folder / "blocks.json").write_text(json.dumps(described | {"policy": policy}))
+        assert cli.main(["report", str(folder)]) == 0
+        page[policy] = (folder / "report.html").read_text()
+    assert "<td>adagrad_select 50 %</td>" in page["adagrad_select"] and "<td>all</td>" in page["all"]
+
+
+def test_thousands_of_steps_share_columns(tmp_path: Path) -> None:
+    """Every step of a long run stands in the heat map, each column stronger the more of its steps updated the block."""
+    charts = pytest.importorskip("ds_agsel.report.charts")
+    from matplotlib.figure import Figure
+
+    run = read_run(write_run(tmp_path / "run", steps=2000, metrics=False))
+    draw, _ = charts.heat_map(run)
+    figure = Figure()
+    draw(figure, charts.LIGHT)
+    [axes] = figure.axes
+    [image] = axes.get_images()
+    alpha = image.get_array()[..., 3]
+    assert alpha.shape == (4, charts.MANY_STEPS_COLUMNS)
+    assert (alpha[:3] > 0.5).all() and (alpha[3] == 0).all()  # blocks 0 to 2 every other step, block 3 never
+    assert "8 a column" in axes.get_xlabel()
+
+
 def test_a_line_of_several_steps_took_the_time_of_all(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", metrics=False)
     lines = [{"event": "train", "step": step, "loss": 1.0, "seconds": 2.0} for step in (1, 3, 5)]
@@ -212,11 +248,40 @@ def test_a_snapshot_has_what_matters(tmp_path: Path) -> None:
     terminal = Terminal()
     watch(write_run(tmp_path / "run", finished=False), once=True, console=terminal.console)
     text = terminal.text()
-    for part in ("run (no summary yet)", "steps 6", "explore 3, exploit 3", "ε 0.590", "loss 2.500", "validation 2.250",
-                 "48.4 % of parameters", "model.layers.1", "5: 1,2", "states 960 B of 992 B"):  # fmt: skip
+    for part in ("run (unfinished, written ", "steps 6", "explore 3, exploit 3", "ε 0.590", "loss 2.500",
+                 "validation 2.250", "48.4 % of parameters", "model.layers.1", "5: 1,2",
+                 "states 960 B of 992 B"):  # fmt: skip
         assert part in text, text
     lines = {line.split()[2]: line for line in text.splitlines() if "█" in line and "model" in line}
     assert set(lines) == {"model.layers.0", "model.layers.1"} and all("●" in line for line in lines.values())
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("prefix", ["model.layers", "base_model.model.model.layers"])
+def test_a_view_fits_its_terminal(tmp_path: Path, width: int, prefix: str) -> None:
+    """An ssh terminal has 24 lines and a model more blocks: they share lines, or some are only counted."""
+    from rich.console import Console
+
+    from ds_agsel.report.watch import view
+
+    folder = write_run(tmp_path / "run", steps=40, finished=False)
+    described = json.loads((folder / "blocks.json").read_text())
+    described["blocks"] += [{"index": 4 + i, "name": f"{prefix}.{i}", "numel": 10} for i in range(30)]
+    (folder / "blocks.json").write_text(json.dumps(described))
+    with open(folder / "selection.jsonl", "a") as file:
+        for step in range(40, 70):
+            file.write(json.dumps({"step": step, "phase": "exploit", "blocks": [step - 36]}) + "\n")
+        file.write("{")
+    console = Console(file=io.StringIO(), width=width, height=24, color_system=None)
+    console.print(view(read_run(folder), width, 24))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) <= 24 and all(len(line) == width for line in lines)
+    text = "\n".join(lines)
+    for part in ("steps 70", "explore 20, exploit 50", "loss -0.900", "embedding", "last steps", "1 unreadable"):
+        assert part in text, text
+    assert "selection.jsonl, line" in text
+    shown = sum(text.count(name) for name in ("embedding", "layers.", "final_norm"))
+    assert shown == 34 or f"… and {34 - shown} blocks more" in text, text
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

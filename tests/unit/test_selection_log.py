@@ -123,6 +123,17 @@ def test_scalars_of_an_exploit_and_of_an_explore_step() -> None:
     assert metrics.block_counts(explorer.selection)["block_counts/layers.2"] == 1
 
 
+def test_shares_of_the_steps_since_the_last_log() -> None:
+    optimizer = _optimizer()
+    _train(optimizer, 3)
+    last = [record.blocks for record in optimizer.selection.history[-2:]]
+    shares = metrics.block_shares(optimizer.selection, 2)
+    assert list(shares) == [f"selected/{block.name}" for block in optimizer.selection.blocks]
+    assert list(shares.values()) == [sum(index in blocks for blocks in last) / 2 for index in range(4)]
+    assert sum(shares.values()) == 2  # blocks a step
+    assert set(metrics.block_shares(optimizer.selection, 0).values()) == {0}
+
+
 @pytest.mark.parametrize(
     ("counts", "entropy"), [((0, 0), 0), ((3, 0), 0), ((2, 2), 1), ((1, 1, 2), 1.5 * math.log(2) / math.log(3))]
 )

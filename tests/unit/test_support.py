@@ -17,20 +17,30 @@ def zero2(**settings):
     return {"zero_optimization": {"stage": 2, **settings}}
 
 
+def zero3(**settings):
+    return {"zero_optimization": {"stage": 3, **settings}}
+
+
 @pytest.mark.parametrize(
     ("ds_config", "message"),
     [
-        ({}, r"zero_optimization\.stage=0 can't be used.*Stages 1 and 2 are allowed: use 1"),
-        ({"zero_optimization": {"stage": 3}}, r"stage=3 can't be used.*use 2"),
+        ({}, r"zero_optimization\.stage=0 can't be used.*Stages 1, 2 and 3 are allowed: use 1"),
+        (zero3(mics_shard_size=2), r"mics_shard_size=2.*Leave it out"),
+        (zero3(zero_hpz_partition_size=2), r"zero_hpz_partition_size=2.*Set it to 1"),
+        (zero3(zero_quantized_weights=True), "zero_quantized_weights=true.*Set it to false"),
+        (zero3(zero_quantized_gradients=True), "zero_quantized_gradients=true.*Set it to false"),
+        (zero3(zero_quantized_nontrainable_weights=True), "zero_quantized_nontrainable_weights=true"),
+        (zero3(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
         (zero2(zenflow={"topk_ratio": 0.1}), "zenflow can't be used.*Remove one of the two sections"),
         (zero2(offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload=true.*Set it to false"),
-        (zero2(offload_optimizer={"device": "nvme"}), "device='nvme'.*Use 'cpu' or 'none'"),
+        (zero2(offload_optimizer={"device": "nvme"}), "device='nvme'.*Use 'cpu' or 'none', or stage 3"),
         (zero2(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
         (zero2(elastic_checkpoint=True), "elastic_checkpoint=true.*Set it to false"),
         ({**ZERO2, "hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled=true"),
         ({**ZERO2, "compile": {"deepcompile": True}}, r"compile\.deepcompile=true"),
         ({**ZERO2, "managed_gradient_accumulation": False}, "managed_gradient_accumulation=false.*Set it to true"),
-        ({**ZERO2, "checkpoint": {"load_universal": True}}, r"checkpoint\.load_universal=true"),
+        ({**ZERO2, "checkpoint": {"writer": {"type": "FAST"}}}, r"checkpoint\.writer can't be used.*Remove it"),
+        ({**ZERO2, "datastates_ckpt": {"enabled": True}}, r"datastates_ckpt\.enabled=true.*Set it to false"),
         ({**ZERO2, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "without fp32 masters"),
         ({**ZERO2, "torch_autocast": {"enabled": True, "dtype": "float16"}}, r"torch_autocast\.dtype='float16'"),
         ({**BF16_ZERO1, "data_types": {"grad_accum_dtype": "fp32"}}, "BF16_Optimizer.*Use stage 2"),
@@ -48,6 +58,28 @@ def test_host_step_without_offload_is_refused():
         refuse_unsupported(ZERO2, nn.Linear(1, 1), None, SelectionConfig(step_device="cpu"))
 
 
+def test_a_step_on_the_accelerator_from_host_states_is_refused_with_stage_3():
+    with pytest.raises(ConfigError, match=r"step_device='accelerator' with .*stage=3.*Set step_device to null"):
+        refuse_unsupported(zero3(), nn.Linear(1, 1), None, SelectionConfig.model_construct(step_device="accelerator"))
+
+
 def test_a_model_parallel_unit_is_refused():
     with pytest.raises(ConfigError, match=r"initialize\(mpu=\.\.\.\).*Leave mpu out"):
         refuse_unsupported(ZERO2, nn.Linear(1, 1), object(), SelectionConfig())
+
+
+def test_a_pipeline_is_refused():
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    model = PipelineModule.__new__(PipelineModule)  # its constructor wants as many ranks as stages
+    nn.Module.__init__(model)
+    with pytest.raises(ConfigError, match=r"model=PipelineModule can't be used.*Use the plain module"):
+        refuse_unsupported(ZERO2, model, None, SelectionConfig())
+
+
+def test_deepspeeds_experts_are_refused():
+    from deepspeed.moe.layer import MoE
+
+    model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
+    with pytest.raises(ConfigError, match=r"with DeepSpeed MoE layers can't be used.*ordinary modules"):
+        refuse_unsupported(ZERO2, model, None, SelectionConfig())

@@ -1,0 +1,257 @@
+"""Checkpoints that travel: masters and moments by parameter name, whatever rank count, stage or form they have.
+
+[Note: By name] What a rank of this run must load is cut out of what the ranks of the saving run wrote, parameter by
+parameter, and put in the form of this rank's own file; DeepSpeed's ordinary load then goes on from there. So step
+counts and hyperparameters stay each block's own, where DeepSpeed's universal load gives a group those of its first
+parameter, and stage 3 gives every sub-group those of the first (stage3.py:3664, 3687).
+
+[Note: Blocks without state] A block that was never updated has no Adam state. Files say zeros and step 0 instead, as
+one element seen many times, which takes no room: `ds_to_universal` (0.19.8) asks every group for its state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from deepspeed.checkpoint import constants
+from torch import Tensor
+
+from ds_agsel.errors import CheckpointError
+from ds_agsel.zero import compat
+
+MASTER = constants.FP32_WEIGHT_KEY
+ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
+_OF_THE_RUN = (constants.LOSS_SCALER, "dynamic_loss_scale", "overflow", constants.CLIP_GRAD, constants.DS_VERSION)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements of a parameter in a partition: ``numel`` of them, the parameter's from ``start`` on, lying at ``at``."""
+
+    name: str
+    start: int
+    at: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One group on one rank: its parameters, the length of the partition here, and what lies in it."""
+
+    names: tuple[str, ...]
+    numel: int
+    slices: tuple[Slice, ...]
+
+
+class SavedStates(Protocol):
+    """What a checkpoint holds, by parameter name."""
+
+    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        """Elements ``start`` to ``start + numel`` of the flat master (`MASTER`) or moment of a parameter."""
+
+    def step(self, name: str) -> int:
+        """How often a parameter was updated."""
+
+    def hyperparameters(self, name: str) -> Mapping[str, Any]:
+        """Of the param group that a parameter is in."""
+
+    @property
+    def of_the_run(self) -> Mapping[str, Any]:
+        """What is the same for all groups: loss scale, clipping, versions."""
+
+
+def _section_keys(state_dict: Mapping[str, Any]) -> tuple[str, str]:
+    if constants.BASE_OPTIMIZER_STATE in state_dict:
+        return constants.BASE_OPTIMIZER_STATE, constants.SINGLE_PARTITION_OF_FP32_GROUPS
+    return constants.OPTIMIZER_STATE_DICT, constants.FP32_FLAT_GROUPS
+
+
+def sections(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    """(the base optimizer's state_dict, the masters) in a ZeRO optimizer's state_dict of any stage."""
+    base, masters = _section_keys(state_dict)
+    return state_dict[base], state_dict[masters]
+
+
+def add_empty_states(state_dict: Mapping[str, Any]) -> None:
+    """[Note: Blocks without state]."""
+    base, masters = sections(state_dict)
+    paddings = state_dict.get(constants.GROUP_PADDINGS, [0] * len(masters))  # the masters lack it, the states have it
+    for index, (master, padding) in enumerate(zip(masters, paddings)):
+        if not base["state"].get(index):
+            nothing = torch.zeros(1, dtype=master.dtype, device=master.device).expand(master.numel() + padding)
+            base["state"][index] = {"step": 0, **{key: nothing for key in ADAM_STATE_KEYS}}
+
+
+def drop_empty_states(state_dict: Mapping[str, Any]) -> None:
+    """Undo `add_empty_states`, so that a state exists from a block's first update on."""
+    base, _ = sections(state_dict)
+    base["state"] = {index: state for index, state in base["state"].items() if int(state.get("step", 1)) > 0}
+
+
+def state_dict_for(
+    own: Mapping[str, Any], layouts: Sequence[Layout], optimizer: torch.optim.Optimizer, saved: SavedStates
+) -> dict[str, Any]:
+    """What this rank would have saved of ``saved``: ``own``, its present state_dict, with other contents."""
+    base, masters = sections(own)
+    group_of = {index: group for group in base["param_groups"] for index in group["params"]}
+    states, found = {}, []
+    for index, layout in enumerate(layouts):
+        master = torch.zeros(layout.numel, dtype=masters[index].dtype)
+        found.append(master)
+        _fill(master, layout, saved, MASTER)
+        steps = _steps(layout, saved)
+        if steps > 0:
+            state = compat.new_adam_state(optimizer, master)
+            for key in ADAM_STATE_KEYS:
+                _fill(state[key], layout, saved, key)
+            state["step"] += steps
+            states[index] = state
+        of_saved = saved.hyperparameters(layout.names[0])
+        group_of[index].update({key: value for key, value in of_saved.items() if key != "params"})
+    new = {**own, **{key: saved.of_the_run[key] for key in _OF_THE_RUN if key in saved.of_the_run}}
+    base_key, masters_key = _section_keys(own)
+    return {**new, base_key: {**base, "state": states}, masters_key: found}
+
+
+def _fill(flat: Tensor, layout: Layout, saved: SavedStates, key: str) -> None:
+    for piece in layout.slices:
+        flat.narrow(0, piece.at, piece.numel).copy_(saved.read(piece.name, key, piece.start, piece.numel))
+
+
+def _steps(layout: Layout, saved: SavedStates) -> int:
+    of_name = {name: saved.step(name) for name in layout.names}
+    if len(set(of_name.values())) > 1:
+        raise CheckpointError(
+            f"the checkpoint has different step counts for parameters of one block: {of_name}. Load it with the "
+            "adagrad_select.blocks it was saved with."
+        )
+    return of_name[layout.names[0]]
+
+
+class ZeroFiles:
+    """The `*_optim_states.pt` of any number of ranks, of stages 1, 2 and 3."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        paths = folder.glob("*zero_pp_rank_*_optim_states.pt")
+        by_rank = {int(re.findall(r"zero_pp_rank_(\d+)_", path.name)[0]): path for path in paths}
+        self._files = [_load(by_rank[rank])[constants.OPTIMIZER_STATE_DICT] for rank in sorted(by_rank)]
+        self._where: dict[str, list[tuple[int, int, Slice]]] = {}
+        ends: dict[str, int] = {}
+        for rank, file in enumerate(self._files):
+            for index, name, at, numel in self._pieces(rank, file):
+                start = ends.get(name, 0)
+                self._where.setdefault(name, []).append((rank, index, Slice(name, start, at, numel)))
+                ends[name] = start + numel
+
+    @cached_property
+    def _shapes(self) -> list[dict[str, torch.Size]]:
+        return model_states(self._folder)[constants.PARAM_SHAPES]
+
+    def _pieces(self, rank: int, file: Mapping[str, Any]) -> Iterator[tuple[int, str, int, int]]:
+        """(group, parameter, place in the partition, elements) of one rank."""
+        if int(file[constants.ZERO_STAGE]) <= 2:
+            for index, names in enumerate(file[constants.PARAM_SLICE_MAPPINGS]):
+                for name, address in names.items():
+                    yield index, name, address.start, address.numel
+            return
+        for index, shapes in enumerate(self._shapes):
+            at = 0
+            for name, shape in shapes.items():
+                share = -(-shape.numel() // len(self._files))
+                yield index, name, at, max(0, min(share, shape.numel() - rank * share))
+                at += share
+
+    def _found(self, name: str) -> list[tuple[int, int, Slice]]:
+        if name not in self._where:
+            raise CheckpointError(f"{self._folder} has no state of {name}. Load it into the model it was saved from.")
+        return self._where[name]
+
+    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        pieces = []
+        for rank, index, piece in self._found(name):
+            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if first < last:
+                base, masters = sections(self._files[rank])
+                flat = masters[index] if key == MASTER else base["state"][index][key]
+                pieces.append(flat.view(-1).narrow(0, piece.at + first - piece.start, last - first))
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def step(self, name: str) -> int:
+        rank, index, _ = self._found(name)[0]
+        return int(sections(self._files[rank])[0]["state"].get(index, {}).get("step", 0))
+
+    def hyperparameters(self, name: str) -> Mapping[str, Any]:
+        rank, index, _ = self._found(name)[0]
+        groups = sections(self._files[rank])[0]["param_groups"]
+        return next(group for group in groups if index in group["params"])
+
+    @property
+    def of_the_run(self) -> Mapping[str, Any]:
+        return self._files[0]
+
+
+class UniversalFolder:
+    """What `ds_to_universal` makes of a checkpoint: a folder for each parameter."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        path = folder / "zero" / "optimizer_state.pt"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no zero/optimizer_state.pt: it is no universal checkpoint. Make one with DeepSpeed's "
+                "ds_to_universal, or set checkpoint.load_universal=false."
+            )
+        self._common = _load(path)
+        self._index = {
+            name: index
+            for index, shapes in enumerate(model_states(folder)[constants.PARAM_SHAPES])
+            for name in shapes
+        }
+
+    @property
+    def _base(self) -> Mapping[str, Any]:
+        return self._common.get(constants.OPTIMIZER_STATE_DICT, self._common)  # stage 3 has a whole state_dict there
+
+    def _file(self, name: str, key: str) -> Any:
+        path = self._folder / "zero" / name / f"{key}.pt"
+        try:
+            return _load(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing. Load it into the model it was saved from.") from None
+
+    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        found = self._file(name, key)
+        full = found[constants.PARAM] if isinstance(found, Mapping) else found
+        return full.reshape(-1).narrow(0, start, numel)
+
+    def step(self, name: str) -> int:
+        if (self._folder / "zero" / name / "step.pt").exists():
+            return int(self._file(name, "step"))
+        return int(self._base["state"][self._index[name]]["step"])
+
+    def hyperparameters(self, name: str) -> Mapping[str, Any]:
+        index = self._index[name]
+        return next(group for group in self._base[constants.PARAM_GROUPS] if index in group["params"])
+
+    @property
+    def of_the_run(self) -> Mapping[str, Any]:
+        return self._common
+
+
+def model_states(folder: Path) -> Mapping[str, Any]:
+    """The first rank's `*_model_states.pt` of any stage, its tensors left on disk until they are read."""
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        if (folder / name).is_file():
+            return _load(folder / name)
+    raise CheckpointError(f"{folder} has no *_model_states.pt. Load another checkpoint.")
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

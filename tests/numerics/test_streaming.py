@@ -1,0 +1,127 @@
+"""Explore steps hold the gradients of k + 1 blocks at most, and choose what they would with all of them at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import FIRST, SELECT, VISIT, Case, build, case_id, forward_backward, train
+from torch import nn
+
+TOPK = {**SELECT, "policy": "gradient_topk"}
+CASES = [
+    Case(section=TOPK, steps=3),
+    Case(section={**TOPK, **VISIT}, dtype="bf16", steps=3, zero={"overlap_comm": True}),
+    Case(section=TOPK, offload="cpu", steps=3),
+    Case(section=TOPK, offload="cpu", dtype="bf16", steps=3, config={"data_types": {"grad_accum_dtype": "fp32"}}),
+    Case(section={**FIRST, "policy": "gradient_topk"}, accumulation=3, steps=3),
+    Case(section={**FIRST, "policy": "gradient_topk"}, offload="cpu", accumulation=2, steps=3),
+]
+
+
+class GradientWatch:
+    """The most blocks that had a gradient anywhere at once, seen whenever backward hands one over."""
+
+    def __init__(self) -> None:
+        self.most_blocks = 0
+
+    def observe(self, event: str, engine: Any, step: int) -> dict[str, Any] | None:
+        zero = engine.optimizer
+        block_of = {name: block.index for block in engine.selection.blocks for name in block.parameter_names}
+        if (event, step) == ("start", 0):
+            for parameter in engine.module.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda _: self._look(zero, block_of))
+            return None
+        if event == "backward":
+            self._look(zero, block_of)
+            trains = {block_of[name] for name, p in engine.module.named_parameters() if p.requires_grad}
+            return {"most_blocks": self.most_blocks, "trains": trains}
+        return None
+
+    def _look(self, zero: Any, block_of: dict[str, int]) -> None:
+        holding = {block_of[zero.param_names[p]] for group in zero.bit16_groups for p in group if p.grad is not None}
+        for group, members in enumerate(zero.bit16_groups):
+            held = [zero.averaged_gradients.get(group), zero.all_grad_tensors.get(group)]
+            on_host = zero.cpu_offload and zero.single_partition_of_fp32_groups[group].grad is not None
+            if on_host or any(held):
+                holding.add(block_of[zero.param_names[members[0]]])
+        self.most_blocks = max(self.most_blocks, len(holding))
+
+
+def train_and_watch(case: Case) -> dict[str, Any]:
+    return train(case, GradientWatch().observe)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_explore_steps_hold_the_gradients_of_one_block_more_than_they_choose(workers, case, ranks):
+    for run in workers(ranks).run(train_and_watch, case):
+        chosen = len(run["history"][0][2])
+        assert [phase for _, phase, _ in run["history"]] == ["explore"] * case.steps
+        assert chosen < len(run["blocks"]) - 1
+        assert 1 <= max(seen["most_blocks"] for seen in run["observed"]) <= chosen + 1
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_the_choice_is_that_of_all_gradients(trained, offload):
+    """ZeRO-1 does not stream: it keeps every gradient to the end."""
+    case = Case(section=TOPK, offload=offload, model="net")
+    streamed, whole = trained(case, 2)[0], trained(case.but(stage=1), 2)[0]
+    assert streamed["history"] == whole["history"]
+    assert len({blocks for _, _, blocks in whole["history"]}) > 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_micro_batch_decides_for_the_window(workers, ranks):
+    case = Case(section=FIRST, accumulation=3, steps=6)
+    for run in workers(ranks).run(train_and_watch, case):
+        seen = [step["trains"] for step in run["observed"]]
+        assert {phase for _, phase, _ in run["history"]} == {"explore", "exploit"}
+        for step, (_, _, blocks) in enumerate(run["history"]):
+            assert seen[3 * step : 3 * step + 3] == [set(blocks)] * 3
+
+
+def step_on_two_backwards(case: Case) -> str:
+    engine = build(case)
+    forward_backward(engine, case, 0, 0)
+    try:
+        forward_backward(engine, case, 0, 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.destroy()
+    return "nothing was said"
+
+
+def test_a_second_backward_in_an_explore_step_is_refused(workers):
+    [said] = workers(1).run(step_on_two_backwards, Case(section=TOPK))
+    assert said.startswith("TrainingError: step 0 explores, and block")
+    assert "Call backward once a step" in said
+
+
+def skip_a_bad_window(case: Case) -> dict[str, Any]:
+    """A window whose first micro-batch has non-finite gradients, then a good one."""
+    engine = build(case)
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    embedding: nn.Parameter = next(iter(engine.module.parameters()))
+    hook = embedding.register_hook(lambda gradient: gradient * float("nan"))
+    for micro_step in range(case.accumulation):
+        forward_backward(engine, case, 0, micro_step)
+        hook.remove()
+        engine.step()
+    unchanged = all(torch.equal(before[name], p) for name, p in engine.module.named_parameters())
+    skipped = (len(engine.selection.history), engine.skipped_steps)
+    for micro_step in range(case.accumulation):
+        forward_backward(engine, case, 1, micro_step)
+        engine.step()
+    result = {"unchanged": unchanged, "skipped": skipped, "applied": len(engine.selection.history)}
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_first_micro_batch_without_finite_scores_skips_its_step(workers, offload, ranks):
+    for seen in workers(ranks).run(skip_a_bad_window, Case(section=FIRST, accumulation=2, offload=offload)):
+        assert seen == {"unchanged": True, "skipped": (0, 1), "applied": 1}
