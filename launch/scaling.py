@@ -116,8 +116,8 @@ def page() -> str:
         f"{BUCKET_NUMEL // 10**6} M",
         "elements, activations left out. ds_agsel: an exploit step on blocks drawn uniformly, expected bytes. Explore "
         "steps reduce",
-        "and copy the gradients of all blocks, as full fine-tuning does, and write back what they selected; with the "
-        "default decay",
+        "the gradients of all blocks, as full fine-tuning does, copy as many at most, and write back the selected; "
+        "by default",
         "they are about a fifth of epoch 1 and none after it.",
         "",
         *_memory_section(),

@@ -23,10 +23,10 @@ Stepping = Literal["resident", "host", "accelerator"]
 
 @dataclass(frozen=True)
 class Features:
-    """Savings that ds_agsel has or has not yet. One place for all of them; see `BUILT`.
+    """Savings beyond DeepSpeed's own buffers, in one place; `BUILT` are those that ds_agsel has.
 
     Attributes:
-        streaming_top_k: explore steps of one micro-step keep the gradients of k + 1 blocks at most.
+        streaming_top_k: ZeRO-2's explore steps that one backward decides keep the gradients of k + 1 blocks at most.
         lean_host_staging: the bf16 staging buffer of host stepping holds one step's selection, not all parameters.
     """
 
@@ -34,7 +34,7 @@ class Features:
     lean_host_staging: bool = False
 
 
-BUILT = Features()
+BUILT = Features(streaming_top_k=True, lean_host_staging=True)
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,11 @@ class Lot:
 
 def exact_step(
     phase: Phase, num_blocks: int, selected: Collection[int], active: Collection[int], updated: Collection[int],
-    resident: Collection[int] = (),
+    resident: Collection[int] = (), streaming: bool = False,
 ) -> Step:  # fmt: skip
     """The step that updates the blocks ``selected`` of those ``active``, where ``updated`` have moments at its end and
-    the states of ``resident`` were on the accelerator before."""
+    the states of ``resident`` were on the accelerator before. With ``streaming`` an explore step has given all other
+    gradients back when backward ends."""
 
     def shares(blocks: Collection[int]) -> Shares:
         return tuple(Fraction(int(block in blocks)) for block in range(num_blocks))
@@ -74,7 +75,7 @@ def exact_step(
     return Step(
         phase=phase,
         selected=shares(selected),
-        with_gradient=shares(gradients),
+        with_gradient=shares(selected if streaming else gradients),
         reduced=shares(gradients),
         with_moments=shares(updated),
         arriving=shares(set(selected) - set(resident)),

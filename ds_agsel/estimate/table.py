@@ -80,7 +80,7 @@ def estimate(
     for percent in percentages:
         lot = _lot(model, config, percent)
         for stepping in steppings(setup):
-            rows += _selective_rows(model, setup, lot, percent, stepping, features)
+            rows += _selective_rows(model, setup, lot, percent, stepping, features, config.explore_on)
     rows += [_lora_row(model, setup, rank) for rank in LORA_RANKS if model.linears]
     return Estimate(model, setup, tuple(rows))
 
@@ -136,10 +136,11 @@ def _plain_row(
 
 
 def _selective_rows(
-    model: ModelShape, setup: Setup, lot: Lot, percent: float, stepping: Stepping, features: Features
+    model: ModelShape, setup: Setup, lot: Lot, percent: float, stepping: Stepping, features: Features, explore_on: str
 ) -> Iterator[Row]:
     setup = _setup_for(setup, stepping)
-    streaming = features.streaming_top_k and setup.accumulation_steps == 1
+    one_backward = setup.accumulation_steps == 1 or explore_on == "first_micro_batch"
+    streaming = features.streaming_top_k and setup.stage == 2 and one_backward
     kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
     for phase, which in kinds:
         step = typical_step(lot, phase, which, streaming)

@@ -122,7 +122,7 @@ def test_what_is_larger_than_the_budget_passes_through_it():
     assert held.accelerator.staging == 10 * 2
 
 
-def test_features_not_built_yet_are_flags():
+def test_savings_are_flags():
     model = model_of((10,), (6,), (4,))
     lot = Lot((10, 6, 4), (0, 1, 2), (), 1)
     whole, streamed = (typical_step(lot, "explore", "worst", streaming) for streaming in (False, True))
