@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# DeepSpeed compiles CPU Adam on first use; the result is kept outside the checkout and used by every run after.
+# DeepSpeed compiles CPU Adam on first use; the result is kept outside the checkout and used by every run after. Each
+# environment has its own: one that finds another's would build it again, and both at once wait for each other's lock.
 CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ds_agsel
+BUILD  := $(firstword $(shell echo "$(abspath $(VENV))" | md5sum))
 OUTPUT ?= runs/train
 
 # A CPU accelerator unless the machine has another one or the caller says so.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR ?= cpu
 endif
-export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions
+export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 

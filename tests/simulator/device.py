@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import types
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -19,17 +18,12 @@ from simulator.hazards import Detector, Report, Site
 from simulator.operators import DEVICE, Operators
 from simulator.queue import Queue
 
-BUILD_DIRECTORY = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds_agsel" / "simulator"
-
-
 def load_backend() -> Any:
-    """The compiled backend.cpp; built outside the checkout when it or torch has changed (under a minute, idle)."""
+    """The compiled backend.cpp; built into TORCH_EXTENSIONS_DIR when it has changed (under a minute, idle)."""
     from torch.utils.cpp_extension import load
 
-    directory = BUILD_DIRECTORY / torch.__version__
-    directory.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("backend.cpp")
-    return load("ds_agsel_simulator", [str(source)], build_directory=str(directory), extra_cflags=["-O0"])
+    return load("ds_agsel_simulator", [str(source)], extra_cflags=["-O0"])
 
 
 class _Randomness:
