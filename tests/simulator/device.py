@@ -18,6 +18,7 @@ from simulator.hazards import Detector, Report, Site
 from simulator.operators import DEVICE, Operators
 from simulator.queue import Queue
 
+
 def load_backend() -> Any:
     """The compiled backend.cpp; built into TORCH_EXTENSIONS_DIR when it has changed (under a minute, idle)."""
     from torch.utils.cpp_extension import load
