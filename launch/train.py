@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import os
 import sys
 
@@ -34,6 +35,8 @@ def main() -> int:
         _check_launched()
         stop = StopRequest()
         stop.listen()
+        if ranks.is_main():
+            _show_what_is_decided()
         transformers.logging.set_verbosity_error()
         if not ranks.is_main():
             datasets.disable_progress_bars()
@@ -60,6 +63,14 @@ def main() -> int:
         return FAILED
     except ranks.MainRankFailed:
         return FAILED
+
+
+def _show_what_is_decided() -> None:
+    """Print what ds_agsel chooses where the ds_config leaves it open, with the reason."""
+    logger = logging.getLogger("ds_agsel")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.propagate = False
 
 
 def _check_launched() -> None:

@@ -26,6 +26,7 @@ ALL = {"policy": "all"}
 VISIT = {"step_device": "accelerator"}  # on a CPU: the same moves, within one memory
 # Room for the largest block of `tiny_llama` and little more: blocks of a step pass through.
 NARROW = {**VISIT, "state_budget_bytes": 12 * 1900}
+TOPK = {**SELECT, "policy": "gradient_topk"}
 FIRST = {**SELECT, "explore_on": "first_micro_batch"}
 
 

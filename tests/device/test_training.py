@@ -15,7 +15,12 @@ from simulator import Site, simulated
 from support import (
     BETAS,
     EPS,
+    FIRST,
     LEARNING_RATE,
+    NARROW,
+    SELECT,
+    TOPK,
+    VISIT,
     WEIGHT_DECAY,
     Case,
     assert_identical,
@@ -48,6 +53,13 @@ CASES = [
     ON_HOST.but(dtype="bf16", accumulation=2, clip=0.5, zero={**PINNED, "overlap_comm": True}),
     ON_HOST.but(stage=1, accumulation=2),
     ON_HOST.but(zero={}, dtype="bf16"),
+    # Without offload the states visit, here and by default where the accelerator has memory of its own.
+    ON_DEVICE.but(section={**SELECT, **NARROW}, dtype="bf16", decay_groups=True, clip=0.5),
+    ON_DEVICE.but(section={**SELECT, **VISIT, "keep_master": "accelerator"}, model="net"),
+    # Streamed explore steps, on the reduction stream and off it.
+    ON_DEVICE.but(section=TOPK, zero={"overlap_comm": True}, steps=3),
+    ON_DEVICE.but(section={**FIRST, **VISIT}, accumulation=3),
+    ON_HOST.but(section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),
 ]
 
 
@@ -121,8 +133,18 @@ def stop_and_resume(case: Case, seed: int, folder: str) -> tuple[dict[str, Any],
     return result, [str(report) for report in accelerator.detector.found]
 
 
-def test_resume_equals_not_having_stopped(simulated_workers: Callable[[int], Workers], tmp_path: Path) -> None:
-    case = ON_HOST.but(dtype="bf16", zero={**PINNED, "overlap_comm": True})
+@pytest.mark.parametrize(
+    "case",
+    [
+        ON_HOST.but(dtype="bf16", zero={**PINNED, "overlap_comm": True}),
+        ON_DEVICE.but(section={**SELECT, **VISIT}),  # the next step's states are on their way when it saves
+        ON_DEVICE.but(section={**SELECT, **NARROW}, dtype="bf16"),
+    ],
+    ids=case_id,
+)
+def test_resume_equals_not_having_stopped(
+    case: Case, simulated_workers: Callable[[int], Workers], tmp_path: Path
+) -> None:
     ((whole, _, _),) = simulated_workers(1).run(train_simulated, case, 0)
     ((resumed, hazards),) = simulated_workers(1).run(stop_and_resume, case, 1, str(tmp_path))
     assert not hazards

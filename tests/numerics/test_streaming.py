@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import FIRST, SELECT, VISIT, Case, build, case_id, forward_backward, train
+from support import FIRST, TOPK, VISIT, Case, build, case_id, forward_backward, train
 from torch import nn
 
-TOPK = {**SELECT, "policy": "gradient_topk"}
 CASES = [
     Case(section=TOPK, steps=3),
     Case(section={**TOPK, **VISIT}, dtype="bf16", steps=3, zero={"overlap_comm": True}),
