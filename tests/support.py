@@ -339,6 +339,8 @@ def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
         state = zero.optimizer.state.get(master, {})
         for parameter in members:
             _, start, numel = zero.grad_position[zero.get_param_id(parameter)]
+            # The last rank's part may end in padding, which nobody initialises (partition_parameters.py:1836).
+            numel = max(0, min(numel, parameter.ds_numel - numel * torch.distributed.get_rank()))
             held = {"masters": master} | {key: state.get(key, torch.zeros_like(master)) for key in STATES[1:]}
             found.append(
                 {"shapes": {zero.param_names[parameter]: parameter.ds_shape}, "step": int(state.get("step", 0))}

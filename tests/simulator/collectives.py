@@ -52,6 +52,11 @@ class SimulatedGroup(dist.ProcessGroup):
         self._stream = stream
         self._gloo = gloo
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """Where torch puts objects that are gathered, as a group of NCCL alone says cuda."""
+        return [torch.device(DEVICE)]
+
     def getBackendName(self) -> str:
         return NAME
 
