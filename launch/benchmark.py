@@ -52,8 +52,8 @@ from ds_agsel import processor
 
 FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this row draws
 # Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
-EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), VISIT, ALL)
-EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES))
+EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL)
+EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES), VISIT)
 ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP))
 WARMUP_STEPS = 2
 # Imported once, by the fork server: most of a row's start. The last two are imported late by those who use them.

@@ -297,13 +297,16 @@ def whole(parameter: Any) -> Tensor:
     """The model weight; with stage 3 put together from all ranks' partitions, which a gathered copy must equal."""
     if not hasattr(parameter, "ds_id"):
         return parameter
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
 
     local = parameter.ds_tensor.detach().flatten()
     parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, local)
     full = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
-    if parameter.ds_status is ZeroParamStatus.AVAILABLE and not torch.equal(parameter.data, full):
+    # With autocast some paths exchange what it casts in its dtype (partition_parameters.py:57), others do not.
+    cast = full.to(get_allgather_dtype(parameter, parameter.ds_tensor)).to(full.dtype)
+    is_right = any(torch.equal(parameter.data, gathered) for gathered in (full, cast))
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE and not is_right:
         raise AssertionError(f"{parameter.ds_summary()} is gathered, and not what its partitions are")
     return full
 

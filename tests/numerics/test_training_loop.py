@@ -229,6 +229,8 @@ def test_autocast_leaves_unselected_blocks_and_agrees_on_the_selection(fresh_wor
         Case(stage=stage, offload=offload, accumulation=2, section=SELECT, steps=5,
              config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
         for stage, offload in product((1, 2, 3), ("none", "cpu"))
+        # On several ranks ZeRO-3 gathers weights in bf16, which the reference does not; test_plain_deepspeed has it.
+        if stage < 3 or ranks == 1
     ]  # fmt: skip
     tolerance = {"exp_avg": 0.1, "exp_avg_sq": 0.1, "masters": 0.2}  # bf16 gradients of the linear layers
     for case, runs in zip(cases, zip(*fresh_workers(ranks).run(autocast_run, cases), strict=True), strict=True):

@@ -35,11 +35,11 @@ def test_a_model_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> Non
     model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=64))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     folder = tmp_path / "model"
-    outputs.save_model(model, tokenizer, folder)
+    outputs.save_model(model, model.state_dict(), tokenizer, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     problem = r"could not be written to .*model: .* Make room, then --resume"
     with pytest.raises(CheckpointError, match=problem), no_room():
-        outputs.save_model(model, tokenizer, folder)
+        outputs.save_model(model, model.state_dict(), tokenizer, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
 
