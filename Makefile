@@ -16,7 +16,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-nodes compat bench docs lint ops clean
+.PHONY: train test test-slow test-device test-nodes compat bench docs lint ops clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -29,6 +29,10 @@ test: $(VENV)/.ready ops
 
 test-slow: $(VENV)/.ready ops
 	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
+
+# On a machine with a GPU: what is simulated elsewhere.
+test-device: $(VENV)/.ready ops
+	$(BIN)/python -m pytest -m device $(ARGS)
 
 # Two "nodes" on this machine, over loopback addresses; the part by ssh needs: apt-get install openssh-server pdsh
 test-nodes: $(VENV)/.ready ops

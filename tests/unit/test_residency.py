@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rehearsal import Twin, rehearse
 
 from ds_agsel.errors import ConfigError, TrainingError
-from ds_agsel.residency import BlockResidency, Move, Residency, default_budget_bytes, plan_moves, update_order
+from ds_agsel.residency import BlockResidency, Move, Residency, default_budget_bytes, plan_moves, transfer, update_order
 from ds_agsel.residency.plan import check_budget
 from ds_agsel.residency.transfer import MASTER, MOMENTS
 
@@ -112,3 +113,17 @@ def test_bytes_moved_are_those_of_the_blocks_that_changed():
     twin.step({0}, 3)
     assert twin.moved == {"h2d": 4 * (10 + 18) + 12 * 10, "d2h": 12 * (10 + 18)}
     assert twin.transfer.resident_bytes() == 12 * 10
+
+
+def test_memory_that_can_not_be_pinned_is_used_as_it_is_with_one_warning(caplog, monkeypatch):
+    def no_room(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(transfer, "_pageable_warned", False)
+    device = SimpleNamespace(
+        is_synchronized_device=lambda: False, is_pinned=lambda tensor: False, pin_memory=no_room
+    )
+    tensors = [torch.arange(3.0), torch.arange(5.0)]
+    assert all(transfer.pinned(tensor, device) is tensor for tensor in tensors)
+    [record] = caplog.records
+    assert "12 bytes of host memory can't be pinned" in record.message and "ulimit -l" in record.message

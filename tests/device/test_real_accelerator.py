@@ -1,0 +1,101 @@
+"""The tests of the simulated accelerator on a real one: `make test-device`. Nobody has run them yet, for want of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from rehearsal import rehearse
+from support import NARROW, SELECT, TOPK, VISIT, Case, case_id, relative_error, train
+from workers import Workers
+
+from ds_agsel.residency import Move
+from ds_agsel.residency.transfer import MASTER, MOMENTS, HostState, StateTransfer
+
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator other than the CPU"),
+]
+
+CASES = [
+    Case(section={**SELECT, **VISIT}),
+    Case(section={**SELECT, **NARROW}, dtype="bf16", decay_groups=True, clip=0.3),
+    Case(section={**SELECT, **VISIT, "keep_master": "accelerator"}, accumulation=2),
+    Case(section=TOPK, zero={"overlap_comm": True}),
+    Case(offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}, "overlap_comm": True}),
+]
+# The kernels are others than the host's, and add up in another order: fp32's 1e-6 of a gradient, through AdamW's
+# division as in test_reference; bf16 turns single weights to their other neighbour.
+TOLERANCE = {"fp32": 3e-3, "bf16": 0.1}
+
+
+@pytest.fixture(scope="module")
+def device_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    workers = Workers(1, tmp_path_factory.mktemp("device"), "cuda")
+    yield workers
+    workers.stop()
+
+
+def rehearse_here(seeds: range) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    for seed in seeds:
+        rehearse(get_accelerator(), seed)
+
+
+def test_visiting_states_are_those_that_stay(device_workers: Workers) -> None:
+    device_workers.run(rehearse_here, range(30))
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_training_follows_the_host(
+    case: Case, device_workers: Workers, workers: Callable[[int], Workers]
+) -> None:
+    [start], [host], [device] = (
+        group.run(train, run)
+        for group, run in ((workers(1), case.but(steps=1)), (workers(1), case), (device_workers, case))
+    )
+    assert device["history"] == host["history"]
+    for name, weight in host["weights"].items():
+        error = relative_error(weight, device["weights"][name].cpu(), start["weights"][name])
+        assert error <= TOLERANCE[case.dtype] or torch.equal(weight, start["weights"][name])
+
+
+def seconds_of_a_step(overlapping: bool, repeats: int = 7) -> list[float]:
+    """Products on the compute stream while a block's states arrive and another's leave; or one after the other."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    numel = 32 * 2**20
+    states = [
+        HostState(
+            accelerator.pin_memory(torch.zeros(numel)),
+            {key: accelerator.pin_memory(torch.zeros(numel)) for key in MOMENTS},
+        )
+        for _ in range(2)
+    ]
+    transfer = StateTransfer(accelerator, states, {0: [0], 1: [1]}, (MASTER, *MOMENTS), lambda *_: None)
+    factor = torch.randn(4096, 4096, device=accelerator.current_device_name())
+    transfer.carry_out([Move("arrive", 0)])
+    seconds = []
+    for repeat in range(repeats):
+        here, next_block = repeat % 2, 1 - repeat % 2
+        transfer.wait_for(here)
+        transfer.updated(here)
+        accelerator.synchronize()
+        start = time.perf_counter()
+        transfer.carry_out([Move("arrive", next_block), Move("leave", here)])
+        if not overlapping:
+            accelerator.synchronize()
+        for _ in range(60):
+            torch.mm(factor, factor)
+        accelerator.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def test_transfers_that_overlap_are_no_slower_than_one_after_the_other(device_workers: Workers) -> None:
+    [overlapping], [serial] = (device_workers.run(seconds_of_a_step, wanted) for wanted in (True, False))
+    assert sorted(overlapping)[len(overlapping) // 2] <= 1.02 * sorted(serial)[len(serial) // 2], (overlapping, serial)
