@@ -1,4 +1,4 @@
-"""The tests of the simulated accelerator on a real one: `make test-device`. Nobody has run them yet, for want of one."""
+"""The tests of the simulated accelerator on a real one: `make test-device`. Not run yet, for want of one."""
 
 from __future__ import annotations
 
