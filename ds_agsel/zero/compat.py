@@ -449,7 +449,9 @@ def masters_made_on_host() -> Iterator[None]:
 def has_fused_adam() -> bool:
     """Whether DeepSpeed's FusedAdam can be made for this accelerator."""
     builder = get_accelerator().create_op_builder("FusedAdamBuilder")
-    return builder is not None and builder.is_compatible(verbose=False)
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":  # calls itself compatible (op_builder/cpu)
+        return False
+    return bool(builder.is_compatible(verbose=False))
 
 
 def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:

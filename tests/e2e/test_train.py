@@ -128,6 +128,7 @@ def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path,
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["loss"]["validation_last"] < summary["loss"]["validation_first"] - 0.5
     assert "validation loss" in result.stdout and "seconds a step" in result.stdout
+    assert result.stdout.count("adagrad_select: AdamW runs ") == 1
     records = [record for record in lines_of(tmp_path / "metrics.jsonl") if record["event"] == "train"]
     assert [record["step"] for record in records] == list(range(16))
     assert all(math.isfinite(record["loss"]) for record in records)

@@ -1,0 +1,35 @@
+"""`step_device: null` on an accelerator with memory of its own: states visit where they fit, else the host steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from simulator import simulated
+from support import SELECT, Case, build, run_steps
+from workers import Workers
+
+CASE = Case(steps=2, config={"timers": {"throughput": {"enabled": False}}})
+
+
+def where_it_steps(section: dict[str, Any]) -> tuple[bool, bool, int]:
+    """Whether the run offloads, whether its states visit, and how many steps it took."""
+    accelerator = simulated(budget_bytes=10**8, seed=1)
+    engine = build(CASE.but(section=section))
+    run_steps(engine, CASE)
+    zero = engine.optimizer
+    found = (zero.cpu_offload, zero.resident_state_bytes() > 0, len(engine.selection.history))
+    engine.destroy()
+    accelerator.queue.finish()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("budget_bytes", "offloads"), [(None, False), (2 * 10**8, True)])
+def test_the_memory_there_is_decides(
+    simulated_workers: Callable[[int], Workers], ranks: int, budget_bytes: int | None, offloads: bool
+) -> None:
+    section = {**SELECT, "state_budget_bytes": budget_bytes}
+    for found in simulated_workers(ranks).run(where_it_steps, section):
+        assert found == (offloads, not offloads, 2)
