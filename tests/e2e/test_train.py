@@ -204,7 +204,7 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
     second = train(tiny_model, resumed, ranks=2, resume=None, **RESUMED)
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
     assert "going on from" in second.stdout and "step00000006" in second.stdout
-    told = second.stderr
+    told = second.stdout
     assert "LOADING" in told and "step00000012 (no manifest.json" in told and f"{broken.name} has changed" in told
     assert_same_run(resumed, uninterrupted)
 
