@@ -420,30 +420,52 @@ def adam_step(
     return torch.tensor(float(count), dtype=torch.float32, device=device if on_device else None)
 
 
-def replace_masters(optimizer: DeepSpeedZeroOptimizer, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put ``convert(master)`` in the place of each param group's fp32 partition. Before anything is linked to it."""
-    partitions = optimizer.single_partition_of_fp32_groups
-    for group, param_group in enumerate(optimizer.optimizer.param_groups):
-        partitions[group] = convert(partitions[group]).requires_grad_(True)
-        param_group["params"] = [partitions[group]]
+def masters(optimizer: ZeROOptimizer) -> list[torch.Tensor]:
+    """The fp32 partitions as DeepSpeed's loops see them now: of param groups, with ZeRO-3 of sub-groups."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return optimizer.fp32_partitioned_groups_flat
+    return optimizer.single_partition_of_fp32_groups
+
+
+def param_group_of(optimizer: ZeROOptimizer, index: int) -> dict[str, Any]:
+    """The base optimizer's param group that `masters` ``[index]`` is stepped in."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        index = optimizer.sub_group_to_group_id[index]
+    return optimizer.optimizer.param_groups[index]
+
+
+def set_master(optimizer: ZeROOptimizer, index: int, master: torch.Tensor) -> None:
+    """Let DeepSpeed step ``master`` as its partition ``index``."""
+    masters(optimizer)[index] = master
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):  # which fills its groups for a step alone
+        param_group_of(optimizer, index)["params"] = [master]
+
+
+def replace_masters(optimizer: ZeROOptimizer, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put ``convert(master)`` in the place of each fp32 partition. Before anything is linked to it."""
+    for index, master in enumerate(masters(optimizer)):
+        set_master(optimizer, index, convert(master).requires_grad_(True))
 
 
 @contextmanager
 def masters_made_on_host() -> Iterator[None]:
-    """Inside, a new ZeRO-1/2 optimizer makes its fp32 partitions in host memory, also without offload.
+    """Inside, a new ZeRO optimizer makes its fp32 partitions in host memory, also without offload.
 
-    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560), the accelerator; there they would take
-    4 bytes an element of the whole model, for the short time until they are taken away.
+    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560; stage3.py:284, 1121), the accelerator; there
+    they would take 4 bytes an element of all partitions, for the short time until they are taken away.
     """
 
-    def keep(self: DeepSpeedZeroOptimizer, value: Any) -> None:
+    def keep(self: ZeROOptimizer, value: Any) -> None:
         self.__dict__["device"] = value  # what the attribute is again once the property has gone
 
-    DeepSpeedZeroOptimizer.device = property(lambda self: "cpu", keep)
+    classes = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    for cls in classes:
+        cls.device = property(lambda self: "cpu", keep)
     try:
         yield
     finally:
-        del DeepSpeedZeroOptimizer.device
+        for cls in classes:
+            del cls.device
 
 
 def has_fused_adam() -> bool:
@@ -516,6 +538,7 @@ __all__ = [
     "link_reordered_params",
     "load_ds_config",
     "mark_compiled",
+    "masters",
     "masters_made_on_host",
     "new_adam_state",
     "new_cpu_adam_id",
@@ -523,10 +546,12 @@ __all__ = [
     "offloaded_files",
     "only_groups",
     "only_sub_groups",
+    "param_group_of",
     "place_in_partition",
     "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",
+    "set_master",
     "swap_class",
     "whole_state_dict",
     "writes_through",

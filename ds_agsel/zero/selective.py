@@ -21,6 +21,7 @@ from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
+from ds_agsel.zero.visiting import VisitingStates
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -36,7 +37,9 @@ class SelectiveStep(compat.ZeROOptimizer):
     selection: Selection
     _group_of_param: Mapping[int, int]
 
-    def _attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
+    def _attach(
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, states_visit: bool
+    ) -> None:
         self.selection = selection
         self._link = link
         self._block_of_group = tuple(block_of_group)
@@ -44,6 +47,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
+        self._visiting = self._visiting_states() if states_visit else None
 
     def _steps_with_hidden_state(self) -> bool:
         on_cpu = get_accelerator().device_name() == "cpu"
@@ -75,10 +79,7 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     def _begin_update(self, blocks: Sequence[int]) -> list[int]:
         """The groups of ``blocks`` in the order of their update, which begins now."""
-        return self._groups_of(blocks)
-
-    def _prefetch(self) -> None:
-        """Let what the planned step needs start to travel. Called as soon as it is planned; idempotent."""
+        return self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
 
     def _after_update(self, groups: Sequence[int]) -> None:
         """``groups`` have been updated: count what was written back, link new states."""
@@ -104,7 +105,11 @@ class SelectiveStep(compat.ZeROOptimizer):
         groups = self._begin_update(selection.selected_blocks)
         self._shown_groups = groups
         with self._only(groups):
-            super().step()
+            try:
+                super().step()
+            finally:
+                if self._visiting is not None:
+                    self._visiting.leave_entered()
         if self.overflow:
             selection.skip()
             return
@@ -161,6 +166,52 @@ class SelectiveStep(compat.ZeROOptimizer):
                 "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
             )
 
+    # ------------------------------------------------------------- states that visit
+
+    def _visiting_states(self) -> VisitingStates:
+        selection, config = self.selection, self.selection.config
+
+        def count(direction: str, num_bytes: int) -> None:
+            name, traffic = f"{direction}_bytes", selection.current_traffic
+            setattr(traffic, name, getattr(traffic, name) + num_bytes)
+
+        return VisitingStates(
+            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
+            config.state_budget_bytes, config.keep_master, count,
+        )  # fmt: skip
+
+    def _prefetch(self) -> None:
+        """Let the states of the planned blocks travel, under all of forward and backward. Idempotent."""
+        if self._visiting is not None:
+            self._visiting.prefetch(self.selection.planned_blocks)
+
+    def _enter(self, shown: int) -> None:
+        """The state of group ``shown`` of DeepSpeed's view must be there from here on."""
+        if self._visiting is not None:
+            self._visiting.enter(shown, self._shown_groups[shown])
+
+    def resident_state_bytes(self) -> int:
+        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
+
+        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
+        """
+        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
+
+    def bring_states_home(self, blocks: Sequence[int] | None = None) -> None:
+        """Make the host's copies of ``blocks``' states (None: of all) current, for who reads them. Host waits."""
+        if self._visiting is not None:
+            self._visiting.bring_home(blocks)
+
+    def _send_states_home(self) -> None:
+        """Leave the host's copies alone there are, which may then change. Host waits."""
+        if self._visiting is not None:
+            self._visiting.send_home()
+
+    def _adopt_states(self) -> None:
+        """Take up states that are new on the host. `_send_states_home` comes before."""
+        if self._visiting is not None:
+            self._visiting.adopt_loaded()
+
     # ------------------------------------------------------ hyperparameters, states
 
     def _get_param_groups(self) -> list[ParamGroup]:
@@ -177,6 +228,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
+        self.bring_states_home()
         state_dict = super().state_dict()
         if not getattr(self, "swap_optimizer", False):  # its states lie on NVMe
             add_empty_states(state_dict)
@@ -186,14 +238,21 @@ class SelectiveStep(compat.ZeROOptimizer):
         for state_dict in state_dict_list:
             if state_dict is not None:
                 drop_empty_states(state_dict)
+        self._send_states_home()
         super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
+        self._adopt_states()
         self._link.pull(self.optimizer.param_groups)
+
+    def refresh_fp32_params(self) -> None:
+        self._send_states_home()
+        super().refresh_fp32_params()
 
     def load_by_name(self, saved: SavedStates, **kwargs: Any) -> None:
         """Load what any number of ranks saved, [Note: By name] in `repartition`. Collective."""
         own = state_dict_for(super().state_dict(), self.layouts(), self.optimizer, saved)
         rank = dist.get_rank(group=self.dp_process_group)
         self.load_state_dict([own if other == rank else None for other in range(rank + 1)], **kwargs)
+
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError

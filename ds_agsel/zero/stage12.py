@@ -14,8 +14,8 @@ Where states visit the accelerator, `visiting` has each group's there when DeepS
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,6 @@ from ds_agsel.zero.gradient_buffers import HostGradientBuffers
 from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
 from ds_agsel.zero.staging import HostStaging
-from ds_agsel.zero.visiting import VisitingStates
 
 
 class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
@@ -55,7 +54,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         self._group_of_param = {
             self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
         }
-        self._attach(selection, block_of_group, link)
+        self._attach(selection, block_of_group, link, states_visit)
         self._states_linked: set[int] = set()
         self._stream: ExploreStream | None = None
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
@@ -64,20 +63,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             numels = [partition.numel() for partition in self.single_partition_of_fp32_groups]
             self._staging = HostStaging(numels, self.dtype, self.cpu_offload_pin_memory)
             self._free_stock_staging()
-        self._visiting = self._visiting_states() if states_visit else None
         self._link_all_hp_params()
-
-    def _visiting_states(self) -> VisitingStates:
-        selection, config = self.selection, self.selection.config
-
-        def count(direction: str, num_bytes: int) -> None:
-            name, traffic = f"{direction}_bytes", selection.current_traffic
-            setattr(traffic, name, getattr(traffic, name) + num_bytes)
-
-        return VisitingStates(
-            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
-            config.state_budget_bytes, config.keep_master, count,
-        )  # fmt: skip
 
     def _free_stock_staging(self) -> None:
         buffers = self.param_buffer_of_bit16_for_cpu_offload_groups
@@ -121,11 +107,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _new_stream(self) -> ExploreStream:
         numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
         return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
-
-    def _prefetch(self) -> None:
-        """Let the states of the planned blocks travel under forward and backward. Idempotent."""
-        if self._visiting is not None:
-            self._visiting.prefetch(self.selection.planned_blocks)
 
     def _hold_gradient_buffers(self) -> None:
         groups = self._groups_of(sorted(self._blocks_to_keep()))
@@ -398,17 +379,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     # -------------------------------------------------------------------- step
 
-    @contextmanager
-    def _only(self, groups: Sequence[int]) -> Iterator[None]:
-        with compat.only_groups(self, groups):
-            try:
-                yield
-            finally:
-                if self._visiting is not None:
-                    self._visiting.leave_entered()
+    def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
+        return compat.only_groups(self, groups)
 
     def _begin_update(self, blocks: Sequence[int]) -> list[int]:
-        groups = self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
+        groups = super()._begin_update(blocks)
         if self.cpu_offload:
             for group, buffer in self._staging.slices(groups).items():
                 self.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
@@ -421,8 +396,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
         """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
-        if self._visiting is not None:
-            self._visiting.enter(group_idx, self._shown_groups[group_idx])
+        self._enter(group_idx)
         return super()._get_preflattened_grad_partition(group_idx)
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
@@ -499,13 +473,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """Bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
         return self._staging.held_bytes() if self.cpu_offload else 0
 
-    def resident_state_bytes(self) -> int:
-        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
-
-        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
-        """
-        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
-
     # --------------------------------------------------- states: accessors, checkpoints
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
@@ -539,8 +506,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        if self._visiting is not None:
-            self._visiting.bring_home((self._block_of_group[group],))
+        self.bring_states_home((self._block_of_group[group],))
         return stock(optim_state_key)
 
     def _set_full_hp_param(
@@ -552,13 +518,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         optim_state_key: str | None = None,
     ) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
-        if self._visiting is not None:
-            self._visiting.send_home()
+        self._send_states_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             partition = self.single_partition_of_fp32_groups[group]
             self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
-            if self._visiting is not None:
-                self._visiting.adopt_loaded()
+            self._adopt_states()
             self._link_state(group)
         stock(value, optim_state_key)
         if optim_state_key is None:
@@ -573,21 +537,9 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         if self._block_of_group[group] in self._blocks_to_keep():
             stock(value)
 
-    def bring_states_home(self) -> None:
-        """Make the host's copies of states that visit the accelerator current, for who reads them there. Host waits."""
-        if self._visiting is not None:
-            self._visiting.bring_home()
-
-    def state_dict(self) -> dict[str, Any]:
-        self.bring_states_home()
-        return super().state_dict()
-
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._visiting is not None:
-            self._visiting.send_home()
         super().load_state_dict(*args, **kwargs)
         if self._visiting is not None:
-            self._visiting.adopt_loaded()
             self._states_linked.clear()
             for group in range(len(self.bit16_groups)):
                 self._link_state(group)
@@ -600,11 +552,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             slices = tuple(Slice(name, *place) for name, place in zip(names, places) if place is not None)
             found.append(Layout(names, partition.numel(), slices))
         return found
-
-    def refresh_fp32_params(self) -> None:
-        if self._visiting is not None:
-            self._visiting.send_home()
-        super().refresh_fp32_params()
 
     def update_lp_params(self) -> None:
         self.bring_states_home()

@@ -38,14 +38,22 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     reduce_bucket_size: int
     grad_partitions_flat_buffer: Tensor
 
-    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
+    def attach(
+        self,
+        selection: Selection,
+        block_of_group: Sequence[int],
+        link: HyperparameterLink,
+        states_visit: bool = False,
+    ) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
+
+        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
+        """
         members = [(param, sub_group) for sub_group, params in enumerate(self.fp16_groups) for param in params]
         self._number_of_param = {param.ds_id: number for number, (param, _) in enumerate(members)}
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
-        self._attach(
-            selection, [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))], link
-        )
+        blocks = [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))]
+        self._attach(selection, blocks, link, states_visit)
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._partitions = self._flat_gradients(self.gradient_accumulation_dtype)
@@ -87,6 +95,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         self._blocks_with_gradient.clear()
         self._received.clear()
         self._hold_gradient_buffers()
+        self._prefetch()
 
     def _hold_gradient_buffers(self) -> None:
         groups = self._groups_of(self.selection.active_blocks)
@@ -231,9 +240,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         return self._overflow_is_known
 
     def _get_norm_groups(self) -> list[Tensor]:
+        """The shown sub-groups' norms in their own order, in which they are added up, whatever they are updated in."""
         if self._overflow_is_known:
             return [torch.tensor(float("inf"))]
-        return super()._get_norm_groups()
+        return [norm for _, norm in sorted(zip(self._shown_groups, super()._get_norm_groups(), strict=True))]
+
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        self._enter(sub_group_id)
+        super()._prepare_sub_group(sub_group_id, timer_names)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         partition = self.fp32_partitioned_groups_flat[sub_group_id]
@@ -256,9 +270,11 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             world_size = self._get_param_partition_world_size(param)
             if param.ds_id in updated and world_size > 1:
                 traffic.gathered_bytes += param.partition_numel() * world_size * param.element_size()
+        written = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups) * self.dtype.itemsize
         if self.offload_optimizer and not self.offload_param:
-            numel = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups)
-            traffic.h2d_bytes += numel * self.dtype.itemsize
+            traffic.h2d_bytes += written
+        elif self._visiting is not None and self.offload_param:
+            traffic.d2h_bytes += written
 
     # ------------------------------------------------------------------ memory
 
@@ -281,6 +297,10 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def _make_state(self, group: int) -> None:
         partition = self.fp32_partitioned_groups_flat[group]
         self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+        self._adopt_states()
+
+    def _bring_home(self, param: ZeroParameter) -> None:
+        self.bring_states_home((self._block_of_group[self._sub_group_of(param)],))
 
     def layouts(self) -> list[Layout]:
         found = []
@@ -307,6 +327,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
             return torch.zeros(param.ds_shape, dtype=torch.float32, device=get_accelerator().current_device_name())
+        self._bring_home(param)
         with _trainable(param):
             return super().get_full_hp_param(param, optim_state_key)
 
@@ -314,6 +335,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
             device = get_accelerator().current_device_name()
             return torch.zeros(param.partition_numel(), dtype=torch.float32, device=device)
+        self._bring_home(param)
         with _trainable(param):
             return super().get_local_fp32_param(param, optim_state_key)
 
@@ -332,6 +354,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def set_local_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
         """As `deepspeed.utils.safe_set_local_*`; the partition of the model weight follows at once."""
         group = self._sub_group_of(param)
+        self._send_states_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             self._make_state(group)
         with _trainable(param):

@@ -57,7 +57,7 @@ def unsupported(
                 "Use 'cpu' or 'none'",
             )  # fmt: skip
     if stage == 3:
-        _refuse_for_stage3(zero, config, _refuse)
+        _refuse_for_stage3(zero, _refuse)
     if offload.get("ratio", 1.0) != 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
@@ -68,7 +68,7 @@ def unsupported(
             "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
             "other. Set offload_optimizer.device to 'cpu', or step_device to null."
         )
-    if config.step_device == "accelerator" and offload_device != "none" and stage != 3:
+    if config.step_device == "accelerator" and offload_device != "none":
         problems.append(
             f"adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer.device="
             f"{offload_device!r} contradict each other: the one steps on the accelerator, the other on the host. Set "
@@ -124,14 +124,7 @@ def unsupported(
     return problems
 
 
-def _refuse_for_stage3(
-    zero: Mapping[str, Any], config: SelectionConfig, _refuse: Callable[[str, str, str], None]
-) -> None:
-    if config.step_device == "accelerator":
-        _refuse(
-            "adagrad_select.step_device='accelerator' with zero_optimization.stage=3",
-            "DeepSpeed steps where offload_optimizer.device puts the states", "Set step_device to null",
-        )  # fmt: skip
+def _refuse_for_stage3(zero: Mapping[str, Any], _refuse: Callable[[str, str, str], None]) -> None:
     if zero.get("mics_shard_size", -1) > 0:
         _refuse(
             f"zero_optimization.mics_shard_size={zero['mics_shard_size']}", "MiCS has an optimizer of its own",
