@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    SELECT,
+    VISIT,
     Case,
     assemble,
     assert_identical,
@@ -31,6 +33,7 @@ CASES = [
     Case(stage=3, offload="cpu", steps=4, zero={"sub_group_size": 300}),
     Case(stage=3, model="net", steps=4, decay_groups=True, zero={"stage3_param_persistence_threshold": 0}),
     Case(stage=3, model="net", steps=4, decay_groups=True, offload="cpu"),
+    Case(stage=3, steps=4, section={**SELECT, **VISIT}, zero={"sub_group_size": 300}),
 ]
 ROBIN = [
     Case(stage=stage, offload=offload, steps=2, zero={"round_robin_gradients": True})

@@ -41,6 +41,7 @@ VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(model="net", stage=1, dtype="bf16", accumulation=2, steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "keep_master": "accelerator"}),
+    Case(model="net", stage=3, dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator"}),
 ]
 PLAIN = [
     Case(model=model, stage=stage, offload=offload, dtype="bf16", steps=2, section=None)
@@ -86,8 +87,7 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
             "states": SelectiveZeroOptimizer.state_bytes(zero),
         }
         if hasattr(engine, "selection"):
-            if not stage3:
-                seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
+            seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
             seen["planned"] = engine.selection.planned_blocks
             seen |= {"counts": engine.selection.update_counts, "traffic": asdict(engine.selection.traffic[-1])}
         return seen
