@@ -353,6 +353,11 @@ def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
     return getattr(optimizer, "_coalesce_grad_reduction", False)
 
 
+def is_in_bucket(param: Any) -> bool:
+    """Whether ZeRO-3 has taken the gradient of ``param``, of which a tiled computation hands it parts (stage3.py:1614)."""
+    return getattr(param, "ds_grad_is_ready", True)
+
+
 def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
     """Link every parameter to its slice of the flat buffer where `round_robin_gradients` has reordered them.
 
@@ -532,6 +537,7 @@ __all__ = [
     "has_fused_adam",
     "is_coalescing",
     "is_gathered",
+    "is_in_bucket",
     "is_known",
     "left_gathered",
     "link_adam_state",

@@ -6,19 +6,21 @@ A *group* here is what DeepSpeed steps at once, with one flat fp32 partition on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_agsel.errors import TrainingError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
 from ds_agsel.zero.visiting import VisitingStates
@@ -46,6 +48,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         self._shown_groups: Sequence[int] = range(len(block_of_group))
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
+        self._stream: ExploreStream | None = None
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
         self._visiting = self._visiting_states() if states_visit else None
 
@@ -81,6 +84,22 @@ class SelectiveStep(compat.ZeROOptimizer):
         """The groups of ``blocks`` in the order of their update, which begins now."""
         return self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
 
+    def _hold_gradient_buffers(self) -> None:
+        """Make the blocks whose gradients are needed now the only ones that buffers are held for."""
+        raise NotImplementedError
+
+    def _streamed_score(self, block: int) -> float:
+        """The score of ``block``, all of whose gradients have come, in the middle of backward. Collective."""
+        raise NotImplementedError
+
+    def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
+        """Put the gradients of ``block`` that ``params`` hold where the step will look for them."""
+        raise NotImplementedError
+
+    def _forget_block(self, block: int) -> None:
+        """Give back the gradients of ``block``, kept before or not."""
+        raise NotImplementedError
+
     def _after_update(self, groups: Sequence[int]) -> None:
         """``groups`` have been updated: count what was written back, link new states."""
         raise NotImplementedError
@@ -92,7 +111,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         self._link.push(self.optimizer.param_groups)
         selection = self.selection
         active = selection.active_blocks
-        self._complete_gradients(active)
+        self._complete_gradients(sorted(self._blocks_to_keep()))
         if selection.plan.blocks is not None:
             self._require_gradients(selection.plan.blocks)
         elif not selection.has_chosen:
@@ -119,7 +138,11 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     def _explore_scores(self) -> Tensor:
         """`_block_scores` of all blocks that this step may choose. Collective."""
-        return self._block_scores(self.selection.active_blocks)
+        streamed = {} if self._stream is None else self._stream.scores
+        scores = self._block_scores([block for block in self.selection.active_blocks if block not in streamed])
+        for block, score in streamed.items():
+            scores[block] = score
+        return scores
 
     def _block_scores(self, blocks: Sequence[int]) -> Tensor:
         """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
@@ -165,6 +188,40 @@ class SelectiveStep(compat.ZeROOptimizer):
                 "model.enable_input_require_grads(): the reentrant form drops the gradients of a segment whose inputs "
                 "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
             )
+
+    # ------------------------------------------------- explore: [Note: Streaming top-k]
+
+    def _can_stream(self) -> bool:
+        """Whether this step's gradients can be given back on the way: it explores, and one backward gives all scores."""
+        one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
+        return self.selection.plan.blocks is None and one_backward
+
+    def _explores_on_first_micro_batch(self) -> bool:
+        return self.selection.config.explore_on == "first_micro_batch"
+
+    def _new_stream(self) -> ExploreStream:
+        numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
+        return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
+
+    def _blocks_to_keep(self) -> set[int]:
+        """Blocks whose gradients are kept for the step, as far as that is known."""
+        return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
+
+    def _wanted_blocks(self) -> Collection[int]:
+        """Blocks whose gradients are not to be dropped when they come."""
+        is_over = self._stream is not None and self._stream.is_over
+        return self._blocks_to_keep() if is_over else self.selection.active_blocks
+
+    def _choose_on_first_micro_batch(self) -> None:
+        """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
+        scores = self._explore_scores()
+        stream = self._stream
+        if stream is not None and torch.isfinite(scores).all():
+            self._stream = None
+            for block in stream.kept.difference(self.selection.choose(scores.tolist())):
+                self._forget_block(block)
+            self._hold_gradient_buffers()
+            self.selection.narrow_window()
 
     # ------------------------------------------------------------- states that visit
 

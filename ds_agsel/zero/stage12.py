@@ -13,7 +13,6 @@ Where states visit the accelerator, `visiting` has each group's there when DeepS
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
 from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
@@ -56,7 +54,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         }
         self._attach(selection, block_of_group, link, states_visit)
         self._states_linked: set[int] = set()
-        self._stream: ExploreStream | None = None
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
         if self.cpu_offload:
@@ -87,28 +84,19 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         self.selection.open_window()
         self._blocks_with_gradient.clear()
         self._stream = self._new_stream() if self._can_stream() else None
+        self._hold_gradient_buffers()
         if self.cpu_offload:
-            self._hold_gradient_buffers()
             for gradient in self.accumulated_grads_in_cpu.values():
                 gradient.zero_()  # sums start from 0 also for a parameter that misses the first micro-step
         self._prefetch()
 
     def _can_stream(self) -> bool:
-        """Whether [Note: Streaming top-k] applies to this step: it explores, and one backward gives all scores.
-
-        Not with ZeRO-1, which keeps whole gradients to the end.
-        """
-        one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
-        return self.selection.plan.blocks is None and one_backward and self.partition_gradients
-
-    def _explores_on_first_micro_batch(self) -> bool:
-        return self.selection.config.explore_on == "first_micro_batch"
-
-    def _new_stream(self) -> ExploreStream:
-        numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
-        return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
+        """Not with ZeRO-1, which keeps whole gradients to the end."""
+        return super()._can_stream() and self.partition_gradients
 
     def _hold_gradient_buffers(self) -> None:
+        if not self.cpu_offload:
+            return
         groups = self._groups_of(sorted(self._blocks_to_keep()))
         for group in self._gradient_buffers.hold(groups):
             self._zero_gradient(group, keep=[self.get_param_id(p) for p in self.params_in_partition[group]])
@@ -120,10 +108,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 self.offload_gradient_dict[group] = self._gradient_fragments(group)
         for param_id in [i for i in self.accumulated_grads_in_cpu if self._group_of_param[i] not in held]:
             del self.accumulated_grads_in_cpu[param_id]
-
-    def _blocks_to_keep(self) -> set[int]:
-        """Blocks whose gradients are kept for the step, as far as that is known."""
-        return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
 
     def _gradient_fragments(self, group: int) -> list[Tensor]:
         flat = self.single_partition_of_fp32_groups[group].grad.view(-1)
@@ -174,8 +158,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _is_wanted(self, param: nn.Parameter, group: int) -> bool:
         """Whether this step needs ``param``'s gradient; one it does not need is dropped."""
         block = self._block_of_group[group]
-        is_over = self._stream is not None and self._stream.is_over
-        if block in (self._blocks_to_keep() if is_over else self.selection.active_blocks):
+        if block in self._wanted_blocks():
             self._blocks_with_gradient.add(block)
             return True
         param.grad = None  # backward ran without the engine's forward, so nothing was frozen
@@ -257,18 +240,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
-    def _choose_on_first_micro_batch(self) -> None:
-        """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
-        scores = self._explore_scores()
-        stream = self._stream
-        if stream is not None and torch.isfinite(scores).all():
-            self._stream = None
-            for block in stream.kept.difference(self.selection.choose(scores.tolist())):
-                self._forget_block(block)
-            if self.cpu_offload:
-                self._hold_gradient_buffers()
-            self.selection.narrow_window()
-
     def _streamed_score(self, block: int) -> float:
         self.reduce_ipg_grads()
         if self.overlap_comm and self.reduction_stream is not None:
@@ -277,8 +248,8 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             return float(self._block_scores((block,))[block])
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
+        self._hold_gradient_buffers()
         if self.cpu_offload:
-            self._hold_gradient_buffers()
             with compat.attribute(self, _holds_gradients=False):
                 for param in params:
                     if self.is_param_in_current_partition[self.get_param_id(param)]:
@@ -291,15 +262,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 param.grad = None
                 if self.cpu_offload:
                     self._offload_accumulated_param_ids.discard(self.get_param_id(param))
-
-    def _explore_scores(self) -> Tensor:
-        if self._stream is None:
-            return super()._explore_scores()
-        streamed = self._stream.scores
-        scores = self._block_scores([block for block in self.selection.active_blocks if block not in streamed])
-        for block, score in streamed.items():
-            scores[block] = score
-        return scores
 
     def _held_slices(self, group: int) -> list[tuple[int, Tensor]]:
         """(param id, this rank's slice of its gradient) of ``group``'s parameters, in the middle of backward."""
@@ -361,8 +323,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         if not self.cpu_offload:
             return
         self._wait_for_offload_copies()
-        if self._stream is not None:
-            blocks = sorted(self._stream.kept)
         for group in self._groups_of(blocks):
             written = []
             for param in self.params_in_partition[group]:

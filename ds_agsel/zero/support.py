@@ -75,11 +75,10 @@ def unsupported(
             "offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
             "accelerator), or step_device to null."
         )
-    if config.explore_on != "batch" and stage != 2:
+    if config.explore_on != "batch" and stage == 1:
         _refuse(
             f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={stage}",
-            "only ZeRO-2 reduces each micro-batch's gradients by themselves, and lets a block's go",
-            "Use stage 2, or explore_on='batch'",
+            "it keeps all micro-batches' gradients whole to the end of a step", "Use stage 2 or 3, or explore_on='batch'",
         )  # fmt: skip
     if zero.get("elastic_checkpoint"):
         _refuse(

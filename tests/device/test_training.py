@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2, stock and restricted, train on the simulated accelerator as on the host, with every wait declared.
+"""ZeRO-1, 2 and 3, stock and restricted, train on the simulated accelerator as on the host, with every wait declared.
 
 The kernels are the host's, so that the bits must be the host's too, whatever order the seed gives to what is queued.
 """
@@ -38,6 +38,7 @@ from workers import Workers
 PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 # The throughput timer synchronizes the device at every step, which would hide a missing wait.
 UNTIMED = {"timers": {"throughput": {"enabled": False}}}
+GATHERING = {"stage3_param_persistence_threshold": 50, "sub_group_size": 300}
 TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 ON_DEVICE = Case(config={**UNTIMED, **TORCH_ADAM}, steps=6)
@@ -60,6 +61,12 @@ CASES = [
     ON_DEVICE.but(section=TOPK, zero={"overlap_comm": True}, steps=3),
     ON_DEVICE.but(section={**FIRST, **VISIT}, accumulation=3),
     ON_HOST.but(section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),
+    # ZeRO-3: small parameters stay gathered, so that the threshold makes both kinds.
+    ON_DEVICE.but(stage=3, section=None, zero={"overlap_comm": True, **GATHERING}, steps=3),
+    ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}, dtype="bf16", clip=0.5, zero={"overlap_comm": True}),
+    ON_DEVICE.but(stage=3, section={**SELECT, **NARROW}, decay_groups=True, accumulation=2, zero=GATHERING),
+    ON_DEVICE.but(stage=3, section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2, model="net"),
+    ON_HOST.but(stage=3, section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),
 ]
 
 
@@ -139,6 +146,7 @@ def stop_and_resume(case: Case, seed: int, folder: str) -> tuple[dict[str, Any],
         ON_HOST.but(dtype="bf16", zero={**PINNED, "overlap_comm": True}),
         ON_DEVICE.but(section={**SELECT, **VISIT}),  # the next step's states are on their way when it saves
         ON_DEVICE.but(section={**SELECT, **NARROW}, dtype="bf16"),
+        ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}, zero=GATHERING),
     ],
     ids=case_id,
 )
@@ -150,6 +158,13 @@ def test_resume_equals_not_having_stopped(
     assert not hazards
     for key in ("weights", "partitions", "counts", "plan"):
         assert_identical(whole[key], resumed[key])
+
+
+OVERLAPPING = [
+    (CASES[0], "average_tensor"),
+    (CASES[1], "average_tensor"),
+    (ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}, zero={"overlap_comm": True, **GATHERING}), "XX"),
+]
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=case_id)

@@ -75,6 +75,7 @@ VARIANTS = [
         ({}, {}), ({}, {"offload": "cpu"}), (VISIT, {"model": "net"}),
         ({"policy": "gradient_topk", "always_select": ["final_norm"]},
          {"offload": "cpu", "zero": {"overlap_comm": True}}),
+        (VISIT, {"stage": 3}), ({"always_select": ["final_norm"]}, {"stage": 3, "offload": "cpu"}),
     )),
     Case(zero={"reduce_scatter": False}, accumulation=2),
     Case(zero={"reduce_bucket_size": 10_000_000}),
@@ -90,6 +91,7 @@ VARIANTS = [
     Case(stage=3, model="net", offload="cpu", decay_groups=True),
     # The first backward ends at a selected block: DeepSpeed's record of the modules' order does not hold later.
     Case(stage=3, section={**SELECT, "explore_rate": 0.0}, zero={"stage3_param_persistence_threshold": 0}),
+    Case(stage=3, section={**SELECT, "policy": "gradient_topk", "always_select": ["embedding"]}, clip=0.3),
     Case(stage=3, section={**SELECT, "policy": "random"}, zero={"stage3_param_persistence_threshold": 50}),
 ]
 
