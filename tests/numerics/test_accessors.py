@@ -77,7 +77,7 @@ def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
 
     At an explore step that streams it is there for selected blocks too; what others have beaten has been given back.
     """
-    streams = case.stage == 2 and case.accumulation == 1
+    streams = case.stage > 1 and case.accumulation == 1
     for run in workers(ranks).run(train, case, get_all):
         gradients = [moment["gradients"] for moment in run["observed"] if "gradients" in moment]
         for (_, phase, selected), norm, by_name in zip(run["history"], run["norms"], gradients, strict=True):
