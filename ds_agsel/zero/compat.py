@@ -142,6 +142,7 @@ STAGE3_ATTRIBUTES = (
     "offload_param",
     "parameter_offload",
     "dp_process_group",
+    "reduce_and_partition_stream",
     f"{STAGE3_PRIVATE}param_id_to_grad_partition",
 )
 STAGE3_OFFLOAD_ATTRIBUTES = ("subgroup_to_device", "norm_for_param_grads")
@@ -152,7 +153,9 @@ STAGE3_METHODS = (
     "has_overflow",
     "step",
     "_get_norm_groups",
+    "_prepare_sub_group",
     "_optimizer_step",
+    "refresh_fp32_params",
     "_offload_grad_partition_at_boundary",
     "_get_param_partition_rank",
     "_get_param_partition_world_size",
@@ -354,7 +357,7 @@ def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
 
 
 def is_in_bucket(param: Any) -> bool:
-    """Whether ZeRO-3 has taken the gradient of ``param``, of which a tiled computation hands it parts (stage3.py:1614)."""
+    """Whether ZeRO-3 took the gradient of ``param`` when it came; not one that tiles add to yet (stage3.py:1588)."""
     return getattr(param, "ds_grad_is_ready", True)
 
 
@@ -456,8 +459,8 @@ def replace_masters(optimizer: ZeROOptimizer, convert: Callable[[torch.Tensor], 
 def masters_made_on_host() -> Iterator[None]:
     """Inside, a new ZeRO optimizer makes its fp32 partitions in host memory, also without offload.
 
-    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560; stage3.py:284, 1121), the accelerator; there
-    they would take 4 bytes an element of all partitions, for the short time until they are taken away.
+    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560; stage3.py:333, 1170), the accelerator;
+    there they would take 4 bytes an element of all partitions, for the short time until they are taken away.
     """
 
     def keep(self: ZeROOptimizer, value: Any) -> None:

@@ -192,7 +192,7 @@ class SelectiveStep(compat.ZeROOptimizer):
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
     def _can_stream(self) -> bool:
-        """Whether this step's gradients can be given back on the way: it explores, and one backward gives all scores."""
+        """Whether this step can give gradients back on the way: it explores, and one backward gives all scores."""
         one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
         return self.selection.plan.blocks is None and one_backward
 

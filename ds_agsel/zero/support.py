@@ -78,7 +78,8 @@ def unsupported(
     if config.explore_on != "batch" and stage == 1:
         _refuse(
             f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={stage}",
-            "it keeps all micro-batches' gradients whole to the end of a step", "Use stage 2 or 3, or explore_on='batch'",
+            "it keeps all micro-batches' gradients whole to the end of a step",
+            "Use stage 2 or 3, or explore_on='batch'",
         )  # fmt: skip
     if zero.get("elastic_checkpoint"):
         _refuse(
