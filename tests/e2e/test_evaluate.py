@@ -323,23 +323,24 @@ def trained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("name", "max_new_tokens"), [("builtin", 32), ("gsm8k", 64)])
+@pytest.mark.parametrize(("name", "max_new_tokens"), [("builtin", 32), ("gsm8k", 256)])
 def test_lm_evaluation_harness_agrees(
-    name: str, max_new_tokens: int, lm_eval: Path, trained_model: str, tmp_path: Path
+    name: str, max_new_tokens: int, lm_eval: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Same model, same 50 problems. It solves most of the built-in ones and next to none of GSM8K's."""
+    """Same model, same 50 problems. SmolLM2-135M solves next to none of GSM8K's, but writes as many answers to read."""
     if name == "gsm8k" and not data._LOCAL_GSM8K.is_dir():
         pytest.skip("needs ../shared/data/gsm8k")
+    model = request.getfixturevalue("trained_model") if name == "builtin" else str(models.smollm2_folder())
     accuracy = evaluate.evaluate(
         evaluate.Evaluation(
-            model=trained_model, dataset=name, rows=50, batch_size=10, max_new_tokens=max_new_tokens, dtype="float32",
+            model=model, dataset=name, rows=50, batch_size=10, max_new_tokens=max_new_tokens, dtype="float32",
             builtin_level=1, output=str(tmp_path / "ours"),
         )
     )  # fmt: skip
     ours = lines_of(tmp_path / "ours")
     part, columns = data.load_test(data.DataOptions(name, test_rows=50, train_rows=1, builtin_level=1))
     rows = [{"question": columns.prompt_of(row), "answer": columns.completion_of(row)} for row in part]
-    theirs = judged_by_lm_eval(lm_eval, trained_model, rows, tmp_path / "theirs", max_new_tokens)
+    theirs = judged_by_lm_eval(lm_eval, model, rows, tmp_path / "theirs", max_new_tokens)
     pairs = list(zip(ours, theirs, strict=True))
     assert all(our["prompt"] == their["prompt"] for our, their in pairs)
     same = [(our, their) for our, their in pairs if our["output"] == their["output"]]
