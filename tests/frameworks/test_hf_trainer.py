@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -154,6 +156,19 @@ def test_being_dropped_is_noticed(workers, tmp_path, changes, message):
     assert re.search(message, said), said
 
 
+def printed(folder: Path) -> str:
+    console = io.StringIO()
+    with contextlib.redirect_stdout(console):
+        trainers.train(folder, ds_config(), report_to=["tensorboard"])
+    return console.getvalue()
+
+
+def test_the_console_shows_the_selection_without_a_value_for_each_block(workers, tmp_path):
+    pytest.importorskip("tensorboard")
+    [console] = workers(1).run(printed, tmp_path)
+    assert "adagrad_select/explore_rate" in console and NEVER not in console
+
+
 def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     [run] = workers(1).run(
@@ -185,5 +200,3 @@ def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
     assert found.is_finished and found.problems == [] and tuple(found.counts()) == run["counts"]
     assert set(found.step_seconds()) == {"explore", "exploit"} and len(found.validation) == 2
     assert NEVER in {block["name"] for block in json.loads((tmp_path / "blocks.json").read_text())["blocks"]}
-
-
