@@ -15,7 +15,7 @@ from torch import nn
 
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Method, Setting
+from methods.base import Method, Setting, without_section
 from methods.tensors import held_by
 
 _ADAM = {"lr", "betas", "eps", "weight_decay"}
@@ -83,7 +83,7 @@ class PlainTorch(Method):
     MASTERS: ClassVar[str] = "no fp32 copies of weights"  # what precision says of a bf16 run
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {name: value for name, value in config.items() if name != "adagrad_select"}
+        return without_section(config)
 
     def start(self, model: nn.Module, setting: Setting) -> TorchEngine:
         if dist.get_world_size() > 1:
