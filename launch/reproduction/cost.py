@@ -33,7 +33,7 @@ _shape = cache(read_shape)
 
 @dataclass(frozen=True)
 class Price:
-    """A method's cells for one model. ``hours`` None: the estimator does not know the method."""
+    """A method's cells for one model; seconds and hours are a run's. None: the estimator does not know the method."""
 
     model: str
     method: str
@@ -71,7 +71,7 @@ def prices(plan: Plan, cells: Sequence[Cell]) -> list[Price]:
     found = []
     for model, method in dict.fromkeys((cell.model, cell.method) for cell in cells):
         own = [cell for cell in cells if (cell.model, cell.method) == (model, method)]
-        steps = sum(cell.steps for cell in own)
+        steps = own[0].steps
         work = _work(plan, plan.cost, model, method)
         seconds = _step_seconds(plan.cost, work, plan.methods[method])
         by_ratio = _by_measured_ratio(plan.cost, work, plan.methods[method])
@@ -246,21 +246,21 @@ def _page(plan: Plan, command: str) -> Iterator[str]:
     for price in found:
         cells = [
             price.model, plan.label(price.method), str(price.runs), _gib(cost, price.accelerator_bytes),
-            _number(price.step_seconds, 3), _number(_each(price.hours, price.runs), 2),
-            _number(_each(price.hours_by_measured_ratio, price.runs), 2),
+            _number(price.step_seconds, 3), _number(price.hours, 2),
+            _number(price.hours_by_measured_ratio, 2),
         ]  # fmt: skip
         yield "| " + " | ".join(cells) + " |"
-    hours, short = (sum(price.hours or 0 for price in these) for these in (found, search))
+    (runs, hours), (short_runs, short_hours) = map(_total, (found, search))
     yield from [
         "",
-        f"In all {sum(p.runs for p in found)} runs of {hours:.0f} hours, and {sum(p.runs for p in search)} short runs of "
-        f" {short:.0f} hours that choose learning rates.",
+        f"In all {runs} runs of {hours:.0f} hours, and {short_runs} short runs of {short_hours:.0f} hours that choose "
+        "learning rates.",
         "",
     ]
 
 
-def _each(total: float | None, count: int) -> float | None:
-    return None if total is None else total / count
+def _total(found: Sequence[Price]) -> tuple[int, float]:
+    return sum(price.runs for price in found), sum(price.runs * (price.hours or 0) for price in found)
 
 
 def _gib(cost: Cost, count: int | None) -> str:
