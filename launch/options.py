@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+import methods
 from data import PRESETS, DataOptions
 
 from ds_agsel.errors import ConfigError
@@ -14,17 +15,36 @@ from ds_agsel.errors import ConfigError
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a run, checked each for itself. Raises ConfigError for values that can't be."""
+    about = "Fine-tune a causal language model; AdaGradSelect chooses the blocks of each step."
+    return _parsed(_parser("train.py", about), arguments)
+
+
+def parse_peer(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Those of launch/peers.py: the same, and which method trains."""
+    parser = _parser("peers.py", "Fine-tune a causal language model by AdaGradSelect or a method it is compared with.")
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", required=True, choices=methods.NAMES)
+    group.add_argument("--method-option", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    return _parsed(parser, arguments)
+
+
+def _parser(script: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/train.py",
-        description="Fine-tune a causal language model; AdaGradSelect chooses the blocks of each step.",
+        prog=f"deepspeed launch/{script}",
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.set_defaults(method=None, method_option=[])  # as the ds_config says
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="ds_config JSON; see configs/")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     _add_model(parser)
     _add_data(parser)
     _add_training(parser)
     _add_output(parser)
+    return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     _check(options)
     return options
