@@ -116,8 +116,7 @@ class Job:
                 tokenizer=self.tokenizer,
                 columns=splits.columns,
                 max_tokens=wanted.sequence_length,
-                use_chat_template=wanted.chat_template == "always"
-                or (wanted.chat_template == "auto" and self.tokenizer.chat_template is not None),
+                use_chat_template=encoding.wants_chat_template(wanted.chat_template, self.tokenizer),
                 system=wanted.system,
             )
             parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}

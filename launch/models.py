@@ -49,14 +49,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def load_model(name: str, *, trust_remote_code: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """The causal language model ``name``, on the CPU, in fp32; DeepSpeed makes its precision the ds_config's.
+def load_model(
+    name: str, *, dtype: str = "float32", trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> PreTrainedModel:
+    """The causal language model ``name``, on the CPU, in ``dtype``, of which "auto" is the one that it was saved in.
+
+    To be trained it is fp32: DeepSpeed makes its precision the ds_config's.
 
     Raises ConfigError for a name that is no hub model, no folder with a model and not ``smollm2``.
     """
     model: PreTrainedModel = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained, name, trust_remote_code=trust_remote_code
-    ).float()
+        AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers 5 makes the embedding's output require gradients, so that backward would run through

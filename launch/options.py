@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import methods
 from data import PRESETS, DataOptions
+from encoding import CHAT_TEMPLATE_CHOICES
 
 from ds_agsel.errors import ConfigError
 
@@ -84,7 +85,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--builtin-level", type=int, default=2, help="difficulty of the built-in problems: 1, 2, 3")
     group.add_argument("--sequence-length", type=int, default=512, help="longest row in tokens")
     group.add_argument("--long-prompts", choices=("error", "drop"), default="error", help="no room for a completion")
-    group.add_argument("--chat-template", choices=("auto", "always", "never"), default="auto")
+    group.add_argument("--chat-template", choices=CHAT_TEMPLATE_CHOICES, default="auto")
     group.add_argument("--system", help="system turn of the chat template; default: the template's own")
     group.add_argument("--packing", action="store_true", help="fill rows with several examples, kept apart")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="tokenisation processes")
