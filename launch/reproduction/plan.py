@@ -77,12 +77,13 @@ class Evaluation(_Strict):
 
 
 class Expected(_Strict):
-    """Rough seconds, for the announcement at the start; measured on the machine that the plan is for."""
+    """Rough seconds of a cell's parts, for the announcement at the start. ``more``: what a method takes beside."""
 
     start: float
     step: float
     end: float
     search_step: float | None = None
+    more: dict[str, float] = {}
 
 
 class Cost(_Strict):
@@ -274,9 +275,9 @@ def expected_seconds(plan: Plan, cells: Sequence[Cell]) -> float | None:
         return None
     expected, total = plan.expected, 0.0
     for cell in cells:
+        begins = expected.start + expected.more.get(cell.method, 0.0)
         if cell.kind == "search" and plan.search is not None:
-            step = expected.search_step or expected.step
-            total += (expected.start + cell.steps * step) / plan.search.jobs
+            total += (begins + cell.steps * (expected.search_step or expected.step)) / plan.search.jobs
         else:
-            total += expected.start + cell.steps * expected.step + expected.end
+            total += begins + cell.steps * expected.step + expected.end
     return total
