@@ -106,10 +106,10 @@ def _time_and_memory(plan: Plan, cells: Sequence[Measured]) -> Figure:
         median = statistics.median(m.step_median for m in own)
         late = statistics.median(m.step_p90 for m in own)
         left.barh(label, median, xerr=[[0], [max(0.0, late - median)]], color="#0072b2", capsize=2)
-        peaks = [m.peak_memory_bytes / 2**30 for m in own if m.peak_memory_bytes is not None]
+        peaks = [m.peak_in_steps_bytes / 2**30 for m in own if m.peak_in_steps_bytes is not None]
         right.barh(label, statistics.median(peaks) if peaks else 0, color="#009e73")
     left.set(xlabel="seconds a step: median, and up to the 90th percentile")
-    right.set(xlabel="peak memory, GiB")
+    right.set(xlabel="peak memory in steps, GiB")
     return figure
 
 

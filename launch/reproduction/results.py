@@ -62,6 +62,8 @@ class Measured:
     seconds: float | None = None
     processor_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    peak_in_steps_bytes: int | None = None
+    master_weight_bytes: int | None = None
     optimizer_state_bytes: int | None = None
     gradient_bytes: int | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
@@ -114,9 +116,7 @@ def read_cell(
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     train = [record for record in records if record["event"] == "train"]
     summary = json.loads((run / "summary.json").read_text()) if message is None else {}
-    memory = summary.get("peak_memory_bytes")
-    if isinstance(memory, Mapping):
-        memory = memory.get("accelerator") or memory["host"]
+    memory = summary.get("peak_memory_bytes") or {}
     return Measured(
         model=model,
         method=method,
@@ -128,7 +128,9 @@ def read_cell(
         step_seconds=tuple(record["seconds"] for record in train),
         seconds=seconds,
         processor_seconds=train[-1].get("processor_seconds") if train else None,
-        peak_memory_bytes=memory,
+        peak_memory_bytes=memory.get("accelerator") or memory.get("host"),
+        peak_in_steps_bytes=memory.get("accelerator") or memory.get("host_in_steps"),
+        master_weight_bytes=summary.get("master_weight_bytes"),
         optimizer_state_bytes=summary.get("optimizer_state_bytes"),
         gradient_bytes=summary.get("gradient_bytes"),
         accuracy=_accuracy(folder),

@@ -54,15 +54,15 @@ def _losses(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
     steps, time = results.losses_at_equal_steps(cells), results.losses_at_equal_time(cells)
     reference = plan.label(plan.reference)
     budgets = [budget for seed in plan.seeds if (budget := results.shared_budget([m for m in cells if m.seed == seed]))]
+    spent = f" ({', '.join(f'{budget:.0f} s' for budget in budgets)})" if budgets else ""
     yield from [
         "### Held-out loss",
         "",
-        f"{MEAN} Equal steps: after {plan.steps}. Equal processor time: at the processor time of the quickest whole "
-        "run without a fault",
-        "of the same seed" + (f" ({', '.join(f'{b:.0f} s' for b in budgets)})" if budgets else "") + ", between two "
-        "measured losses by linear interpolation; processor time is that of training steps alone.",
-        f"Last columns: the difference from {reference} on the same seed and data. **Above 0 {reference} is better, "
-        "below 0 it loses.**",
+        f"{MEAN} Equal steps: after {plan.steps}. Equal processor time: at that",
+        f"of the quickest whole run without a fault of the same seed{spent}, between two measured losses by linear",
+        "interpolation; processor time is that of training steps alone, and a slower run was then in the midst of its",
+        f"learning-rate schedule. Last columns: the difference from {reference}, same seed and data: **above 0",
+        f"{reference} is better, below 0 it loses.**",
         "",
     ]
     head = ["method", "seeds", "equal steps", "equal processor time", "Δ equal steps", "Δ equal processor time"]
@@ -83,13 +83,14 @@ def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
     yield from [
         "### Time and memory",
         "",
-        "Medians over seeds. A step's seconds are wall time, its processor seconds the mean over the run. Peak memory "
-        "is the process's.",
+        "Medians over seeds. A step's seconds are wall time, its processor seconds the mean over the run. Bytes are the",
+        "most that was held. Peak memory is the accelerator's, on a CPU the process's resident memory; loading the model,",
+        "in fp32, has a peak of its own.",
         "",
     ]
     yield from _head([
-        "method", "step median s", "step p90 s", "processor s / step", "optimizer state MiB", "gradients MiB",
-        "peak memory MiB", "whole cell s",
+        "method", "step median s", "step p90 s", "processor s / step", "optimizer state MiB",
+        "master weights MiB", "gradients MiB", "peak memory MiB", "peak in steps MiB", "whole cell s",
     ])  # fmt: skip
     for method in plan.methods:
         own = [m for m in cells if m.method == method and m.is_whole]
@@ -99,8 +100,10 @@ def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
             _median(own, lambda m: m.step_p90, 2),
             _median(own, lambda m: m.processor_seconds and m.processor_seconds / len(m.step_seconds), 2),
             _median(own, lambda m: _mib(m.optimizer_state_bytes), 0),
+            _median(own, lambda m: _mib(m.master_weight_bytes), 0),
             _median(own, lambda m: _mib(m.gradient_bytes), 0),
             _median(own, lambda m: _mib(m.peak_memory_bytes), 0),
+            _median(own, lambda m: _mib(m.peak_in_steps_bytes), 0),
             _median(own, lambda m: m.seconds, 0),
         ])  # fmt: skip
     yield ""

@@ -156,7 +156,7 @@ def write_cell(
         records.append({"event": "train", "step": step, "loss": loss, "phase": "plain", **seconds})
         records.append({"event": "validation", "step": step + 1, "loss": loss})
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    memory = {"host": 3 * 2**20, "accelerator": 0}
+    memory = {"host": 3 * 2**20, "host_in_steps": 2 * 2**20, "accelerator": 0}
     summary = {"peak_memory_bytes": memory, "optimizer_state_bytes": 2**20, "gradient_bytes": 0, "faults": faults}
     (run / "summary.json").write_text(json.dumps(summary))
     answers = [{"correct": number < right} for number in range(4)]
@@ -282,7 +282,7 @@ def test_tables_show_who_lost_and_who_failed(swept: Sweep) -> None:
     assert "| full | 1 | It forgot. |" in lines
     assert "| ours | 2 | **no result**: not run yet |" in lines
     assert "| m | ours | 0.001: 1.0000, 0.01: 0.5000 | 0.01 | edge |" in lines
-    assert "| ours | 2.00 | 2.00 | 1.00 | 1 | 0 | 3 | 9 |" in lines
+    assert "| ours | 2.00 | 2.00 | 1.00 | 1 | – | 0 | 3 | 2 | 9 |" in lines
     published = {**PUBLISHED, "accuracy": {results.TEST: {"m": {"full": 12.5}}}}
     assert "| full | 100.0 [51.0, 100.0] of 4 | 12.5 |" in tables.page(swept.plan, cells, [], published, "")
 
