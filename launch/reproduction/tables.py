@@ -83,9 +83,9 @@ def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
     yield from [
         "### Time and memory",
         "",
-        "Medians over seeds. A step's seconds are wall time, its processor seconds the mean over the run. Bytes are the",
-        "most that was held. Peak memory is the accelerator's, on a CPU the process's resident memory; loading the model,",
-        "in fp32, has a peak of its own.",
+        "Medians over seeds. A step's seconds are wall time, its processor seconds the mean over the run. Bytes are",
+        "the most that was held. Peak memory is the accelerator's, on a CPU the process's resident memory; loading the",
+        "model, in fp32, has a peak of its own.",
         "",
     ]
     yield from _head([
