@@ -152,10 +152,10 @@ class Sweep:
         seconds = time.monotonic() - began
         state: Literal["done", "failed"] = "done" if message is None else "failed"
         outcome = Outcome(state, lr, message, seconds, fingerprint)
-        if cell.kind == "search" or not self.plan.keep_models:
-            shutil.rmtree(folder / RUN / "model", ignore_errors=True)
         if state == "done":
             shutil.rmtree(folder / RUN / "checkpoints", ignore_errors=True)
+            if cell.kind == "search" or not self.plan.keep_models:
+                shutil.rmtree(folder / RUN / "model", ignore_errors=True)
         write_atomically(folder / (DONE if state == "done" else FAILED), json.dumps(vars(outcome), indent=1) + "\n")
         self._count += 1
         what = f"held-out loss {last_loss(folder / RUN)}" if message is None else f"FAILED: {message}"
