@@ -106,28 +106,26 @@ def ways(name: str, stage: int, ranks: int, offload: Device = "cpu") -> dict[flo
 
 def page() -> str:
     """The page in Markdown."""
-    return "\n".join(
-        [
-            "# Scale on paper",
-            "",
-            "`launch/scaling.py` wrote this page from the estimator (`make docs`). Bytes are exact where",
-            "`ds_agsel/estimate/memory.py` says so; times are those bytes by **assumed** rates. Nothing here was measured.",
-            "",
-            "bf16 weights, fp32 master weights and moments, `offload_optimizer` cpu, one micro-step, a reduction bucket of "
-            f"{BUCKET_NUMEL // 10**6} M",
-            "elements, activations left out. ds_agsel: an exploit step on blocks drawn uniformly, expected bytes. Explore "
-            "steps reduce",
-            "the gradients of all blocks, as full fine-tuning does, copy as many at most, and write back the selected; "
-            "by default",
-            "they are about a fifth of epoch 1 and none after it.",
-            "",
-            *_memory_section(),
-            *_traffic_section(),
-            *_limit_section(),
-            *_nvme_section(),
-            *_seven_b_section(),
-        ]
-    )
+    return "\n".join([
+        "# Scale on paper",
+        "",
+        "`launch/scaling.py` wrote this page from the estimator (`make docs`). Bytes are exact where",
+        "`ds_agsel/estimate/memory.py` says so; times are those bytes by **assumed** rates. Nothing here was measured.",
+        "",
+        "bf16 weights, fp32 master weights and moments, `offload_optimizer` cpu, one micro-step, a reduction bucket of "
+        f"{BUCKET_NUMEL // 10**6} M",
+        "elements, activations left out. ds_agsel: an exploit step on blocks drawn uniformly, expected bytes. Explore "
+        "steps reduce",
+        "the gradients of all blocks, as full fine-tuning does, copy as many at most, and write back the selected; "
+        "by default",
+        "they are about a fifth of epoch 1 and none after it.",
+        "",
+        *_memory_section(),
+        *_traffic_section(),
+        *_limit_section(),
+        *_nvme_section(),
+        *_seven_b_section(),
+    ])
 
 
 def _cases(stage: int) -> Iterator[tuple[str, int, dict[float | None, Way]]]:

@@ -229,8 +229,8 @@ def _page(plan: Plan, command: str) -> Iterator[str]:
         "",
         "runs every cell below in a process of its own, goes on after one that fails, and goes on where it was when it "
         "is",
-        "started again. `--only 'final/llama-3.2-1b/*'` runs some; `--model llama-3.2-1b=FOLDER` takes a model that lies",
-        "here, and models and data come from the hub otherwise.",
+        "started again. `--only 'final/llama-3.2-1b/*'` runs some; `--model llama-3.2-1b=FOLDER` takes a model from here,",
+        "otherwise models and data come from the hub.",
         "",
         plan.about.strip(),
         "",
