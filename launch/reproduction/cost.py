@@ -7,6 +7,7 @@ ratios that the benchmark measured on a CPU instead of the counted ones.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -206,6 +207,17 @@ def _activation_bytes(work: _Work) -> int:
 
 # -- the page
 
+_HOW = (
+    "runs every cell below in a process of its own, goes on after one that fails, and where it was when it is started "
+    "again. `--only 'final/llama-3.2-1b/*'` runs some; `--model llama-3.2-1b=FOLDER` takes a model from here, otherwise "
+    "models and data come from the hub."
+)
+_WHAT = (
+    "Bytes: `ds_agsel/estimate`, the largest step, with activations by a rule of thumb. Hours: training steps alone, "
+    "without evaluation, validation and start. *By measured ratio*: full fine-tuning's counted hours times the step "
+    "ratios to plain DeepSpeed that the README's benchmark measured, on a CPU, at 20 %."
+)
+
 
 def page(plan: Plan, command: str) -> str:
     """docs/reproduction.md: the exact command, and what it is expected to take."""
@@ -227,20 +239,16 @@ def _page(plan: Plan, command: str) -> Iterator[str]:
         command,
         "```",
         "",
-        "runs every cell below in a process of its own, goes on after one that fails, and goes on where it was when it "
-        "is",
-        "started again. `--only 'final/llama-3.2-1b/*'` runs some; `--model llama-3.2-1b=FOLDER` takes a model from here,",
-        "otherwise models and data come from the hub.",
+        *textwrap.wrap(_HOW, 120),
         "",
-        plan.about.strip(),
+        *textwrap.wrap(plan.about.strip(), 120),
         "",
-        f"Assumed: one {cost.card} ({cost.card_gigabytes:g} GB); {card.source}; of these peaks {MATMUL_SHARE:.0%} of "
-        f"arithmetic, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of PCIe;",
-        f"{cost.tokens_per_row} tokens a row with its padding, {plan.steps} steps, {cost.epochs:g} epochs. Bytes: "
-        "`ds_agsel/estimate`, the largest step, with activations by a",
-        "rule of thumb. Hours: training steps alone, without evaluation, validation and start. *Hours by measured "
-        "ratio*: full fine-tuning's counted",
-        "hours times the step ratios to plain DeepSpeed that the README's benchmark measured, on a CPU, at 20 %.",
+        *textwrap.wrap(
+            f"Assumed: one {cost.card} ({cost.card_gigabytes:g} GB); {card.source}; of these peaks {MATMUL_SHARE:.0%} of "
+            f"arithmetic, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of PCIe; {cost.tokens_per_row} tokens a row "
+            f"with its padding, {plan.steps} steps, {cost.epochs:g} epochs. {_WHAT}",
+            120,
+        ),
         "",
     ]
     columns = ["model", "method", "runs", f"GiB of {cost.card_gigabytes * 1e9 / 2**30:.1f}", "s a step", "hours a run"]
