@@ -1,4 +1,4 @@
-"""Whether training did what it was to do: a few elements of every parameter, compared around each step."""
+"""Whether a method did what it was to do: some elements of every parameter, compared around what it does."""
 
 from __future__ import annotations
 
@@ -13,15 +13,29 @@ _ELEMENTS = 512  # looked at of each parameter; in bf16 a small step leaves many
 
 
 class FaultWatch:
-    """Looks at a model before and after each step; `sentences` says what was wrong. Of this rank's weights."""
+    """Looks at a model as its engine is made, and before and after each step. Of this rank's weights.
+
+    Made with the model as it was loaded; then comes `engine_made`, and around each step the other two.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
-        self._before: dict[str, torch.Tensor] = {}
+        self._before = {name: _sample(parameter) for name, parameter in self._parameters.items()}
+        self._remade: dict[str, float] = {}  # parameter -> mean |Δw| by the making of the engine
         self._steps = 0
         self._idle: list[int] = []
         self._nonfinite: list[int] = []
         self._moved: dict[int, tuple[float, str]] = {}  # step -> largest mean |Δw| of a frozen parameter, its name
+
+    def engine_made(self, model: nn.Module) -> None:
+        """``model`` is the engine's. ZeRO-3's parts are left out: ZenFlow keeps them transposed."""
+        self._parameters = dict(model.named_parameters())
+        for name in self._before.keys() & self._parameters.keys():
+            if not hasattr(self._parameters[name], "ds_tensor"):
+                after = _sample(self._parameters[name])
+                drift = (after.float() - self._before[name].to(after).float()).abs().mean()
+                if drift > 0:
+                    self._remade[name] = float(drift)
 
     def before_step(self) -> None:
         self._before = {name: _sample(parameter) for name, parameter in self._parameters.items()}
@@ -50,6 +64,12 @@ class FaultWatch:
 
     def sentences(self) -> list[str]:
         found = []
+        if self._remade:
+            name = max(self._remade, key=self._remade.__getitem__)
+            found.append(
+                f"{len(self._remade)} of {len(self._parameters)} parameters changed as the engine was made: "
+                f"mean |Δw| up to {self._remade[name]:.1e} ({name})."
+            )
         if self._nonfinite:
             found.append(f"The loss was not finite in {self._of(self._nonfinite)}.")
         if self._moved:

@@ -167,10 +167,12 @@ class Job:
         )
         self._warn_of_slow_arithmetic(config)
         self.precision = self.method.precision(config)
+        self.watch = FaultWatch(model) if wanted.method else None
         self.engine = self.method.start(model, methods.Setting(config, self.epochs.steps_per_epoch, wanted.seed))
         self.engine.train()
         self.costs = Costs(self.method.processor_seconds)
-        self.watch = FaultWatch(self.engine.module) if wanted.method else None
+        if self.watch is not None:
+            self.watch.engine_made(self.engine.module)
         if wanted.compile:
             self.engine.compile()  # layer by layer, where there is a selection
         self.selection = getattr(self.engine, "selection", None)  # none without the section: plain DeepSpeed

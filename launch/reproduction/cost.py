@@ -209,8 +209,8 @@ def _activation_bytes(work: _Work) -> int:
 
 _HOW = (
     "runs every cell below in a process of its own, goes on after one that fails, and where it was when it is started "
-    "again. `--only 'final/llama-3.2-1b/*'` runs some; `--model llama-3.2-1b=FOLDER` takes a model from here, otherwise "
-    "models and data come from the hub."
+    "again. `--only 'final/llama-3.2-1b/*'` runs some; `--model llama-3.2-1b=FOLDER` takes a model from here, "
+    "otherwise models and data come from the hub."
 )
 _WHAT = (
     "Bytes: `ds_agsel/estimate`, the largest step, with activations by a rule of thumb. Hours: training steps alone, "
@@ -244,8 +244,8 @@ def _page(plan: Plan, command: str) -> Iterator[str]:
         *textwrap.wrap(plan.about.strip(), 120),
         "",
         *textwrap.wrap(
-            f"Assumed: one {cost.card} ({cost.card_gigabytes:g} GB); {card.source}; of these peaks {MATMUL_SHARE:.0%} of "
-            f"arithmetic, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of PCIe; {cost.tokens_per_row} tokens a row "
+            f"Assumed: one {cost.card} ({cost.card_gigabytes:g} GB); {card.source}; of these peaks {MATMUL_SHARE:.0%} "
+            f"of arithmetic, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of PCIe; {cost.tokens_per_row} tokens a row "
             f"with its padding, {plan.steps} steps, {cost.epochs:g} epochs. {_WHAT}",
             120,
         ),
