@@ -245,8 +245,8 @@ def _page(plan: Plan, command: str) -> Iterator[str]:
         "",
         *textwrap.wrap(
             f"Assumed: one {cost.card} ({cost.card_gigabytes:g} GB); {card.source}; of these peaks {MATMUL_SHARE:.0%} "
-            f"of arithmetic, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of PCIe; {cost.tokens_per_row} tokens a row "
-            f"with its padding, {plan.steps} steps, {cost.epochs:g} epochs. {_WHAT}",
+            f"of arithmetic, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of PCIe; {cost.tokens_per_row} tokens a "
+            f"row with its padding, {plan.steps} steps, {cost.epochs:g} epochs. {_WHAT}",
             120,
         ),
         "",

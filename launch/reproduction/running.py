@@ -231,7 +231,7 @@ def error_in(log: str) -> str | None:
     lines = [line.strip() for line in log.splitlines()]
     errors = [line for line in lines if _ERROR.fullmatch(line) and "CalledProcessError" not in line]
     named = [line for line in errors if line.startswith("error: ")]
-    return (named or errors or [None])[-1]
+    return (named or errors)[-1].removeprefix("error: ") if errors else None
 
 
 def last_loss(run: Path) -> float | None:

@@ -26,7 +26,7 @@ CELLS = {
     "final/tiny/refused/seed-1",
 }
 REFUSED = "final/tiny/refused/seed-1"
-MESSAGE = 'error: adagrad_select.policy="fixed" needs adagrad_select.fixed_blocks, which is not set.'
+MESSAGE = 'adagrad_select.policy="fixed" needs adagrad_select.fixed_blocks, which is not set.'
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
