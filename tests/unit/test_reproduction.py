@@ -11,14 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import reproduce
 import yaml
+from methods import lora
 from reproduction import cost, figures, plan, results, running, tables
 from reproduction.results import Accuracy, Measured, Point
 from reproduction.running import Sweep
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_agsel.errors import ConfigError
+from ds_agsel.estimate.shapes import known_models
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 PUBLISHED = yaml.safe_load((CONFIGS / "published.yaml").read_text())
@@ -330,6 +335,18 @@ def test_a_process_past_its_limit_is_ended_with_its_children(call: Callable[...,
 
 
 # -- the cost
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini"])
+def test_lora_is_on_every_projection_of_the_paper_s_models(name: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {**known_models()[name], **small, **heads}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    linears = sum(isinstance(module, nn.Linear) for module in model.model.layers.modules())
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=lora._TARGETS, task_type="CAUSAL_LM"))
+    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    assert len(adapted) == linears and linears in (2 * 7, 2 * 4)
 
 
 def test_cost_of_full_scale() -> None:
