@@ -42,7 +42,7 @@ def _accuracy(plan: Plan, model: str, cells: Sequence[Measured], published: Mapp
     columns = [column for name in datasets for column in (name, "paper")]
     yield from _head(["method", *columns])
     for method in plan.methods:
-        row = [plan.label(method)]
+        row = [_name(plan, cells, method)]
         for name in datasets:
             said = ((published.get("accuracy") or {}).get(name) or {}).get(model) or {}
             row += [_accuracy_text(results.mean_accuracy(cells, model, method, name)), _number(said.get(method), 1)]
@@ -74,7 +74,7 @@ def _losses(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
             apart = [None, None]
         seeds = str(found[0].count) if found[0] else "0"
         yield _line([
-            plan.label(method), seeds, *map(_spread_text, found), *(_spread_text(a, sign="+") for a in apart)
+            _name(plan, cells, method), seeds, *map(_spread_text, found), *(_spread_text(a, sign="+") for a in apart)
         ])  # fmt: skip
     yield ""
 
@@ -95,7 +95,7 @@ def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
     for method in plan.methods:
         own = [m for m in cells if m.method == method and m.is_whole]
         yield _line([
-            plan.label(method),
+            _name(plan, cells, method),
             _median(own, lambda m: m.step_median, 2),
             _median(own, lambda m: m.step_p90, 2),
             _median(own, lambda m: m.processor_seconds and m.processor_seconds / len(m.step_seconds), 2),
@@ -117,11 +117,15 @@ def _troubles(plan: Plan, cells: Sequence[Measured]) -> Iterator[str]:
             said.setdefault((m.method, text), []).append(m.seed)
     if not said:
         return
-    yield from ["### Failed, or wrong", ""]
+    yield from ["### Failed, or wrong", "", "† above: a fault was seen.", ""]
     yield from _head(["method", "seeds", "what"])
     for (method, text), seeds in said.items():
         yield _line([plan.label(method), ", ".join(map(str, seeds)), _cell(text)])
     yield ""
+
+
+def _name(plan: Plan, cells: Sequence[Measured], method: str) -> str:
+    return plan.label(method) + (" †" if any(m.faults for m in cells if m.method == method) else "")
 
 
 def _rates(rates: Rates) -> Iterator[str]:

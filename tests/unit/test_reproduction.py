@@ -281,15 +281,15 @@ def test_tables_show_who_lost_and_who_failed(swept: Sweep) -> None:
     cells = results.collect(swept)
     page = tables.page(swept.plan, cells, results.chosen_rates(swept), PUBLISHED, "a machine")
     lines = page.splitlines()
-    assert "| full | 1 | 0.4000 | 1.6000 | -0.2000 | +1.0000 |" in lines
-    assert "| full | 100.0 [51.0, 100.0] of 4 | – |" in lines
+    assert "| full † | 1 | 0.4000 | 1.6000 | -0.2000 | +1.0000 |" in lines
+    assert "| full † | 100.0 [51.0, 100.0] of 4 | – |" in lines
     assert "| lora | 1 | **no result**: error: no such rank |" in lines
     assert "| full | 1 | It forgot. |" in lines
     assert "| ours | 2 | **no result**: not run yet |" in lines
     assert "| m | ours | 0.001: 1.0000, 0.01: 0.5000 | 0.01 | edge |" in lines
     assert "| ours | 2.00 | 2.00 | 1.00 | 1 | – | 0 | 3 | 2 | 9 |" in lines
     published = {**PUBLISHED, "accuracy": {results.TEST: {"m": {"full": 12.5}}}}
-    assert "| full | 100.0 [51.0, 100.0] of 4 | 12.5 |" in tables.page(swept.plan, cells, [], published, "")
+    assert "| full † | 100.0 [51.0, 100.0] of 4 | 12.5 |" in tables.page(swept.plan, cells, [], published, "")
 
 
 def test_figures_are_drawn(swept: Sweep, tmp_path: Path) -> None:
