@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from reproduction import figures, results, running, tables
 from reproduction import plan as plans
-from reproduction import results, running, tables
 from reproduction.plan import Cell, Plan
 from reproduction.running import ROOT, Stopped, Sweep
 
@@ -140,8 +140,6 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], todo: Sequence[Cell]) -> Non
 
 
 def _report(sweep: Sweep, output: Path) -> None:
-    from reproduction import figures
-
     plan = sweep.plan
     output.mkdir(parents=True, exist_ok=True)
     measured, rates = results.collect(sweep), results.chosen_rates(sweep)
