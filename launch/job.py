@@ -217,7 +217,8 @@ class Job:
         try:
             if not self.options.resume:
                 self._evaluate_loss()
-                self.exact_before = self._evaluate_answers("before")
+                if not self.options.skip_test_before:
+                    self.exact_before = self._evaluate_answers("before")
             stopped = self._train()
             if stopped:
                 self._leave()

@@ -70,8 +70,9 @@ def load_model(
 
 
 def keeps_last_logits(model: PreTrainedModel) -> bool:
-    """Whether ``model`` can be asked for the logits of its last positions only (``logits_to_keep``)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    """Whether ``model`` can be asked for the logits of given positions only (``logits_to_keep``, as a tensor)."""
+    parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    return parameter is not None and "Tensor" in str(parameter.annotation)
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:

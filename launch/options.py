@@ -104,6 +104,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-nonfinite", type=int, default=5, help="non-finite losses in a row to put up with")
     group.add_argument("--evaluate-every", type=int, default=50, help="steps between validation losses, 0: only ends")
     group.add_argument("--evaluation-batch-size", type=int, default=32)
+    group.add_argument("--skip-test-before", action="store_true", help="exact match after training only")
     group.add_argument("--max-new-tokens", type=int, default=256, help="longest generated answer")
 
 
