@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
@@ -140,6 +140,8 @@ STAGE3_ATTRIBUTES = (
     "offload_optimizer",
     "offload_optimizer_pin_memory",
     "offload_param",
+    "swap_optimizer",
+    "optimizer_swapper",
     "parameter_offload",
     "dp_process_group",
     f"{STAGE3_PRIVATE}param_id_to_grad_partition",
@@ -152,7 +154,10 @@ STAGE3_METHODS = (
     "has_overflow",
     "step",
     "_get_norm_groups",
+    "_prepare_sub_group",
     "_optimizer_step",
+    "_release_sub_group",
+    "_restore_from_bit16_weights",
     "_offload_grad_partition_at_boundary",
     "_get_param_partition_rank",
     "_get_param_partition_world_size",
@@ -319,10 +324,51 @@ def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iter
         yield written
 
 
-def offloaded_files(engine: DeepSpeedEngine, folder: Path) -> list[Path]:
-    """What this rank has in ``folder`` of states that ZeRO-Infinity keeps on NVMe (engine.py:4940)."""
-    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-    return sorted((folder / "offloaded_tensors" / f"rank{dp_index_to_str(rank)}").rglob("*"))
+@contextmanager
+def loads_through(engine: DeepSpeedEngine, load: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, ``engine`` reads checkpoint files by ``load(path)``."""
+    with attribute(engine.checkpoint_engine, load=lambda path, map_location=None: load(path)):
+        yield
+
+
+def can_swap() -> bool:
+    """Whether DeepSpeed's asynchronous I/O op can be built here: it needs libaio's headers."""
+    return AsyncIOBuilder().is_compatible(verbose=False)
+
+
+@dataclass(frozen=True)
+class SwapSettings:
+    """What the ds_config says about NVMe: ``offload_optimizer`` and ``aio``.
+
+    Attributes:
+        new_handle: makes a handle of the asynchronous I/O op.
+        threads: of a handle, among which each transfer is divided evenly.
+    """
+
+    folder: Path
+    buffer_count: int
+    threads: int
+    new_handle: Callable[[], Any]
+
+
+def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings, dict[int, Path]]:
+    """What DeepSpeed's swapper was told, and by sub-group the file with its fp32 partition, which begins it.
+
+    From here on ``optimizer`` has no swapper, and takes its states for offloaded to the host.
+    """
+    swapper = optimizer.optimizer_swapper
+    partitions = enumerate(optimizer.fp32_partitioned_groups_flat)
+    files = {
+        index: Path(swapper.swap_params_info[swapper.parameter_id(partition)].get_swap_paths()[0])
+        for index, partition in partitions
+        if optimizer._swappable_optimizer_subgroup(index)
+    }
+    aio, offload = swapper.aio_config, swapper.swap_config
+    names = ("block_size", "queue_depth", "single_submit", "overlap_events", "intra_op_parallelism")
+    new_handle = partial(AsyncIOBuilder().load(verbose=False).aio_handle, **{name: aio[name] for name in names})
+    optimizer.swap_optimizer, optimizer.optimizer_swapper = False, None
+    settings = SwapSettings(Path(offload.nvme_path), offload.buffer_count, aio["intra_op_parallelism"], new_handle)
+    return settings, files
 
 
 def deepspeed_version() -> str:
@@ -501,9 +547,11 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
     "FusedAdam",
+    "SwapSettings",
     "ZeROOptimizer",
     "adam_step",
     "attribute",
+    "can_swap",
     "cpu_adam_op",
     "deepspeed_version",
     "gradient_partitions",
@@ -515,12 +563,12 @@ __all__ = [
     "link_adam_state",
     "link_reordered_params",
     "load_ds_config",
+    "loads_through",
     "mark_compiled",
     "masters_made_on_host",
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
-    "offloaded_files",
     "only_groups",
     "only_sub_groups",
     "place_in_partition",
@@ -528,6 +576,7 @@ __all__ = [
     "replace_masters",
     "require_known_deepspeed",
     "swap_class",
+    "take_swapper",
     "whole_state_dict",
     "writes_through",
     "zero_section_problems",
