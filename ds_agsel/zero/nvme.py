@@ -43,7 +43,8 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
         layout = FileLayout(dict(enumerate(self.fp16_partitioned_groups_flat_numel)), alignment)
         capacity = settings.buffer_count * max(map(layout.padded, layout.numels))
         self._swapped = SwappedStates(settings.folder, layout, settings.new_handle, capacity, self._count_transfer)
-        for group, partition in enumerate(self.fp32_partitioned_groups_flat):
+        self._masters = tuple(self.fp32_partitioned_groups_flat)  # also where DeepSpeed is shown some of them
+        for group, partition in enumerate(self._masters):
             file = files.get(group)
             master = partition if file is None else torch.from_file(str(file), size=layout.numels[group])
             self._swapped.store(group, {MASTER: master.detach()})
@@ -89,7 +90,7 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
     # ---------------------------------------------------------------- [Note: Not there]
 
     def _show(self, group: int, tensors: dict[str, Tensor]) -> None:
-        partition = self._partition(group)
+        partition = self._masters[group]
         partition.data = tensors[MASTER]
         moments = {key: tensors[key] for key in MOMENTS if key in tensors}
         if moments:
@@ -98,15 +99,12 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
             state.update(moments)
 
     def _hide(self, group: int) -> None:
-        partition = self._partition(group)
+        partition = self._masters[group]
         nothing = torch.zeros(1).expand(self._swapped.layout.numels[group])
         partition.data = nothing
         state = self.optimizer.state.get(partition)
         if state:
             state.update(dict.fromkeys(MOMENTS, nothing))
-
-    def _partition(self, group: int) -> Tensor:
-        return self.fp32_partitioned_groups_flat[group]
 
     @contextmanager
     def shown_states(self, groups: Iterable[int] | None = None, to_be_changed: bool = False) -> Iterator[None]:
@@ -124,9 +122,9 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
         finally:
             for group in groups:
                 if to_be_changed:
-                    state = self.optimizer.state.get(self._partition(group)) or {}
+                    state = self.optimizer.state.get(self._masters[group]) or {}
                     moments = {key: state[key] for key in MOMENTS if key in state}
-                    self._swapped.store(group, {MASTER: self._partition(group).detach(), **moments})
+                    self._swapped.store(group, {MASTER: self._masters[group].detach(), **moments})
                 self._hide(group)
 
     def get_full_hp_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
