@@ -346,7 +346,6 @@ class SwapSettings:
     """
 
     folder: Path
-    buffer_count: int
     threads: int
     new_handle: Callable[[], Any]
 
@@ -363,11 +362,11 @@ def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings
         for index, partition in partitions
         if optimizer._swappable_optimizer_subgroup(index)
     }
-    aio, offload = swapper.aio_config, swapper.swap_config
+    aio = swapper.aio_config
     names = ("block_size", "queue_depth", "single_submit", "overlap_events", "intra_op_parallelism")
     new_handle = partial(AsyncIOBuilder().load(verbose=False).aio_handle, **{name: aio[name] for name in names})
     optimizer.swap_optimizer, optimizer.optimizer_swapper = False, None
-    settings = SwapSettings(Path(offload.nvme_path), offload.buffer_count, aio["intra_op_parallelism"], new_handle)
+    settings = SwapSettings(Path(swapper.swap_config.nvme_path), aio["intra_op_parallelism"], new_handle)
     return settings, files
 
 

@@ -13,13 +13,14 @@ no room. Whoever looks at numbers shows them first (`shown_states`).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.residency.swap import MASTER, MOMENTS, SwappedStates
 from ds_agsel.residency.swap_plan import FileLayout
@@ -28,6 +29,7 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.repartition import sections, set_masters
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer, ZeroParameter
 
+MOST_BLOCKS = 4  # in host memory at once: one is written back, one is updated, two are read ahead
 _ELEMENT_BYTES = 4  # fp32
 
 
@@ -41,7 +43,7 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
         settings, files = compat.take_swapper(self)
         alignment = mmap.ALLOCATIONGRANULARITY * settings.threads // _ELEMENT_BYTES
         layout = FileLayout(dict(enumerate(self.fp16_partitioned_groups_flat_numel)), alignment)
-        capacity = settings.buffer_count * max(map(layout.padded, layout.numels))
+        capacity = ring_bytes(layout, self._groups_by_block(block_of_group), selection) // _ELEMENT_BYTES
         self._swapped = SwappedStates(settings.folder, layout, settings.new_handle, capacity, self._count_transfer)
         self._masters = tuple(self.fp32_partitioned_groups_flat)  # also where DeepSpeed is shown some of them
         for group, partition in enumerate(self._masters):
@@ -52,6 +54,12 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
             if file is not None:
                 file.unlink()
         super().attach(selection, block_of_group, link)
+
+    def _groups_by_block(self, block_of_group: Sequence[int]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for group in range(len(self.fp32_partitioned_groups_flat)):
+            found.setdefault(block_of_group[self.sub_group_to_group_id[group]], []).append(group)
+        return found
 
     def _count_transfer(self, kind: str, size: int) -> None:
         traffic = self.selection.current_traffic
@@ -161,3 +169,19 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
     def _restore_from_bit16_weights(self) -> None:
         with self.shown_states(to_be_changed=True):
             super()._restore_from_bit16_weights()
+
+
+def ring_bytes(layout: FileLayout, groups_of_block: Mapping[int, Sequence[int]], selection: Selection) -> int:
+    """Page-locked host memory for states: ``state_budget_bytes`` or, where that is null, the largest blocks that a step
+    can have, `MOST_BLOCKS` at most. Raises ConfigError where a sub-group does not fit."""
+    sizes = {block: _ELEMENT_BYTES * sum(map(layout.size, groups)) for block, groups in groups_of_block.items()}
+    budget = selection.config.state_budget_bytes
+    if budget is None:
+        return sum(sorted(sizes.values(), reverse=True)[: min(selection.max_selected, MOST_BLOCKS)])
+    largest = _ELEMENT_BYTES * max(map(layout.size, layout.numels))
+    if budget < largest:
+        raise ConfigError(
+            f"adagrad_select.state_budget_bytes={budget} is less than the states of the largest sub-group, which take "
+            f"{largest} bytes of page-locked host memory on this rank. Give at least that, or null."
+        )
+    return budget

@@ -18,7 +18,6 @@ from ds_agsel.errors import ConfigError
 
 STAGES = (1, 2, 3)
 ADAM_NAMES = ("adam", "adamw")
-MIN_BUFFERS = 3
 AIO_REMEDY = "apt-get install libaio-dev, or conda install libaio"
 
 
@@ -104,11 +103,6 @@ def unsupported(
             )
         elif device not in ("none", "cpu", "nvme"):
             problems.append(f"zero_optimization.{name}.device={device!r} is unknown. Use none, cpu or nvme.")
-    if offload_device == "nvme" and offload.get("buffer_count", MIN_BUFFERS) < MIN_BUFFERS:
-        _refuse(
-            f"zero_optimization.offload_optimizer.buffer_count={offload['buffer_count']}",
-            "a sub-group's master weights and two moments are in memory at once", f"Set it to {MIN_BUFFERS} or more",
-        )  # fmt: skip
     if stage == 3:
         _refuse_for_stage3(zero, config, _refuse)
     if offload.get("ratio", 1.0) != 1.0:

@@ -28,12 +28,12 @@ from test_resume import KINDS, resume, save_and_go_on
 pytestmark = pytest.mark.skipif(bool(nvme_lacks()), reason=nvme_lacks())
 
 NVME = Case(stage=3, offload="nvme")
-# A ring that holds the largest block and no other.
-NARROW = {"offload_optimizer": {"device": "nvme", "buffer_count": 3}}
+# Room for the largest block and no other.
+NARROW = {"state_budget_bytes": 7 * 4096}
 CASES = [
-    NVME.but(clip=0.3, decay_groups=True),
-    NVME.but(dtype="bf16", accumulation=2, section={**TOPK, "select_percent": 60}, zero=NARROW),
-    NVME.but(zero={"sub_group_size": 300, **NARROW}, section={**SELECT, "select_percent": 60}),
+    NVME.but(clip=0.3, decay_groups=True, section={**SELECT, **NARROW}),
+    NVME.but(dtype="bf16", accumulation=2, section={**TOPK, "select_percent": 60, **NARROW}),
+    NVME.but(zero={"sub_group_size": 300}, section={**SELECT, "select_percent": 60, **NARROW}),
     NVME.but(zero={"offload_param": {"device": "cpu"}}, optimizer="Adam", model="net"),
 ]
 KEPT = ("losses", "norms", "lrs", "weights", "partitions", "skipped")
@@ -41,17 +41,17 @@ SELECTED = ("history", "counts", "plan")
 
 
 def on_host(case: Case) -> Case:
-    return case.but(offload="cpu", zero={key: value for key, value in case.zero.items() if key != "offload_optimizer"})
+    section = {key: value for key, value in case.section.items() if key != "state_budget_bytes"}
+    return case.but(offload="cpu", section=section)
 
 
 def kept(run: dict[str, Any], *more: str) -> dict[str, Any]:
     return {key: run[key] for key in (*KEPT, *more)}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_states_on_nvme_give_the_bits_of_states_on_the_host(workers, ranks):
-    cases = [variant for case in CASES for variant in (case, on_host(case))]
-    for runs in workers(ranks).run(train_all, cases):
+@pytest.mark.parametrize(("ranks", "cases"), [(1, CASES[::2]), (2, CASES[1::2])], ids=["1 rank", "2 ranks"])
+def test_states_on_nvme_give_the_bits_of_states_on_the_host(workers, ranks, cases):
+    for runs in workers(ranks).run(train_all, [variant for case in cases for variant in (case, on_host(case))]):
         for swapped, held in zip(runs[::2], runs[1::2], strict=True):
             assert_identical(kept(held, *SELECTED), kept(swapped, *SELECTED))
 
@@ -71,8 +71,12 @@ def test_follows_the_reference_and_leaves_the_unselected_as_they_are(trained, ra
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_policy_all_is_plain_deepspeed_on_nvme(workers, ranks):
-    """Layers of 2 MiB, which DeepSpeed swaps out on two ranks too, from 1 MiB on; and small ones, which it keeps."""
-    case = NVME.but(model="net740", steps=3, section=ALL, clip=0.3)
+    """Layers of 2 MiB, which DeepSpeed swaps out on two ranks too, from 1 MiB on; and small ones, which it keeps.
+
+    The gains are in groups of their own. With one before a layer's weight, that weight's gradient is at no multiple of
+    512 bytes in its sub-group, where direct I/O reads nothing, and plain DeepSpeed 0.19.8 trains on what is in memory.
+    """
+    case = NVME.but(model="net740", steps=3, section=ALL, clip=0.3, decay_groups=True)
     for selective, plain in workers(ranks).run(train_all, [case, case.but(section=None)]):
         assert_identical(kept(plain), kept(selective))
 
@@ -152,7 +156,7 @@ def test_only_selected_states_are_read_and_written_and_reading_starts_with_the_d
             if phase == "explore":
                 assert ahead == [] and backward["transfers"] == []
             else:
-                assert moved("read", ahead).keys() == set(groups) or case.zero
+                assert moved("read", ahead).keys() == set(groups) or case != NVME
                 assert ahead
             updated |= set(groups)
             planned = step["plan"] or ()
@@ -171,10 +175,12 @@ def save_all(cases: list[Case], directory: Path) -> list[dict[str, Any]]:
     return [save_and_go_on(case, directory / f"{index}", KINDS[index % 2]) for index, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_resume_is_bit_identical_to_not_stopping_on_nvme_and_from_the_host(workers, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(1, CASES[3:]), (2, CASES[:1]), *(pytest.param(r, CASES[:3], marks=pytest.mark.slow) for r in (1, 2))],
+)
+def test_resume_is_bit_identical_to_not_stopping_on_nvme_and_from_the_host(workers, tmp_path, ranks, cases):
     """The checkpoint is the same as with offload to the host: each is loaded by the other too."""
-    cases = [CASES[0], CASES[1], CASES[3]]
     group = workers(ranks)
     whole = group.run(train_all, cases)
     saving = group.run(save_all, cases, tmp_path / "nvme")
