@@ -322,11 +322,17 @@ def whole(parameter: Any) -> Tensor:
     """The model weight; with stage 3 put together from all ranks' partitions, which a gathered copy must equal."""
     if not hasattr(parameter, "ds_id"):
         return parameter
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
 
+    swapped_out = parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE  # to NVMe
+    if swapped_out:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
     local = parameter.ds_tensor.detach().flatten()
     parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, local)
+    if swapped_out:
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
     full = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
     # With autocast some paths exchange what it casts in its dtype (partition_parameters.py:57), others do not.
     cast = full.to(get_allgather_dtype(parameter, parameter.ds_tensor)).to(full.dtype)

@@ -22,6 +22,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -370,6 +371,47 @@ def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings
     return settings, files
 
 
+@contextmanager
+def swapped_weights_follow(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[None]:
+    """Inside, ZeRO-3 may load a checkpoint also where it has model weights on NVMe; they follow the master weights.
+
+    Its load copies masters to the flat weights of every sub-group, and such a one has none (stage3.py:3578): inside, all
+    of those have one buffer, and what is written there is forgotten.
+    """
+    flats = optimizer.fp16_partitioned_groups_flat
+    swapped = [index for index, flat in enumerate(flats) if flat is None]
+    numels = optimizer.fp16_partitioned_groups_flat_numel
+    sink = torch.empty(max((numels[index] for index in swapped), default=0), dtype=optimizer.dtype)
+    before = {index: [partition.data for partition in optimizer.fp16_partitioned_groups[index]] for index in swapped}
+    for index in swapped:
+        flats[index] = sink.narrow(0, 0, numels[index])
+    try:
+        yield
+    finally:
+        for index in swapped:
+            flats[index] = None
+            for partition, data in zip(optimizer.fp16_partitioned_groups[index], before[index], strict=True):
+                partition.data = data
+            optimizer._partitioned_params_swap_out(index)
+
+
+def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat: torch.Tensor) -> None:
+    """Copy the sub-group's partition of the model weights, wherever it is, to ``flat``."""
+    held = optimizer.fp16_partitioned_groups_flat[sub_group]
+    if held is None:
+        optimizer._swap_in_sub_group_to_flat_buffer(flat, sub_group)
+    else:
+        flat.copy_(held)
+
+
+def write_weights(parameter: Any, value: torch.Tensor) -> None:
+    """Put ``value`` in the place of this rank's partition of a ZeRO-3 parameter, wherever it is."""
+    if parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
+        parameter.nvme_swapper.swap_out_partitioned_params([parameter], [value.flatten()])
+    else:
+        parameter.ds_tensor.data.copy_(value.view(parameter.ds_tensor.shape))
+
+
 def deepspeed_version() -> str:
     """The installed release."""
     return deepspeed.__version__
@@ -571,12 +613,15 @@ __all__ = [
     "only_groups",
     "only_sub_groups",
     "place_in_partition",
+    "read_weights",
     "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",
     "swap_class",
+    "swapped_weights_follow",
     "take_swapper",
     "whole_state_dict",
+    "write_weights",
     "writes_through",
     "zero_section_problems",
 ]

@@ -101,6 +101,8 @@ def unsupported(
                 f"zero_optimization.{name}.device='nvme' needs zero_optimization.{name}.nvme_path: a folder on the "
                 "device. Set it."
             )
+        elif device == "nvme" and name == "offload_param":
+            _refuse_for_weights_on_nvme(zero, bool(bf16.get("enabled") or fp16.get("enabled")), _refuse)
         elif device not in ("none", "cpu", "nvme"):
             problems.append(f"zero_optimization.{name}.device={device!r} is unknown. Use none, cpu or nvme.")
     if stage == 3:
@@ -192,6 +194,24 @@ def _refuse_for_stage3(
     for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         if zero.get(name):
             _refuse(f"zero_optimization.{name}=true", "it is not tested with frozen blocks", "Set it to false")
+
+
+def _refuse_for_weights_on_nvme(
+    zero: Mapping[str, Any], is_half: bool, _refuse: Callable[[str, str, str], None]
+) -> None:
+    """What plain DeepSpeed 0.19.8 can't do either."""
+    if zero.get("stage3_prefetch_bucket_size", zero.get("prefetch_bucket_size")) != 0:
+        _refuse(
+            "zero_optimization.offload_param.device='nvme' with a zero_optimization.stage3_prefetch_bucket_size other "
+            "than 0",
+            "DeepSpeed then reads a parameter for forward and for backward at once, and stops",
+            "Set stage3_prefetch_bucket_size to 0",
+        )  # fmt: skip
+    if not is_half:
+        _refuse(
+            "zero_optimization.offload_param.device='nvme' without bf16 and fp16",
+            "DeepSpeed takes the weights that it reads for bf16", "Set bf16.enabled to true",
+        )  # fmt: skip
 
 
 def optimizer_problem(ds_config: Mapping[str, Any]) -> str | None:
