@@ -375,8 +375,8 @@ def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings
 def swapped_weights_follow(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[None]:
     """Inside, ZeRO-3 may load a checkpoint also where it has model weights on NVMe; they follow the master weights.
 
-    Its load copies masters to the flat weights of every sub-group, and such a one has none (stage3.py:3578): inside, all
-    of those have one buffer, and what is written there is forgotten.
+    Its load copies masters to the flat weights of every sub-group, and such a one has none (stage3.py:3578): inside,
+    all of those have one buffer, and what is written there is forgotten.
     """
     flats = optimizer.fp16_partitioned_groups_flat
     swapped = [index for index, flat in enumerate(flats) if flat is None]

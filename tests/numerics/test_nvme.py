@@ -198,3 +198,56 @@ def test_resume_is_bit_identical_to_not_stopping_on_nvme_and_from_the_host(worke
             assert_identical(expected, {key: saving[rank][index][key] for key in last})
             for after in resumed:
                 assert_identical(expected, {key: after[rank][index][key] for key in last})
+
+
+def weights_on_nvme(width: int, **changes: Any) -> Case:
+    """Layers whose weights take 1 MiB of a rank and more, which DeepSpeed then keeps on NVMe."""
+    offload = {"device": "nvme", "max_in_cpu": 0, "buffer_size": 1_200_000, "buffer_count": 8}
+    zero = {"offload_param": offload, "stage3_prefetch_bucket_size": 0}
+    return NVME.but(model=f"net{width}", dtype="bf16", decay_groups=True, clip=0.3, steps=4, zero=zero).but(**changes)
+
+
+def train_noting_written_weights(case: Case) -> dict[str, Any]:
+    """A run of ``case``, with the names of the parameters that each step has written to NVMe."""
+    written: list[str] = []
+
+    def observe(event: str, engine: Any, step: int) -> Any:
+        zero = engine.optimizer
+        if (event, step) == ("start", 0):
+            [swapper] = {param.nvme_swapper for params in zero.fp16_groups for param in params}
+            swap_out = swapper.swap_out_partitioned_params
+
+            def noting(dst_fp16_params: Any, src_fp32_params: Any) -> None:
+                written.extend(zero.param_names[param] for param in dst_fp16_params)
+                swap_out(dst_fp16_params, src_fp32_params)
+
+            swapper.swap_out_partitioned_params = noting
+        if event == "step":
+            seen = tuple(written)
+            written.clear()
+            return seen
+        return None
+
+    return train(case, observe)
+
+
+@pytest.mark.parametrize(("ranks", "width"), [(1, 740), pytest.param(2, 1080, marks=pytest.mark.slow)])
+def test_model_weights_on_nvme_too(workers, tmp_path, ranks, width):
+    group = workers(ranks)
+    case = weights_on_nvme(width)
+    every = weights_on_nvme(width, section=ALL, steps=2)
+    for selective, plain in group.run(train_all, [every, every.but(section=None)]):
+        assert_identical(kept(plain), kept(selective))
+    runs = group.run(train_noting_written_weights, case)
+    for swapped, (held,) in zip(runs, group.run(train_all, [on_host(case).but(zero={})]), strict=True):
+        assert_identical(kept(held, *SELECTED), kept(swapped, *SELECTED))
+        names = list(swapped["blocks"].values())
+        for (_, _, blocks), written in zip(swapped["history"], swapped["observed"], strict=True):
+            layers = [name for block in blocks for name in names[block] if name.endswith("linear.weight")]
+            assert list(written) == layers
+    group.run(save_and_go_on, case.but(steps=5), tmp_path, KINDS[0])
+    for whole, resumed in zip(
+        group.run(train, case.but(steps=6)), group.run(resume, case.but(steps=6), tmp_path), strict=True
+    ):
+        assert_identical(whole["weights"], resumed["weights"])
+        assert_identical(whole["partitions"], resumed["partitions"])
