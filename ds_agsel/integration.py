@@ -57,8 +57,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         if ds_config is None or config is None or not config.enabled:
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
-        if call.arguments.get("optimizer") is None and not ds_config.get("optimizer"):
-            logger.warning("adagrad_select: this engine was given no optimizer, so it can only evaluate.")
+        has_optimizer = call.arguments.get("optimizer") is not None or bool(ds_config.get("optimizer"))
+        if not has_optimizer or callers.only_evaluates():
+            logger.warning("adagrad_select: this engine only evaluates, so it is left to DeepSpeed.")
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
         return _initialize_selective(number, call.arguments, ds_config, config)
