@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from reference import AdamW, Reference
 from torch import Tensor, nn
@@ -172,6 +173,16 @@ def nvme_lacks() -> str:
 
     section = {"offload_optimizer": {"device": "nvme", "nvme_path": nvme_path()}}
     return " ".join(missing_for_nvme({"zero_optimization": section}))
+
+
+def needs_nvme() -> pytest.MarkDecorator:
+    """A visible skip, with the reason, where offload to NVMe can't be tested."""
+    return pytest.mark.skipif(bool(nvme_lacks()), reason=nvme_lacks())
+
+
+def where_it_runs(cases: Sequence[Case]) -> list[Any]:
+    """``cases`` to be parametrized over; those that need NVMe are skipped where that can't be tested."""
+    return [pytest.param(case, marks=needs_nvme()) if case.offload == "nvme" else case for case in cases]
 
 
 def ds_config(case: Case) -> dict[str, Any]:

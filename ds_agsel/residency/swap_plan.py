@@ -8,9 +8,10 @@ update is a matter of the ring's size alone; it must hold the largest group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+MOST_BLOCKS = 4  # in host memory at once: one is written back, one is updated, two are read ahead
 TENSORS = 3  # of a group: master weights, exp_avg, exp_avg_sq, in this order
 
 
@@ -45,6 +46,11 @@ class FileLayout:
     def total(self) -> int:
         """What all groups take in the file, once each has been updated."""
         return sum(map(self.size, self.numels))
+
+
+def default_ring(block_sizes: Iterable[int], max_selected: int) -> int:
+    """The size of the largest blocks that a step can have, of `MOST_BLOCKS` at most."""
+    return sum(sorted(block_sizes, reverse=True)[: min(max_selected, MOST_BLOCKS)])
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,12 @@ from torch import Tensor
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.residency.swap import MASTER, MOMENTS, SwappedStates
-from ds_agsel.residency.swap_plan import FileLayout
+from ds_agsel.residency.swap_plan import FileLayout, default_ring
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.repartition import sections, set_masters
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer, ZeroParameter
 
-MOST_BLOCKS = 4  # in host memory at once: one is written back, one is updated, two are read ahead
 _ELEMENT_BYTES = 4  # fp32
 
 
@@ -172,12 +171,14 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
 
 
 def ring_bytes(layout: FileLayout, groups_of_block: Mapping[int, Sequence[int]], selection: Selection) -> int:
-    """Page-locked host memory for states: ``state_budget_bytes`` or, where that is null, the largest blocks that a step
-    can have, `MOST_BLOCKS` at most. Raises ConfigError where a sub-group does not fit."""
+    """Page-locked host memory for states: ``state_budget_bytes`` or, where that is null, `default_ring`.
+
+    Raises ConfigError where a sub-group does not fit.
+    """
     sizes = {block: _ELEMENT_BYTES * sum(map(layout.size, groups)) for block, groups in groups_of_block.items()}
     budget = selection.config.state_budget_bytes
     if budget is None:
-        return sum(sorted(sizes.values(), reverse=True)[: min(selection.max_selected, MOST_BLOCKS)])
+        return default_ring(sizes.values(), selection.max_selected)
     largest = _ELEMENT_BYTES * max(map(layout.size, layout.numels))
     if budget < largest:
         raise ConfigError(

@@ -18,14 +18,14 @@ from support import (
     Case,
     assert_follows_reference,
     assert_identical,
-    nvme_lacks,
+    needs_nvme,
     train,
     train_all,
 )
 from test_reference import FP32
 from test_resume import KINDS, resume, save_and_go_on
 
-pytestmark = pytest.mark.skipif(bool(nvme_lacks()), reason=nvme_lacks())
+pytestmark = needs_nvme()
 
 NVME = Case(stage=3, offload="nvme")
 # Room for the largest block and no other.
