@@ -76,14 +76,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(model: Path | str, output: Path, config: str, ranks: int, options: dict[str, str | None]) -> list[str]:
+def command(
+    model: Path | str,
+    output: Path,
+    config: str,
+    ranks: int,
+    options: dict[str, str | None],
+    script: str = "launch/train.py",
+) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
     settings = {"--model": str(model), "--output": str(output), **QUICK, **options}
     words = [word for name, value in settings.items() for word in ((name,) if value is None else (name, value))]
-    return [*launcher, "launch/train.py", "--deepspeed_config", config, *words]
+    return [*launcher, script, "--deepspeed_config", config, *words]
 
 
 def environment() -> dict[str, str]:
@@ -172,7 +179,7 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
     """Logs, model and the last checkpoint's optimizer states are equal, bit for bit."""
 
     def logged(output: Path) -> list[dict[str, Any]]:
-        timed = ("seconds", "forward_seconds", "backward_seconds", "step_seconds")
+        timed = ("seconds", "forward_seconds", "backward_seconds", "step_seconds", "processor_seconds")
         return [
             {key: value for key, value in record.items() if key not in timed}
             for record in lines_of(output / "metrics.jsonl")
