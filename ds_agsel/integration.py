@@ -248,6 +248,9 @@ def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping
     if choice is StepDevice.HOST and not offloads:
         offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
         return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
+    if choice is StepDevice.HOST and (zero["offload_optimizer"] or {}).get("device") == "nvme":
+        offload = {**zero["offload_optimizer"], "pipeline_read": False, "pipeline_write": False}  # ours does both
+        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
     if choice is StepDevice.VISIT and "optimizer" in ds_config and not compat.has_fused_adam():
         section = ds_config["optimizer"]
         return {**ds_config, "optimizer": {**section, "params": {**section.get("params", {}), "torch_adam": True}}}

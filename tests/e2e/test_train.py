@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.report.runs import read_run
+from ds_agsel.zero.support import missing_for_nvme
 
 ROOT = Path(__file__).parents[2]
 # Those for models too large for here are checked by the estimator: tests/unit/test_docs.py.
@@ -127,6 +128,9 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path, tmp_path: Path) -> None:
+    lacking = missing_for_nvme(json.loads(config.read_text()))
+    if lacking:
+        pytest.skip(" ".join(lacking))
     if "fp16" in json.loads(config.read_text()) and not get_accelerator().is_fp16_supported():
         pytest.skip(f"the accelerator {get_accelerator().device_name()!r} has no fp16")
     result = train(tiny_model, tmp_path, config=str(config.relative_to(ROOT)), steps="16")
