@@ -76,7 +76,7 @@ def keeps_last_logits(model: PreTrainedModel) -> bool:
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
-    source = str(_converted_smollm2()) if name == SMOLLM2 else name
+    source = str(smollm2_folder()) if name == SMOLLM2 else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"model={name!r} is a folder without a config.json. Use a folder made by save_pretrained.")
     try:
@@ -94,7 +94,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_agsel"
 
 
-def _converted_smollm2() -> Path:
+def smollm2_folder() -> Path:
     """A folder with SmolLM2-135M-Instruct in Hugging Face's form, made on first use (20 s)."""
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # finds the package, does not import it
     roots = (spec.submodule_search_locations or []) if spec else []

@@ -327,10 +327,10 @@ def trained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_lm_evaluation_harness_agrees(
     name: str, max_new_tokens: int, lm_eval: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Same model, same 50 problems. SmolLM2-135M solves next to none of GSM8K's, but writes as many answers."""
+    """Same model, same 50 problems. SmolLM2-135M solves next to none of GSM8K's, but writes as many answers to read."""
     if name == "gsm8k" and not data._LOCAL_GSM8K.is_dir():
         pytest.skip("needs ../shared/data/gsm8k")
-    model = request.getfixturevalue("trained_model") if name == "builtin" else str(models._converted_smollm2())
+    model = request.getfixturevalue("trained_model") if name == "builtin" else str(models.smollm2_folder())
     accuracy = evaluate.evaluate(
         evaluate.Evaluation(
             model=model, dataset=name, rows=50, batch_size=10, max_new_tokens=max_new_tokens, dtype="float32",
