@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import settings
 import torch
 
+from ds_agsel.config import SECTION
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero import compat
 
@@ -95,6 +96,11 @@ class Method:
     def result(self) -> tuple[Any, Mapping[str, torch.Tensor] | None]:
         """The trained model, and its weights where this rank has them to save. Collective; ends the training."""
         return self.engine.module, compat.whole_state_dict(self.engine)
+
+
+def without_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without AdaGradSelect."""
+    return {name: value for name, value in config.items() if name != SECTION}
 
 
 def package(name: str, distribution: str | None = None) -> ModuleType:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Method, Setting
+from methods.base import Method, Setting, without_section
 from methods.tensors import held_by
 
 _ADAM = {"lr", "betas", "eps", "weight_decay"}
@@ -83,12 +83,13 @@ class PlainTorch(Method):
     MASTERS: ClassVar[str] = "no fp32 copies of weights"  # what precision says of a bf16 run
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {name: value for name, value in config.items() if name != "adagrad_select"}
+        return without_section(config)
 
     def start(self, model: nn.Module, setting: Setting) -> TorchEngine:
         if dist.get_world_size() > 1:
             raise ConfigError(f"--method {self.name} is plain PyTorch on one process. Use --num_accelerators 1.")
-        model.to(get_accelerator().current_device_name(), _PRECISIONS[settings.precision(setting.config)])
+        model.to(get_accelerator().current_device_name())
+        cast_parameters(model, _PRECISIONS[settings.precision(setting.config)])
         self.engine = TorchEngine(model, self.optimizer(model, setting), setting.config)
         return self.engine
 
@@ -107,6 +108,12 @@ class PlainTorch(Method):
         if computed not in _PRECISIONS:
             raise ConfigError(f"--method {self.name} computes in bf16 or fp32, not {computed}. Change the ds_config.")
         return computed if computed == "fp32" else f"{computed}, {self.MASTERS}"
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters become ``dtype``; buffers stay, as DeepSpeed leaves them: rotary frequencies need fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def adam_options(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ds_agsel.config import SECTION
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.compat import ZeROOptimizer
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Method, Setting
+from methods.base import Method, Setting, without_section
 from methods.tensors import held_by
 
 
@@ -70,7 +70,7 @@ class Full(Zero):
     """Plain DeepSpeed: the ds_config without the section."""
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {name: value for name, value in config.items() if name != SECTION}
+        return without_section(config)
 
 
 class Offload(Full):

@@ -81,14 +81,6 @@ def test_lisa_in_plain_pytorch_moves_what_it_drew(tiny_model: Path, tmp_path: Pa
     assert summary["optimizer_state_bytes"] == 2 * 4 * trained and summary["gradient_bytes"] >= 2 * trained
 
 
-def test_what_a_method_does_not_have_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:  # noqa: F811
-    result = peer(tiny_model, tmp_path / "run", "lisa", "gamma=2", "zero2")
-    assert result.returncode != 0 and not (tmp_path / "run").exists()
-    [line] = error_lines(result)
-    assert "--method-option='gamma=2' is unknown to lisa. It has (with defaults): layers=2, every=5, release=1." in line
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "option"),

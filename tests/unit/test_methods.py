@@ -9,7 +9,7 @@ import pytest
 import torch
 from faults import FaultWatch
 from methods.lisa import LayerDraw
-from methods.plain_torch import Masters, TorchEngine, projected_groups
+from methods.plain_torch import Masters, TorchEngine, cast_parameters, projected_groups
 from methods.tensors import held_by
 from support import Case, tiny_llama
 from torch import nn
@@ -96,6 +96,14 @@ def test_lisa_draws_layers_anew_each_period_and_always_trains_the_rest() -> None
     assert again.names == draw.names
     with pytest.raises(ConfigError, match=r"layers=5 is outside \[1, 4\]"):
         LayerDraw(tiny_llama(Case()), {"layers": 5, "every": 3}, seed=1)
+
+
+def test_buffers_keep_their_precision() -> None:
+    model = tiny_llama(Case())
+    cast_parameters(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_only_matrices_of_layers_are_projected() -> None:
