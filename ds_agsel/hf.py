@@ -11,7 +11,14 @@ from typing import Any
 
 import deepspeed
 from deepspeed import comm as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 from ds_agsel.config import SECTION
@@ -56,8 +63,7 @@ class SelectionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._users_optimizer = optimizer
-        # Reporters are called in their order in the handler's list, and a user's callbacks stand after them.
-        _move_to_front(self)
+        _take_places(self)
 
     def on_train_begin(
         self,
@@ -67,7 +73,7 @@ class SelectionCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        _move_to_front(self)
+        _take_places(self)
         self._optimizer = _selective(optimizer)
         if self._optimizer is None:
             if self.required:
@@ -179,14 +185,35 @@ def _what_is_missing(args: TrainingArguments) -> str:
     )
 
 
-def _move_to_front(callback: SelectionCallback) -> None:
-    """Put ``callback`` first in the handler that is calling it, so that what it adds to the logs reaches all others."""
+class _ShorterConsole(TrainerCallback):
+    """Takes the values of single blocks out of the logs again before the Trainer prints them."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = {} if logs is None else logs
+        of_blocks = (f"{SECTION}/block_counts/", f"{SECTION}/selected/")
+        for name in [name for name in logs if name.startswith(of_blocks)]:
+            del logs[name]
+
+
+def _take_places(callback: SelectionCallback) -> None:
+    """Put ``callback`` first in the handler that is calling it, so that what it adds to the logs reaches all others
+    (reporters stand before a user's callbacks), and a `_ShorterConsole` before the one that prints, which is last."""
     frame = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
+            printing = [isinstance(other, (PrinterCallback, ProgressCallback)) for other in handler.callbacks]
+            if any(printing) and not any(isinstance(other, _ShorterConsole) for other in handler.callbacks):
+                handler.callbacks.insert(printing.index(True), _ShorterConsole())
             return
         frame = frame.f_back  # type: ignore[assignment]
 

@@ -57,8 +57,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         if ds_config is None or config is None or not config.enabled:
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
-        if call.arguments.get("optimizer") is None and not ds_config.get("optimizer"):
-            logger.warning("adagrad_select: this engine was given no optimizer, so it can only evaluate.")
+        has_optimizer = call.arguments.get("optimizer") is not None or bool(ds_config.get("optimizer"))
+        if not has_optimizer or callers.only_evaluates():
+            logger.warning("adagrad_select: this engine only evaluates, so it is left to DeepSpeed.")
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
         return _initialize_selective(number, call.arguments, ds_config, config)
@@ -246,6 +247,9 @@ def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping
     offloads = step_device.offloads_optimizer(ds_config)
     if choice is StepDevice.HOST and not offloads:
         offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
+        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
+    if choice is StepDevice.HOST and (zero["offload_optimizer"] or {}).get("device") == "nvme":
+        offload = {**zero["offload_optimizer"], "pipeline_read": False, "pipeline_write": False}  # ours does both
         return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
     if choice is StepDevice.VISIT and "optimizer" in ds_config and not compat.has_fused_adam():
         section = ds_config["optimizer"]

@@ -49,6 +49,7 @@ class Traffic:
 
     ``reduced_bytes`` and ``gathered_bytes`` count the tensors handed to collectives (0 on one rank);
     ``d2h_bytes`` and ``h2d_bytes`` the copies between the model's device and the offloaded optimizer;
+    ``nvme_read_bytes`` and ``nvme_written_bytes`` those between the host and states on NVMe, with the file's padding;
     ``stepped_numel`` the elements given to AdamW, with ZeRO's alignment padding.
     """
 
@@ -57,6 +58,8 @@ class Traffic:
     d2h_bytes: int = 0
     h2d_bytes: int = 0
     gathered_bytes: int = 0
+    nvme_read_bytes: int = 0
+    nvme_written_bytes: int = 0
     stepped_numel: int = 0
 
 

@@ -23,6 +23,7 @@ _KNOWN_COLUMNS = (
     ("question", "answer"),
     ("instruction", "output"),
     ("query", "response"),
+    ("problem", "solution"),
 )
 
 
@@ -41,6 +42,8 @@ PRESETS = {
     # GSM8K writes a calculator's notes, <<48/2=24>>, into its answers; they are no part of the text to learn.
     "gsm8k": Preset("openai/gsm8k", "main", "question", "answer", remove_pattern=r"<<[^<>]*>>"),
     "metamathqa": Preset("meta-math/MetaMathQA", None, "query", "response"),
+    # MATH: 7500 and 5000 problems, whose answers are in \boxed{}. The authors' own copy was taken off the hub.
+    "math": Preset("DigitalLearningGmbH/MATH-lighteval", None, "problem", "solution"),
 }
 
 
@@ -108,11 +111,26 @@ def load(options: DataOptions) -> Splits:
     if options.dataset == BUILTIN:
         return _builtin(options)
     preset = PRESETS.get(options.dataset)
-    found = _load_parts(options, preset)
+    found = _load_parts(options, preset, needed="train")
     columns = _columns(options, preset, next(iter(found.values())))
     for name, part in found.items():
         _check_part(name, part, columns)
     return _split(found, options, columns)
+
+
+def load_test(options: DataOptions) -> tuple[Dataset, TextColumns]:
+    """The first ``options.test_rows`` test problems, in their order, and which columns of theirs are the text.
+
+    Of a file they are its rows, of a folder or a hub name its test split. Raises what `load` raises.
+    """
+    if options.dataset == BUILTIN:
+        splits = _builtin(options)
+        return splits.test, splits.columns
+    preset = PRESETS.get(options.dataset)
+    part = _load_parts(options, preset, needed="test")["test"]
+    columns = _columns(options, preset, part)
+    _check_part("test", part, columns)
+    return part.select(range(min(options.test_rows, len(part)))), columns
 
 
 def template_columns(template: str) -> tuple[str, ...]:
@@ -146,21 +164,21 @@ def _builtin(options: DataOptions) -> Splits:
     return Splits(**parts, columns=_columns(options, None, parts["train"]))
 
 
-def _load_parts(options: DataOptions, preset: Preset | None) -> dict[str, Dataset]:
-    """The parts that there are, by "train", "validation" and "test"; train is always there."""
+def _load_parts(options: DataOptions, preset: Preset | None, *, needed: str) -> dict[str, Dataset]:
+    """The parts that there are, by "train", "validation" and "test"; ``needed`` is always there."""
     path = Path(options.dataset).expanduser()
     if options.dataset == "gsm8k" and _LOCAL_GSM8K.is_dir():
         path = _LOCAL_GSM8K
     if path.is_dir():
-        return {split: _read_file(file) for split, file in _files_in(path).items()}
+        return {split: _read_file(file) for split, file in _files_in(path, needed).items()}
     if path.is_file():
-        return {"train": _read_file(path)}
+        return {needed: _read_file(path)}
     if path.suffix in _READERS or options.dataset.startswith((".", "/", "~")):
         raise DataError(f"dataset={options.dataset!r} is not there. Give an existing file or folder.")
-    return _load_from_hub(options, preset)
+    return _load_from_hub(options, preset, needed)
 
 
-def _files_in(folder: Path) -> dict[str, Path]:
+def _files_in(folder: Path, needed: str) -> dict[str, Path]:
     files = sorted(path for path in folder.iterdir() if path.suffix in _READERS)
     found: dict[str, Path] = {}
     for split, aliases in _SPLIT_ALIASES.items():
@@ -169,10 +187,10 @@ def _files_in(folder: Path) -> dict[str, Path]:
             raise DataError(f"{folder} has more than one {split} file: {_listed(matches)}. Keep one of them.")
         if matches:
             found[split] = matches[0]
-    if "train" not in found:
+    if needed not in found:
         raise DataError(
-            f"{folder} has no train file; it holds {_listed(files) or 'no data file'}. "
-            f"Name one train{', train'.join(_READERS)}, or give the file itself."
+            f"{folder} has no {needed} file; it holds {_listed(files) or 'no data file'}. "
+            f"Name one {', '.join(f'{needed}{suffix}' for suffix in _READERS)}, or give the file itself."
         )
     return found
 
@@ -211,7 +229,7 @@ def _malformed_json_line(file: Path) -> str | None:
     return None
 
 
-def _load_from_hub(options: DataOptions, preset: Preset | None) -> dict[str, Dataset]:
+def _load_from_hub(options: DataOptions, preset: Preset | None, needed: str) -> dict[str, Dataset]:
     name = preset.hub_name if preset else options.dataset
     config = options.dataset_config or (preset.hub_config if preset else None)
     try:
@@ -223,7 +241,7 @@ def _load_from_hub(options: DataOptions, preset: Preset | None) -> dict[str, Dat
             f"either. Known names: {BUILTIN}, {', '.join(PRESETS)}."
         ) from error
     if not isinstance(loaded, DatasetDict):
-        return {"train": loaded}
+        return {needed: loaded}
     asked = {
         "train": options.train_split,
         "validation": options.validation_split,
@@ -237,8 +255,8 @@ def _load_from_hub(options: DataOptions, preset: Preset | None) -> dict[str, Dat
         candidate = next((name for name in candidates if name in loaded), None)
         if candidate is not None:
             found[split] = loaded[candidate]
-    if "train" not in found:
-        raise DataError(f"{name} has no split 'train'. Choose --train-split among {', '.join(loaded)}.")
+    if needed not in found:
+        raise DataError(f"{name} has no split {needed!r}. Choose --{needed}-split among {', '.join(loaded)}.")
     return found
 
 

@@ -16,7 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from ds_agsel.errors import ConfigError, DataError
 
 _FORMAT_VERSION = 1  # part of the cache's key: raise it when an encoded row changes
+CHAT_TEMPLATE_CHOICES = ("auto", "always", "never")
 _ROWS_PER_WORKER = 1000  # below that a process costs more to start than it saves
+
+
+def wants_chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``choice``, one of CHAT_TEMPLATE_CHOICES, means a chat template for this tokenizer."""
+    return choice == "always" or (choice == "auto" and tokenizer.chat_template is not None)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Encoder:
         if empty:
             return _unusable(f"its column {empty[0]!r} is empty. Fill or remove it")
         prompt, completion = self.render(self.columns.prompt_of(row), self.columns.completion_of(row))
-        prompt_ids = self._prompt_ids(prompt)
+        prompt_ids = self._ids_of(prompt)
         completion_ids = self.tokenizer(completion, add_special_tokens=False).input_ids
         if len(prompt_ids) >= self.max_tokens:
             return _unusable(
@@ -87,7 +93,12 @@ class Encoder:
             return opened, f"{completion}{end}"
         return opened, whole[len(opened) :].split(end)[0].rstrip("\n") + end
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def prompt(self, text: str) -> tuple[str, list[int]]:
+        """A prompt as the model sees it, and its tokens."""
+        prompt, _ = self.render(text, "")
+        return prompt, self._ids_of(prompt)
+
+    def _ids_of(self, prompt: str) -> list[int]:
         # A chat template writes the special tokens itself; without one the tokenizer adds them, the last of
         # which may be an end of text that does not belong before a completion.
         ids = self.tokenizer(prompt, add_special_tokens=not self.use_chat_template).input_ids

@@ -18,6 +18,7 @@ import checkpoints
 import data
 import encoding
 import hardware
+import methods
 import models
 import numpy as np
 import options
@@ -26,17 +27,18 @@ import ranks
 import scoring
 import settings
 import torch
+from costs import Costs
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from faults import FaultWatch
+from methods.zero import Zero
 from objective import completion_loss_sum
 from stopping import StopRequest
 from tqdm import tqdm
 
-import ds_agsel
 from ds_agsel import processor
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
-from ds_agsel.zero import compat
 
 _STATE = "launch_train"  # our key in a checkpoint's client_state
 _SECONDS_BETWEEN_BARS = 10  # in a log file; a terminal gets tqdm's own
@@ -51,7 +53,9 @@ class Job:
         self.output = Path(wanted.output)
         self.checkpoints = self.output / "checkpoints"
         self.started = time.monotonic()
-        self.raw_config = settings.read(wanted.deepspeed_config)
+        self.method = methods.make(wanted.method, wanted.method_option) if wanted.method else Zero("as configured", {})
+        self.method.check(wanted)
+        self.raw_config = self.method.edit(settings.read(wanted.deepspeed_config))
         ranks.main_first(self._prepare_output)
         _seed_everything(wanted.seed)
         self._load_data()
@@ -112,8 +116,7 @@ class Job:
                 tokenizer=self.tokenizer,
                 columns=splits.columns,
                 max_tokens=wanted.sequence_length,
-                use_chat_template=wanted.chat_template == "always"
-                or (wanted.chat_template == "auto" and self.tokenizer.chat_template is not None),
+                use_chat_template=encoding.wants_chat_template(wanted.chat_template, self.tokenizer),
                 system=wanted.system,
             )
             parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
@@ -163,10 +166,13 @@ class Job:
             section={name: value for name, value in overrides.items() if value is not None},
         )
         self._warn_of_slow_arithmetic(config)
-        self.engine, *_ = ds_agsel.initialize(
-            model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=config
-        )
+        self.precision = self.method.precision(config)
+        self.watch = FaultWatch(model) if wanted.method else None
+        self.engine = self.method.start(model, methods.Setting(config, self.epochs.steps_per_epoch, wanted.seed))
         self.engine.train()
+        self.costs = Costs(self.method.processor_seconds)
+        if self.watch is not None:
+            self.watch.engine_made(self.engine.module)
         if wanted.compile:
             self.engine.compile()  # layer by layer, where there is a selection
         self.selection = getattr(self.engine, "selection", None)  # none without the section: plain DeepSpeed
@@ -191,12 +197,12 @@ class Job:
     def _warn_of_slow_arithmetic(self, config: dict[str, Any]) -> None:
         on_host = get_accelerator().device_name() == "cpu"
         offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
-        self.precision = settings.precision(config)
+        computed = settings.precision(config)
         if (on_host or offloads) and processor.describe()["warning"]:
             self._say(f"warning: {processor.describe()['warning']}")
-        if on_host and self.precision in ("bf16", "autocast bfloat16") and not hardware.bf16_is_fast():
+        if on_host and computed in ("bf16", "autocast bfloat16") and not hardware.bf16_is_fast():
             self._say(
-                f"warning: {self.precision} on this processor, which has no instructions for it, is many times "
+                f"warning: {computed} on this processor, which has no instructions for it, is many times "
                 'slower than fp32. Use "bf16": {"enabled": "auto"}, or leave it out.'
             )
 
@@ -211,7 +217,8 @@ class Job:
         try:
             if not self.options.resume:
                 self._evaluate_loss()
-                self.exact_before = self._evaluate_answers("before")
+                if not self.options.skip_test_before:
+                    self.exact_before = self._evaluate_answers("before")
             stopped = self._train()
             if stopped:
                 self._leave()
@@ -262,6 +269,18 @@ class Job:
         return False
 
     def _train_step(self) -> dict[str, Any]:
+        """One step between the looks at what it costs and does."""
+        if self.watch is not None:
+            self.watch.before_step()
+        self.costs.start_step()
+        record = self._step()
+        self.costs.end_step()
+        self.costs.note(optimizer_state_bytes=self.method.state_bytes(), master_weight_bytes=self.method.master_bytes())
+        if self.watch is not None:
+            self.watch.after_step(record, self.method.trained())
+        return {**record, "processor_seconds": self.costs.processor_seconds}
+
+    def _step(self) -> dict[str, Any]:
         began = time.perf_counter()
         # Dropout's draws belong to the step: a resumed run makes the same.
         torch.manual_seed(_mixed_seed(self.options.seed, self.step, dist.get_rank()))
@@ -270,6 +289,7 @@ class Job:
         examples = [example for row in members.ravel() for example in self.rows[row]]
         label_numel = int(train.label_numel[examples].sum())
         lr = self.engine.get_lr()[0]
+        self.method.begin_step(self.step)
         applied = len(self.selection.history) if self.selection is not None else 0
         # DeepSpeed divides by ranks and micro-steps; the loss is the mean over all tokens of the step
         # instead, so that each counts the same wherever it lies.
@@ -283,12 +303,14 @@ class Job:
             marks.append(time.perf_counter())
             self.engine.backward(loss * scale)
             marks.append(time.perf_counter())
+            self.costs.note(gradient_bytes=self.method.gradient_bytes())
+            marks.append(time.perf_counter())
             self.engine.step()
             marks.append(time.perf_counter())
-            for name, start, end in zip(seconds, marks, marks[1:]):
-                seconds[name] += end - start
+            for name, start in zip(seconds, (0, 1, 3)):
+                seconds[name] += marks[start + 1] - marks[start]
         [loss_sum] = ranks.add_up(loss_sum)
-        phase = "plain"
+        phase = self.method.phase()
         if self.selection is not None:
             phase = "skipped"
             if len(self.selection.history) > applied:
@@ -389,6 +411,7 @@ class Job:
             "validation": self.validation,
             "train_losses": self.train_losses,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "processor_seconds": self.costs.processor_seconds,
         }
         return checkpoints.save(
             self.engine, self.checkpoints, self.step, {_STATE: state}, keep=self.options.keep_checkpoints
@@ -422,6 +445,7 @@ class Job:
         self.train_losses = list(state["train_losses"])
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         self.log_lines = state["log_lines"]
+        self.costs.processor_seconds = state.get("processor_seconds", 0.0)
         self._say(f"going on from {checkpoint}, after {self.step} steps")
 
     def _leave(self) -> None:
@@ -430,26 +454,33 @@ class Job:
         if self.step == 0:
             self._say(f"stopped by {name} before the first step; nothing to save")
             return
+        if not self.method.RESUMES:
+            self._say(f"stopped by {name} after {self.step} steps; --method {self.method.name} saves no checkpoints")
+            return
         path = self._save_checkpoint()
         self._say(f"stopped by {name} after {self.step} steps; saved {path}. Go on with --resume.")
 
     def _finish(self) -> None:
         """Final model, summary and table."""
-        [resident] = ranks.add_up(outputs.peak_memory_bytes()["host"])
-        weights = compat.whole_state_dict(self.engine)
+        memory = self.costs.peak_memory_bytes()
+        [resident] = ranks.add_up(memory["host"])
+        summary = self._summary({**memory, "host_of_all_ranks": int(resident)})
+        model, weights = self.method.result()
         if weights is not None:
             folder = self.output / "model"
-            outputs.save_model(self.engine.module, weights, self.tokenizer, folder)
-            summary = self._summary(resident)
+            outputs.save_model(model, weights, self.tokenizer, folder)
             text = json.dumps(summary, indent=1)
             (self.output / "summary.json").write_text(text + "\n", encoding="utf-8")
             self._say(f"\n{outputs.table(summary)}\n\nmodel: {folder}")
         dist.barrier()
 
-    def _summary(self, resident_bytes_of_all_ranks: float) -> dict[str, Any]:
+    def _summary(self, peak_memory_bytes: dict[str, int]) -> dict[str, Any]:
         train = self.encoded["train"]
         seconds = sum(record["seconds"] for record in self.records)
+        plain = "full" if self.selection is None else "adagrad_select"
         return {
+            "method": self.options.method or plain,
+            "method_options": dict(self.method.options),
             "model": self.options.model,
             "dataset": self.options.dataset,
             "deepspeed_config": self.options.deepspeed_config,
@@ -465,12 +496,13 @@ class Job:
             },
             "exact_match_percent": {"before": self.exact_before, "after": self.exact_after},
             "seconds": time.monotonic() - self.started,
-            "step_seconds": outputs.step_seconds(self.records),
+            "processor_seconds": self.costs.processor_seconds,
+            "step_seconds": outputs.step_seconds(self.records, 0.5),
+            "step_seconds_p90": outputs.step_seconds(self.records, 0.9),
             "tokens_per_second": sum(r["tokens"] for r in self.records) / seconds if seconds else None,
-            "peak_memory_bytes": {
-                **outputs.peak_memory_bytes(),
-                "host_of_all_ranks": int(resident_bytes_of_all_ranks),
-            },
+            "peak_memory_bytes": peak_memory_bytes,
+            **self.costs.largest,
+            "faults": self.method.faults() + (self.watch.sentences() if self.watch is not None else []),
             "selection": outputs.selection_summary(self.selection),
             "data": {
                 "training_rows": len(train.rows),

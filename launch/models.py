@@ -49,14 +49,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def load_model(name: str, *, trust_remote_code: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """The causal language model ``name``, on the CPU, in fp32; DeepSpeed makes its precision the ds_config's.
+def load_model(
+    name: str, *, dtype: str = "float32", trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> PreTrainedModel:
+    """The causal language model ``name``, on the CPU, in ``dtype``, of which "auto" is the one that it was saved in.
+
+    To be trained it is fp32: DeepSpeed makes its precision the ds_config's.
 
     Raises ConfigError for a name that is no hub model, no folder with a model and not ``smollm2``.
     """
     model: PreTrainedModel = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained, name, trust_remote_code=trust_remote_code
-    ).float()
+        AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers 5 makes the embedding's output require gradients, so that backward would run through
@@ -66,12 +70,13 @@ def load_model(name: str, *, trust_remote_code: bool = False, gradient_checkpoin
 
 
 def keeps_last_logits(model: PreTrainedModel) -> bool:
-    """Whether ``model`` can be asked for the logits of its last positions only (``logits_to_keep``)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    """Whether ``model`` can be asked for the logits of given positions only (``logits_to_keep``, as a tensor)."""
+    parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    return parameter is not None and "Tensor" in str(parameter.annotation)
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
-    source = str(_converted_smollm2()) if name == SMOLLM2 else name
+    source = str(smollm2_folder()) if name == SMOLLM2 else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"model={name!r} is a folder without a config.json. Use a folder made by save_pretrained.")
     try:
@@ -89,7 +94,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_agsel"
 
 
-def _converted_smollm2() -> Path:
+def smollm2_folder() -> Path:
     """A folder with SmolLM2-135M-Instruct in Hugging Face's form, made on first use (20 s)."""
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # finds the package, does not import it
     roots = (spec.submodule_search_locations or []) if spec else []

@@ -25,7 +25,10 @@ def completion_loss_sum(
     has_label = (labels != IGNORED).any(dim=0)
     first = max(1, int(has_label.to(torch.uint8).argmax())) if bool(has_label.any()) else 1
     if keeps_last_logits:
-        inputs["logits_to_keep"] = labels.shape[1] - (first - 1)  # type: ignore[assignment]
+        # Positions, not their number, which would give the head a slice of the hidden states: torch multiplies one
+        # that is not contiguous by a weight that needs no gradient row by row, and copies the weight for each row
+        # (should_fold in ATen's LinearAlgebra.cpp). With a frozen head of 49,152 tokens that doubles forward.
+        inputs["logits_to_keep"] = torch.arange(first - 1, labels.shape[1], device=labels.device)
     else:
         first = 1
     logits = forward(**inputs, use_cache=False).logits[:, :-1]

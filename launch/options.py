@@ -7,24 +7,45 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+import methods
 from data import PRESETS, DataOptions
+from encoding import CHAT_TEMPLATE_CHOICES
 
 from ds_agsel.errors import ConfigError
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a run, checked each for itself. Raises ConfigError for values that can't be."""
+    about = "Fine-tune a causal language model; AdaGradSelect chooses the blocks of each step."
+    return _parsed(_parser("train.py", about), arguments)
+
+
+def parse_peer(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Those of launch/peers.py: the same, and which method trains."""
+    parser = _parser("peers.py", "Fine-tune a causal language model by AdaGradSelect or a method it is compared with.")
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", required=True, choices=methods.NAMES)
+    group.add_argument("--method-option", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    return _parsed(parser, arguments)
+
+
+def _parser(script: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/train.py",
-        description="Fine-tune a causal language model; AdaGradSelect chooses the blocks of each step.",
+        prog=f"deepspeed launch/{script}",
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.set_defaults(method=None, method_option=[])  # as the ds_config says
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="ds_config JSON; see configs/")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     _add_model(parser)
     _add_data(parser)
     _add_training(parser)
     _add_output(parser)
+    return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     _check(options)
     return options
@@ -64,7 +85,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--builtin-level", type=int, default=2, help="difficulty of the built-in problems: 1, 2, 3")
     group.add_argument("--sequence-length", type=int, default=512, help="longest row in tokens")
     group.add_argument("--long-prompts", choices=("error", "drop"), default="error", help="no room for a completion")
-    group.add_argument("--chat-template", choices=("auto", "always", "never"), default="auto")
+    group.add_argument("--chat-template", choices=CHAT_TEMPLATE_CHOICES, default="auto")
     group.add_argument("--system", help="system turn of the chat template; default: the template's own")
     group.add_argument("--packing", action="store_true", help="fill rows with several examples, kept apart")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="tokenisation processes")
@@ -83,6 +104,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-nonfinite", type=int, default=5, help="non-finite losses in a row to put up with")
     group.add_argument("--evaluate-every", type=int, default=50, help="steps between validation losses, 0: only ends")
     group.add_argument("--evaluation-batch-size", type=int, default=32)
+    group.add_argument("--skip-test-before", action="store_true", help="exact match after training only")
     group.add_argument("--max-new-tokens", type=int, default=256, help="longest generated answer")
 
 

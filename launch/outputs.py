@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shutil
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import datasets
 import deepspeed
+import numpy as np
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
 import ds_agsel
@@ -49,23 +47,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def peak_memory_bytes() -> dict[str, int]:
-    """This process's largest resident memory, and the accelerator's largest allocation (0 on a CPU)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, on macOS bytes
-    accelerator = get_accelerator()
-    on_host = accelerator.device_name() == "cpu"
-    return {
-        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "accelerator": 0 if on_host else accelerator.max_memory_allocated(),
-    }
-
-
-def step_seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Median seconds of a step, over all and by phase."""
+def step_seconds(records: Sequence[Mapping[str, Any]], quantile: float) -> dict[str, float]:
+    """A quantile of a step's seconds, 0.5: the median, over all and by phase."""
     by_phase: dict[str, list[float]] = {"all": [record["seconds"] for record in records]}
     for record in records:
         by_phase.setdefault(record["phase"], []).append(record["seconds"])
-    return {phase: statistics.median(values) for phase, values in by_phase.items() if values}
+    return {phase: float(np.quantile(values, quantile)) for phase, values in by_phase.items() if values}
 
 
 def selection_summary(selection: Any | None) -> dict[str, Any] | None:
@@ -100,6 +87,7 @@ def table(summary: Mapping[str, Any]) -> str:
     """The summary for people: two columns of text."""
     loss, match, time = summary["loss"], summary["exact_match_percent"], summary["step_seconds"]
     rows = [
+        ("method", summary["method"]),
         ("model, data", f"{summary['model']}, {summary['dataset']}"),
         ("steps", f"{summary['steps']} of {summary['rows_per_step']} rows, {summary['precision']}"),
         ("training loss", f"{_number(loss['train_first'])} -> {_number(loss['train_last'])}"),
@@ -109,6 +97,9 @@ def table(summary: Mapping[str, Any]) -> str:
         ("tokens a second", _number(summary["tokens_per_second"], 0)),
         ("peak memory", f"{_bytes(summary['peak_memory_bytes']['host'])} host, "
                         f"{_bytes(summary['peak_memory_bytes']['accelerator'])} accelerator"),
+        ("held at most", f"{_bytes(summary['optimizer_state_bytes'])} optimizer states, "
+                         f"{_bytes(summary['master_weight_bytes'])} master weights, "
+                         f"{_bytes(summary['gradient_bytes'])} gradients"),
     ]  # fmt: skip
     chosen = summary["selection"]
     if chosen is not None and chosen["share_of_blocks"] is not None:
@@ -138,6 +129,7 @@ def table(summary: Mapping[str, Any]) -> str:
         ("processor", f"{summary['processor']['name']} ({summary['processor']['simd']})"),
         ("versions", ", ".join(f"{name} {version}" for name, version in summary["versions"].items())),
     ]
+    rows += [("fault", sentence) for sentence in summary["faults"]]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 

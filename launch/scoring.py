@@ -1,4 +1,7 @@
-"""How good the model is: loss on the validation split, exact match of generated answers on the test split."""
+"""How good the model in training is: loss on the validation split, exact match of answers on the test split.
+
+`launch/evaluate.py` judges a model that was saved, by equivalence in place of equality.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from data import TextColumns
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from encoding import Encoded
+from generation import greedy
 from objective import completion_loss_sum
 from stopping import StopRequest
 from transformers import PreTrainedTokenizerBase
@@ -141,48 +145,20 @@ def exact_match(
                 break
             rows = [encoded.rows[int(index)] for index in indices]
             prompts = [row["input_ids"][: row["prompt_numel"]] for row in rows]
-            texts = _generate(engine, tokenizer, prompts, max_new_tokens)
+            synced = engine.zero_optimization_partition_weights() and dist.get_world_size() > 1
+            answers = greedy(
+                engine.module, tokenizer, prompts, max_new_tokens, device=engine.device, synced_gpus=synced
+            )
             if not counts:
                 continue
-            for index, row, text in zip(indices, rows, texts):
+            for index, row, answer in zip(indices, rows, answers):
                 expected = columns.completion_of(row)
-                correct = final_answer(text) == final_answer(expected)
-                found.append((int(index), Generation(columns.prompt_of(row), expected, text, correct)))
+                correct = final_answer(answer.text) == final_answer(expected)
+                found.append((int(index), Generation(columns.prompt_of(row), expected, answer.text, correct)))
     everything = ranks.gather(found)
     if stop.agreed():
         return None
     return ExactMatch(tuple(generation for _, generation in sorted(everything, key=lambda item: item[0])))
-
-
-def _generate(
-    engine: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    # Padded on the left: every row's next token is the last position's.
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=engine.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
-    limit = getattr(engine.module.config, "max_position_embeddings", None)
-    if limit is not None:
-        max_new_tokens = max(1, min(max_new_tokens, limit - longest))
-    written = engine.module.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=_end_tokens(engine.module, tokenizer),
-        synced_gpus=engine.zero_optimization_partition_weights() and dist.get_world_size() > 1,
-    )
-    return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the tokenizer's end of text, and those of the model's generation config."""
-    known = model.generation_config.eos_token_id
-    listed = known if isinstance(known, list) else [known]
-    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
 
 def _autocast(engine: Any) -> Any:

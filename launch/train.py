@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import datasets
 import deepspeed
@@ -28,10 +31,13 @@ FAILED = 2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def main() -> int:
-    """Run the job; returns the exit code: 0, 2 after an error that was reported, 128 + n after signal n."""
+def main(parse: Callable[[], argparse.Namespace] | None = None) -> int:
+    """Run the job of the command line, read by ``parse``, else as `options.parse` does.
+
+    Returns the exit code: 0, 2 after an error that was reported, 128 + n after signal n.
+    """
     try:
-        wanted = options.parse()
+        wanted = (parse or options.parse)()
         _check_launched()
         stop = StopRequest()
         stop.listen()
@@ -45,6 +51,8 @@ def main() -> int:
         try:
             return stop.exit_code if Job(wanted, stop).run() else 0
         finally:
+            with contextlib.suppress(OSError):  # there is something in it
+                os.rmdir(wanted.output)
             dist.destroy_process_group()
     except AgselError as error:
         # Every rank meets the same error at the same place, but for a disk that only one of them writes to.
@@ -76,7 +84,8 @@ def _show_what_is_decided() -> None:
 def _check_launched() -> None:
     """Raise ConfigError where neither a launcher nor MPI says which rank this is."""
     if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
-        raise ConfigError("launch/train.py was started without a launcher. Use: deepspeed launch/train.py …")
+        script = f"launch/{os.path.basename(sys.argv[0])}"
+        raise ConfigError(f"{script} was started without a launcher. Use: deepspeed {script} …")
 
 
 if __name__ == "__main__":

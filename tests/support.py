@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from reference import AdamW, Reference
 from torch import Tensor, nn
@@ -15,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+# On a disk with direct I/O, as a tmpfs has not.
+NVME = os.environ.get("DS_AGSEL_TEST_NVME", os.path.join(tempfile.gettempdir(), "ds_agsel_nvme"))
 BATCH, LENGTH, VOCABULARY = 2, 8, 37
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-5, 0.1
 STATES = ("masters", "exp_avg", "exp_avg_sq")
@@ -70,7 +77,7 @@ def tiny_model(case: Case) -> nn.Module:
     """fp32 weights, equal for equal cases."""
     with torch.random.fork_rng():
         torch.manual_seed(case.seed)
-        return {"llama": tiny_llama, "net": TinyNet}[case.model](case)
+        return tiny_llama(case) if case.model == "llama" else TinyNet(case)
 
 
 def tiny_llama(case: Case) -> LlamaForCausalLM:
@@ -104,12 +111,13 @@ class TinyLayer(nn.Module):
 class TinyNet(nn.Module):
     """Four layers of odd sizes, each with a parameter of one element: partitions that are uneven, or empty.
 
+    The case's model "net" has a width of 5, "net66" of 66.
     ``checkpointing`` "reentrant" or "non-reentrant" recomputes each layer in backward.
     """
 
     def __init__(self, case: Case, checkpointing: str | None = None):
         super().__init__()
-        width = 5
+        width = int(case.model.removeprefix("net") or 5)
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.layers = nn.ModuleList(TinyLayer(width) for _ in range(4))
         self.norm = nn.LayerNorm(width)
@@ -153,6 +161,30 @@ def batch(case: Case, step: int, micro_step: int, rank: int) -> dict[str, Tensor
     return {"input_ids": ids, "labels": ids.clone()}
 
 
+def nvme_path() -> str:
+    """A folder of this process group: DeepSpeed's own files there have the same names in every run."""
+    return os.path.join(NVME, os.environ.get("MASTER_PORT", "here"))
+
+
+@functools.cache
+def nvme_lacks() -> str:
+    """Why offload to NVMe can't be tested here; empty where it can."""
+    from ds_agsel.zero.support import missing_for_nvme
+
+    section = {"offload_optimizer": {"device": "nvme", "nvme_path": nvme_path()}}
+    return " ".join(missing_for_nvme({"zero_optimization": section}))
+
+
+def needs_nvme() -> pytest.MarkDecorator:
+    """A visible skip, with the reason, where offload to NVMe can't be tested."""
+    return pytest.mark.skipif(bool(nvme_lacks()), reason=nvme_lacks())
+
+
+def where_it_runs(cases: Sequence[Case]) -> list[Any]:
+    """``cases`` to be parametrized over; those that need NVMe are skipped where that can't be tested."""
+    return [pytest.param(case, marks=needs_nvme()) if case.offload == "nvme" else case for case in cases]
+
+
 def ds_config(case: Case) -> dict[str, Any]:
     """Small buckets, so that a gradient takes several and the embedding is larger than one."""
     config: dict[str, Any] = {
@@ -172,6 +204,10 @@ def ds_config(case: Case) -> dict[str, Any]:
         },
         **case.config,
     }
+    for name in ("offload_optimizer", "offload_param"):
+        section = config["zero_optimization"].get(name, {})
+        if section.get("device") == "nvme":
+            config["zero_optimization"][name] = {**section, "nvme_path": nvme_path()}
     if case.dtype != "fp32":
         config[case.dtype] = {"enabled": True, **case.config.get(case.dtype, {})}
     if case.section is not None:
@@ -297,11 +333,17 @@ def whole(parameter: Any) -> Tensor:
     """The model weight; with stage 3 put together from all ranks' partitions, which a gathered copy must equal."""
     if not hasattr(parameter, "ds_id"):
         return parameter
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
 
+    swapped_out = parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE  # to NVMe
+    if swapped_out:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
     local = parameter.ds_tensor.detach().flatten()
     parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, local)
+    if swapped_out:
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
     full = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
     # With autocast some paths exchange what it casts in its dtype (partition_parameters.py:57), others do not.
     cast = full.to(get_allgather_dtype(parameter, parameter.ds_tensor)).to(full.dtype)
@@ -319,7 +361,8 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
     zero = engine.optimizer
     getattr(zero, "bring_states_home", lambda: None)()  # where they visit the accelerator
     if hasattr(zero, "fp16_groups"):
-        return stage3_partitions(zero)
+        with getattr(zero, "shown_states", contextlib.nullcontext)():  # where they are on NVMe
+            return stage3_partitions(zero)
     found = []
     for members, master in zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         state = zero.optimizer.state.get(master, {})
@@ -338,6 +381,9 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
 def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
     found = []
     for sub_group, members in enumerate(zero.fp16_groups):
+        swapped_out = zero._swappable_optimizer_subgroup(sub_group)  # plain DeepSpeed's, to NVMe
+        if swapped_out:
+            zero._optimizer_states_and_gradient_swap_in(sub_group)
         master = zero.fp32_partitioned_groups_flat[sub_group]
         state = zero.optimizer.state.get(master, {})
         for parameter in members:
@@ -349,6 +395,8 @@ def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
                 {"shapes": {zero.param_names[parameter]: parameter.ds_shape}, "step": int(state.get("step", 0))}
                 | {kind: on_host(tensor.narrow(0, start, numel)) for kind, tensor in held.items()}
             )
+        if swapped_out:
+            zero._release_swap_buffers(sub_group)
     return found
 
 

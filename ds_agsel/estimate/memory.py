@@ -17,6 +17,7 @@ from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.steps import Step, full_step, weighted
 from ds_agsel.residency.plan import default_budget_bytes
+from ds_agsel.residency.swap_plan import default_ring
 
 Stepping = Literal["resident", "host", "accelerator"]
 
@@ -145,7 +146,9 @@ class _Ledger:
             flat = self._sum(held, shares)
             if not self._on_host:
                 return [("accelerator", "gradients", flat * setup.accumulation_bytes)]
-            stepped = 0 if setup.offload_optimizer == "nvme" else MASTER_BYTES
+            # Plain DeepSpeed's go to NVMe too; ours wait in host memory for the states.
+            swapped = setup.offload_optimizer == "nvme" and self._features is None
+            stepped = 0 if swapped else MASTER_BYTES
             return [("host", "gradients", flat * (setup.accumulation_bytes + stepped))]
         if setup.keeps_fp32_partitions:
             on_accelerator = self._sum(held, shares) * setup.accumulation_bytes
@@ -185,14 +188,23 @@ class _Ledger:
         """Bytes of the states that are on the accelerator when the step ends."""
         return self._sum(self._step.selected, self._shares()) * self._setup.visiting_bytes
 
+    def _block_bytes(self) -> dict[int, int]:
+        """Of each block's states, where they are updated."""
+        block_bytes = dict.fromkeys(range(len(self._step.selected)), 0)
+        for block, share in zip(self._blocks, self._shares(), strict=True):
+            block_bytes[block] += share * self._setup.visiting_bytes
+        return block_bytes
+
+    def _ring(self) -> int:
+        """Bytes of host memory through which states on NVMe pass: zero/nvme.py."""
+        default = default_ring(self._block_bytes().values(), self._step.max_selected)
+        return self._setup.state_budget_bytes or default
+
     def _budget(self) -> int:
         """Bytes that states take on the accelerator at most: residency/plan.py, [Note: Budget]."""
         if self._setup.state_budget_bytes is not None:
             return self._setup.state_budget_bytes
-        block_bytes = dict.fromkeys(range(len(self._step.selected)), 0)
-        for block, share in zip(self._blocks, self._shares(), strict=True):
-            block_bytes[block] += share * self._setup.visiting_bytes
-        return default_budget_bytes(block_bytes, self._step.max_selected)
+        return default_budget_bytes(self._block_bytes(), self._step.max_selected)
 
     # ----------------------------------------------------------------- staging
 
@@ -217,7 +229,9 @@ class _Ledger:
             every = [n for group in [*self._groups, self._frozen] for n in group]
             gathered = min(sum(every), setup.max_live_numel + max(every))
             on_accelerator += gathered * self._item
-            if setup.offload_optimizer == "nvme":
+            if setup.offload_optimizer == "nvme" and self._features is not None:
+                on_host += self._ring()
+            elif setup.offload_optimizer == "nvme":
                 largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
                 on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
         if self._stepping == "accelerator":  # room for what is leaving still, or arrives early

@@ -7,7 +7,7 @@ is (ranks - 1) / ranks of a gather or scatter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
 from ds_agsel.estimate.memory import Stepping, partitions_of
@@ -35,7 +35,11 @@ class TrafficBytes:
 def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> TrafficBytes:
     """Plain DeepSpeed training ``groups``."""
     stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
-    return _traffic(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping)
+    traffic = _traffic(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping)
+    if setup.offload_optimizer != "nvme":
+        return traffic
+    gradients = sum(p.numel for p in partitions_of(groups, setup, rank)) * MASTER_BYTES  # go to NVMe and come back
+    return replace(traffic, nvme_read=traffic.nvme_read + gradients, nvme_write=traffic.nvme_write + gradients)
 
 
 def selective_traffic(model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0) -> TrafficBytes:

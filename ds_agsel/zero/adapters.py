@@ -8,6 +8,7 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.nvme import NvmeZero3Optimizer
 from ds_agsel.zero.selective import SelectiveStep
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
@@ -16,6 +17,8 @@ from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
 def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:
     """The restricted class for DeepSpeed's ``optimizer``."""
     match optimizer:
+        case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True):
+            return NvmeZero3Optimizer
         case compat.DeepSpeedZeroOptimizer_Stage3():
             return SelectiveZero3Optimizer
         case _:

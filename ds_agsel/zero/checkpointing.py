@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ds_agsel import checkpoints
 from ds_agsel.errors import CheckpointError
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, model_states
+from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, load_lazily, model_states
 
 SELECTION_KEY = "adagrad_select"  # in the client_state, beside which a universal checkpoint keeps nothing of ours
 FIRST_MODEL_STATES = "*mp_rank_00_model_states.pt"
@@ -74,7 +75,6 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
             if place.leads:
                 errors.attempt((folder / checkpoints.STATE_FILE).write_text, json.dumps(state), encoding="utf-8")
                 written.append(folder / checkpoints.STATE_FILE)
-            written += [path for path in compat.offloaded_files(self, folder) if path.is_file()]
             ours = errors.attempt(checkpoints.entries, folder, written)
             failure = errors.first_of_all_ranks()
             if failure is None:
@@ -195,6 +195,11 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
             param_shapes=self._get_zero_param_shapes(),
         )
         return True
+
+    def _get_all_zero_checkpoint_state_dicts(self, zero_ckpt_names: list[str]) -> list[Any]:
+        """Stock; where states live on disk, they are read as they are stored there, and not all at once before."""
+        with compat.loads_through(self, load_lazily) if self.optimizer.states_are_on_disk else nullcontext():
+            return super()._get_all_zero_checkpoint_state_dicts(zero_ckpt_names)
 
     def _is_ours_to_cut(self, folder: Path) -> bool:
         facts = checkpoints.read_manifest(folder).facts if checkpoints.has_manifest(folder) else {}

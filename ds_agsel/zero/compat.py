@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -140,6 +141,8 @@ STAGE3_ATTRIBUTES = (
     "offload_optimizer",
     "offload_optimizer_pin_memory",
     "offload_param",
+    "swap_optimizer",
+    "optimizer_swapper",
     "parameter_offload",
     "dp_process_group",
     "reduce_and_partition_stream",
@@ -156,6 +159,8 @@ STAGE3_METHODS = (
     "_prepare_sub_group",
     "_optimizer_step",
     "refresh_fp32_params",
+    "_release_sub_group",
+    "_restore_from_bit16_weights",
     "_offload_grad_partition_at_boundary",
     "_get_param_partition_rank",
     "_get_param_partition_world_size",
@@ -322,10 +327,91 @@ def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iter
         yield written
 
 
-def offloaded_files(engine: DeepSpeedEngine, folder: Path) -> list[Path]:
-    """What this rank has in ``folder`` of states that ZeRO-Infinity keeps on NVMe (engine.py:4940)."""
-    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-    return sorted((folder / "offloaded_tensors" / f"rank{dp_index_to_str(rank)}").rglob("*"))
+@contextmanager
+def loads_through(engine: DeepSpeedEngine, load: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, ``engine`` reads checkpoint files by ``load(path)``."""
+    with attribute(engine.checkpoint_engine, load=lambda path, map_location=None: load(path)):
+        yield
+
+
+def can_swap() -> bool:
+    """Whether DeepSpeed's asynchronous I/O op can be built here: it needs libaio's headers."""
+    return AsyncIOBuilder().is_compatible(verbose=False)
+
+
+@dataclass(frozen=True)
+class SwapSettings:
+    """What the ds_config says about NVMe: ``offload_optimizer`` and ``aio``.
+
+    Attributes:
+        new_handle: makes a handle of the asynchronous I/O op.
+        threads: of a handle, among which each transfer is divided evenly.
+    """
+
+    folder: Path
+    threads: int
+    new_handle: Callable[[], Any]
+
+
+def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings, dict[int, Path]]:
+    """What DeepSpeed's swapper was told, and by sub-group the file with its fp32 partition, which begins it.
+
+    From here on ``optimizer`` has no swapper, and takes its states for offloaded to the host.
+    """
+    swapper = optimizer.optimizer_swapper
+    partitions = enumerate(optimizer.fp32_partitioned_groups_flat)
+    files = {
+        index: Path(swapper.swap_params_info[swapper.parameter_id(partition)].get_swap_paths()[0])
+        for index, partition in partitions
+        if optimizer._swappable_optimizer_subgroup(index)
+    }
+    aio = swapper.aio_config
+    names = ("block_size", "queue_depth", "single_submit", "overlap_events", "intra_op_parallelism")
+    new_handle = partial(AsyncIOBuilder().load(verbose=False).aio_handle, **{name: aio[name] for name in names})
+    optimizer.swap_optimizer, optimizer.optimizer_swapper = False, None
+    settings = SwapSettings(Path(swapper.swap_config.nvme_path), aio["intra_op_parallelism"], new_handle)
+    return settings, files
+
+
+@contextmanager
+def swapped_weights_follow(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[None]:
+    """Inside, ZeRO-3 may load a checkpoint also where it has model weights on NVMe; they follow the master weights.
+
+    Its load copies masters to the flat weights of every sub-group, and such a one has none (stage3.py:3578): inside,
+    all of those have one buffer, and what is written there is forgotten.
+    """
+    flats = optimizer.fp16_partitioned_groups_flat
+    swapped = [index for index, flat in enumerate(flats) if flat is None]
+    numels = optimizer.fp16_partitioned_groups_flat_numel
+    sink = torch.empty(max((numels[index] for index in swapped), default=0), dtype=optimizer.dtype)
+    before = {index: [partition.data for partition in optimizer.fp16_partitioned_groups[index]] for index in swapped}
+    for index in swapped:
+        flats[index] = sink.narrow(0, 0, numels[index])
+    try:
+        yield
+    finally:
+        for index in swapped:
+            flats[index] = None
+            for partition, data in zip(optimizer.fp16_partitioned_groups[index], before[index], strict=True):
+                partition.data = data
+            optimizer._partitioned_params_swap_out(index)
+
+
+def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat: torch.Tensor) -> None:
+    """Copy the sub-group's partition of the model weights, wherever it is, to ``flat``."""
+    held = optimizer.fp16_partitioned_groups_flat[sub_group]
+    if held is None:
+        optimizer._swap_in_sub_group_to_flat_buffer(flat, sub_group)
+    else:
+        flat.copy_(held)
+
+
+def write_weights(parameter: Any, value: torch.Tensor) -> None:
+    """Put ``value`` in the place of this rank's partition of a ZeRO-3 parameter, wherever it is."""
+    if parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
+        parameter.nvme_swapper.swap_out_partitioned_params([parameter], [value.flatten()])
+    else:
+        parameter.ds_tensor.data.copy_(value.view(parameter.ds_tensor.shape))
 
 
 def deepspeed_version() -> str:
@@ -531,9 +617,11 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
     "FusedAdam",
+    "SwapSettings",
     "ZeROOptimizer",
     "adam_step",
     "attribute",
+    "can_swap",
     "cpu_adam_op",
     "deepspeed_version",
     "gradient_partitions",
@@ -546,23 +634,27 @@ __all__ = [
     "link_adam_state",
     "link_reordered_params",
     "load_ds_config",
+    "loads_through",
     "mark_compiled",
     "masters",
     "masters_made_on_host",
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
-    "offloaded_files",
     "only_groups",
     "only_sub_groups",
     "param_group_of",
     "place_in_partition",
+    "read_weights",
     "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",
     "set_master",
     "swap_class",
+    "swapped_weights_follow",
+    "take_swapper",
     "whole_state_dict",
+    "write_weights",
     "writes_through",
     "zero_section_problems",
 ]

@@ -78,6 +78,11 @@ def sections(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor
     return state_dict[base], state_dict[masters]
 
 
+def set_masters(state_dict: dict[str, Any], masters: list[Tensor]) -> None:
+    """Put ``masters`` into a ZeRO optimizer's state_dict of any stage."""
+    state_dict[_section_keys(state_dict)[1]] = masters
+
+
 def add_empty_states(state_dict: Mapping[str, Any]) -> None:
     """[Note: Blocks without state]."""
     base, masters = sections(state_dict)
@@ -141,7 +146,7 @@ class ZeroFiles:
         self._folder = folder
         paths = folder.glob("*zero_pp_rank_*_optim_states.pt")
         by_rank = {int(re.findall(r"zero_pp_rank_(\d+)_", path.name)[0]): path for path in paths}
-        self._files = [_load(by_rank[rank])[constants.OPTIMIZER_STATE_DICT] for rank in sorted(by_rank)]
+        self._files = [load_lazily(by_rank[rank])[constants.OPTIMIZER_STATE_DICT] for rank in sorted(by_rank)]
         self._where: dict[str, list[tuple[int, int, Slice]]] = {}
         ends: dict[str, int] = {}
         for rank, file in enumerate(self._files):
@@ -213,7 +218,7 @@ class UniversalFolder:
                 f"{folder} has no zero/optimizer_state.pt: it is no universal checkpoint. Make one with DeepSpeed's "
                 "ds_to_universal, or set checkpoint.load_universal=false."
             )
-        self._common = _load(path)
+        self._common = load_lazily(path)
         self._index = {
             name: index
             for index, shapes in enumerate(model_states(folder)[constants.PARAM_SHAPES])
@@ -227,7 +232,7 @@ class UniversalFolder:
     def _file(self, name: str, key: str) -> Any:
         path = self._folder / "zero" / name / f"{key}.pt"
         try:
-            return _load(path)
+            return load_lazily(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing. Load it into the model it was saved from.") from None
 
@@ -254,9 +259,10 @@ def model_states(folder: Path) -> Mapping[str, Any]:
     """The first rank's `*_model_states.pt` of any stage, its tensors left on disk until they are read."""
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         if (folder / name).is_file():
-            return _load(folder / name)
+            return load_lazily(folder / name)
     raise CheckpointError(f"{folder} has no *_model_states.pt. Load another checkpoint.")
 
 
-def _load(path: Path) -> Any:
+def load_lazily(path: str | Path) -> Any:
+    """What `torch.save` wrote, its tensors left on disk until they are read."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

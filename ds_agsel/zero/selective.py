@@ -37,6 +37,7 @@ class SelectiveStep(compat.ZeROOptimizer):
     """
 
     selection: Selection
+    states_are_on_disk = False
     _group_of_param: Mapping[int, int]
 
     def _attach(
@@ -287,8 +288,7 @@ class SelectiveStep(compat.ZeROOptimizer):
     def state_dict(self) -> dict[str, Any]:
         self.bring_states_home()
         state_dict = super().state_dict()
-        if not getattr(self, "swap_optimizer", False):  # its states lie on NVMe
-            add_empty_states(state_dict)
+        add_empty_states(state_dict)
         return state_dict
 
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:

@@ -491,6 +491,8 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _get_full_hp_grad(self, param: nn.Parameter, group: int, stock: Callable[[], Tensor]) -> Tensor:
         if self._block_of_group[group] not in self._blocks_to_keep():
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        if self.is_gradient_accumulation_boundary():
+            self._complete_gradients((self._block_of_group[group],))
         return stock()
 
     def _set_full_hp_grad(self, group: int, stock: Callable[[Tensor], None], value: Tensor) -> None:

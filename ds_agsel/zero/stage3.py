@@ -336,6 +336,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def _bring_home(self, param: ZeroParameter) -> None:
         self.bring_states_home((self._block_of(param),))
 
+    def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
+        with compat.swapped_weights_follow(self):
+            super().load_state_dict(state_dict_list, **kwargs)
+
+    def _restore_from_bit16_weights(self) -> None:
+        for group, partition in enumerate(self.fp32_partitioned_groups_flat):
+            compat.read_weights(self, group, partition.data)
+
     def layouts(self) -> list[Layout]:
         found = []
         for group, params in enumerate(self.fp16_groups):
@@ -394,7 +402,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         with _trainable(param):
             super().set_local_hp_param(value, param, optim_state_key)
         if optim_state_key is None:
-            param.ds_tensor.data.copy_(value.view(param.ds_tensor.shape))
+            compat.write_weights(param, value)
 
     def get_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor:
         """As `deepspeed.utils.safe_get_full_grad`; zeros where this window brought no gradient. Collective."""

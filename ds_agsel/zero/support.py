@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +18,49 @@ from ds_agsel.errors import ConfigError
 
 STAGES = (1, 2, 3)
 ADAM_NAMES = ("adam", "adamw")
+AIO_REMEDY = "apt-get install libaio-dev, or conda install libaio"
 
 
 def refuse_unsupported(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any, config: SelectionConfig) -> None:
     """Raise ConfigError for the first setting of ``ds_config``, or part of ``model``, that can't be used."""
-    problems = unsupported(ds_config, config, model, mpu)
+    problems = unsupported(ds_config, config, model, mpu) or missing_for_nvme(ds_config)
     if problems:
         raise ConfigError(problems[0])
+
+
+def missing_for_nvme(ds_config: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that this machine lacks for what ``ds_config`` keeps on NVMe."""
+    from ds_agsel.zero import compat
+
+    zero = _section(ds_config, "zero_optimization")
+    problems = []
+    for name in ("offload_optimizer", "offload_param"):
+        section = _section(zero, name)
+        if str(section.get("device", "none")) != "nvme":
+            continue
+        if not compat.can_swap():
+            problems.append(
+                f"zero_optimization.{name}.device='nvme' needs DeepSpeed's asynchronous I/O op, which can't be built "
+                f"without libaio. Install it ({AIO_REMEDY}), or use 'cpu' or 'none'."
+            )
+        reason = _no_direct_io(section["nvme_path"])
+        if reason is not None:
+            problems.append(
+                f"zero_optimization.{name}.nvme_path={str(section['nvme_path'])!r} can't be used: {reason}. Name a "
+                "folder on a local disk (ext4 or xfs, not tmpfs) that this user can write to."
+            )
+    return problems
+
+
+def _no_direct_io(folder: str | os.PathLike[str]) -> str | None:
+    """Why files in ``folder``, which is made where it is missing, can't be written around the page cache."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+    except OSError as error:
+        return f"{error.strerror} ({'direct I/O' if error.errno == errno.EINVAL else 'writing'})"
+    return None
 
 
 def unsupported(
@@ -49,13 +89,22 @@ def unsupported(
         setting = "zero_optimization.offload_optimizer.super_offload=true"
         _refuse(setting, "it steps outside ZeRO's loop", "Set it to false")
     for name in ("offload_optimizer", "offload_param"):
-        device = str(_section(zero, name).get("device", "none"))
-        if device not in ("none", "cpu"):
+        section = _section(zero, name)
+        device = str(section.get("device", "none"))
+        if device == "nvme" and stage != 3:
             _refuse(
-                f"zero_optimization.{name}.device={device!r}",
-                "stages 1 and 2 offload to the cpu, and DeepSpeed 0.19.8 does not resume what is on NVMe",
-                "Use 'cpu' or 'none'",
+                f"zero_optimization.{name}.device='nvme' with zero_optimization.stage={stage}",
+                "DeepSpeed offloads to NVMe with stage 3 alone", "Use stage 3, or 'cpu' or 'none'",
             )  # fmt: skip
+        elif device == "nvme" and not section.get("nvme_path"):
+            problems.append(
+                f"zero_optimization.{name}.device='nvme' needs zero_optimization.{name}.nvme_path: a folder on the "
+                "device. Set it."
+            )
+        elif device == "nvme" and name == "offload_param":
+            _refuse_for_weights_on_nvme(zero, bool(bf16.get("enabled") or fp16.get("enabled")), _refuse)
+        elif device not in ("none", "cpu", "nvme"):
+            problems.append(f"zero_optimization.{name}.device={device!r} is unknown. Use none, cpu or nvme.")
     if stage == 3:
         _refuse_for_stage3(zero, _refuse)
     if offload.get("ratio", 1.0) != 1.0:
@@ -138,6 +187,24 @@ def _refuse_for_stage3(zero: Mapping[str, Any], _refuse: Callable[[str, str, str
     for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         if zero.get(name):
             _refuse(f"zero_optimization.{name}=true", "it is not tested with frozen blocks", "Set it to false")
+
+
+def _refuse_for_weights_on_nvme(
+    zero: Mapping[str, Any], is_half: bool, _refuse: Callable[[str, str, str], None]
+) -> None:
+    """What plain DeepSpeed 0.19.8 can't do either."""
+    if zero.get("stage3_prefetch_bucket_size", zero.get("prefetch_bucket_size")) != 0:
+        _refuse(
+            "zero_optimization.offload_param.device='nvme' with a zero_optimization.stage3_prefetch_bucket_size other "
+            "than 0",
+            "DeepSpeed then reads a parameter for forward and for backward at once, and stops",
+            "Set stage3_prefetch_bucket_size to 0",
+        )  # fmt: skip
+    if not is_half:
+        _refuse(
+            "zero_optimization.offload_param.device='nvme' without bf16 and fp16",
+            "DeepSpeed takes the weights that it reads for bf16", "Set bf16.enabled to true",
+        )  # fmt: skip
 
 
 def optimizer_problem(ds_config: Mapping[str, Any]) -> str | None:

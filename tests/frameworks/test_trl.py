@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ import ds_agsel
 pytest.importorskip("trl")
 
 ROOT = Path(__file__).parents[2]
-# Its DPO hands the reference model's engine stage 0 and an optimizer, which we refuse.
-OLD_DPO = int(version("trl").split(".")[0]) < 1
 START = {name: parameter.detach().clone() for name, parameter in tiny_llama().named_parameters()}
 
 
@@ -75,8 +72,6 @@ def train(folder: Path, kind: str, offload: str, lora: bool = False) -> dict[str
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_selects(workers, tmp_path, kind, offload, ranks):
-    if kind == "dpo" and OLD_DPO:
-        pytest.skip("DPO needs TRL 1")
     for run in workers(ranks).run(train, tmp_path, kind, offload):
         assert_engaged(run, START)
         assert run["steps_per_epoch"] * 2 == run["max_steps"]
@@ -99,13 +94,12 @@ def test_blocks_of_adapters(workers, tmp_path, ranks):
         in_blocks = {name: index for index, names in enumerate(run["blocks"].values()) for name in names}
         for name, tensor in run["weights"].items():
             moved = not (tensor == run["before"][name]).all()
-            assert moved == (name in in_blocks and run["counts"][in_blocks[name]] > 0), name
+            first = 2 if "lora_A" in name else 1  # B starts at 0, so that A's first gradient is 0
+            assert moved == (name in in_blocks and run["counts"][in_blocks[name]] >= first), name
 
 
 @pytest.mark.parametrize("example", ["hf_trainer", "trl_sft", "trl_dpo", "peft_lora"])
 def test_the_example_runs(workers, tmp_path, example):
-    if example == "trl_dpo" and OLD_DPO:
-        pytest.skip("DPO needs TRL 1")
     script = ROOT / "launch" / "examples" / f"{example}.py"
     assert len(script.read_text().splitlines()) <= 60
     [counts] = workers(1).run(trainers.run_example, script, "--output", str(tmp_path), "--epochs", "1")

@@ -21,6 +21,7 @@ from support import (
     run_steps,
     train,
     weights,
+    where_it_runs,
 )
 
 CASES = [
@@ -34,6 +35,7 @@ CASES = [
     Case(stage=3, model="net", steps=4, decay_groups=True, zero={"stage3_param_persistence_threshold": 0}),
     Case(stage=3, model="net", steps=4, decay_groups=True, offload="cpu"),
     Case(stage=3, steps=4, section={**SELECT, **VISIT}, zero={"sub_group_size": 300}),
+    Case(stage=3, model="net", steps=4, decay_groups=True, offload="nvme"),
 ]
 ROBIN = [
     Case(stage=stage, offload=offload, steps=2, zero={"round_robin_gradients": True})
@@ -71,7 +73,7 @@ def test_getters_tell_what_the_partitions_hold(workers, case, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
 def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
     """At an exploit step an unselected block's gradient was never computed: zeros. A selected one's makes the norm.
 
@@ -125,7 +127,7 @@ def set_all(case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
 def test_setters_reach_every_block_and_the_step_uses_what_was_set(workers, case, ranks):
     case = case.but(section={"policy": "fixed", "fixed_blocks": list(BLOCKS[case.model])})
     for result in workers(ranks).run(set_all, case):
@@ -219,7 +221,7 @@ def get_and_set_locally(case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", [case for case in CASES if case.stage == 3], ids=case_id)
+@pytest.mark.parametrize("case", where_it_runs([case for case in CASES if case.stage == 3]), ids=case_id)
 def test_local_accessors_tell_and_set_the_partitions(workers, case, ranks):
     for result in workers(ranks).run(get_and_set_locally, case):
         assert_identical(*result["before"])

@@ -22,6 +22,7 @@ from support import (
     run_steps,
     train,
     train_all,
+    where_it_runs,
 )
 
 CASES = [
@@ -29,6 +30,7 @@ CASES = [
     for stage, offload, dtype, clip in product((1, 2, 3), ("none", "cpu"), ("fp32", "bf16"), (0.0, 0.3))
     if (stage == 1) ^ (offload == "cpu") ^ (dtype == "bf16") ^ (clip > 0) and (stage != 3 or clip > 0)
 ]
+CASES.append(Case(stage=3, offload="nvme", clip=0.3, steps=6))
 EXPLORES, EXPLOITS = 3, 2  # of support.SELECT's steps
 
 
@@ -57,7 +59,7 @@ def train_with_a_bad_step(case: Case, step: int, ranks: str, value: float) -> di
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", [EXPLORES, EXPLOITS])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
 def test_a_bad_step_changes_nothing(workers, trained, case, step, ranks):
     value = float("inf") if case.clip else float("nan")
     good = trained(case, ranks)

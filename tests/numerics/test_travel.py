@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import SELECT, Case, assemble, assert_identical, build, finish, observe_state, run_steps, train
+from support import (
+    SELECT,
+    Case,
+    assemble,
+    assert_identical,
+    build,
+    finish,
+    nvme_lacks,
+    observe_state,
+    run_steps,
+    train,
+)
 
 SAVED_AT = 4
 CASES = {
@@ -25,6 +36,8 @@ CASES = {
     "stage 3, uneven": Case(model="net", stage=3, offload="cpu", decay_groups=True, dtype="bf16"),
     "schedule": Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}, steps=6),
 }
+if not nvme_lacks():
+    CASES["stage 3, NVMe"] = Case(model="net", stage=3, offload="nvme", decay_groups=True)
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 

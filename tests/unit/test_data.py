@@ -16,6 +16,7 @@ import pytest
 import scoring
 import settings
 import torch
+from models import keeps_last_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -324,6 +325,21 @@ def test_the_loss_is_the_sum_over_completions_that_transformers_computes(
     label_numel = (batch["labels"] != batches.IGNORED).sum()
     # Ours is summed in fp32: 24 bits over some 30 terms.
     torch.testing.assert_close(ours.double(), model(**batch).loss.double() * label_numel, rtol=1e-5, atol=0)
+
+
+def test_the_head_is_applied_once_to_all_rows_and_not_to_each(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A slice of the hidden states, which is not contiguous, makes a frozen head several times slower than a thawed
+    one: matmul copies its weight for each row of the batch."""
+    assert keeps_last_logits(model)
+    batch = batches.collate([[example] for example in examples(tokenizer)], tokenizer.pad_token_id)
+    seen: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    objective.completion_loss_sum(model, batch, keeps_last_logits=True)
+    handle.remove()
+    [hidden] = seen
+    assert hidden.shape[0] > 1 and hidden.shape[1] < batch["labels"].shape[1] and hidden.is_contiguous()
 
 
 def test_packed_rows_give_the_loss_of_the_examples_alone(

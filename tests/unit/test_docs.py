@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import reproduce
 import scaling
 import simulate_transfers
 
@@ -19,6 +20,12 @@ def test_transfers_is_what_its_script_writes():
     written = simulate_transfers.page(*defaults, simulate_transfers.BATCH, simulate_transfers.SEQUENCE)
     assert (DOCS / "transfers.md").read_text(encoding="utf-8") == written, "run `make docs`"
     assert all("simulated" in line.lower() for line in written.splitlines()[:3:2])
+
+
+def test_the_cost_of_the_paper_s_experiments_is_what_its_script_writes(tmp_path: Path):
+    assert reproduce.main(["--scale", "full", "--cost", "--output", str(tmp_path / "reproduction.md")]) == 0
+    written = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
+    assert (DOCS / "reproduction.md").read_text(encoding="utf-8") == written, "run `make docs`"
 
 
 def test_a_7b_model_fits_the_24_gb_card_and_would_not_without_offload():

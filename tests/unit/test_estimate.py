@@ -163,7 +163,10 @@ def test_stage_3_selective_by_hand():
     assert held.accelerator.states == 2 * 8
     offloaded = selective_memory(model, STAGE3.but(offload_optimizer="cpu"), "host", step)
     assert offloaded.host.gradients == 2 * (2 + 4)
-    assert selective_memory(model, STAGE3.but(offload_optimizer="nvme"), "host", step).host.gradients == 2 * 2
+    swapped = selective_memory(model, STAGE3.but(offload_optimizer="nvme"), "host", step)
+    assert swapped.host.gradients == 2 * (2 + 4)
+    assert swapped.host.staging == 3 * 12  # the larger block's states
+    assert swapped.nvme.total == (3 + 2) * 4 + 2 * 8
 
 
 # ------------------------------------------------------------------- expected, worst
@@ -223,6 +226,8 @@ def test_traffic_of_stage_3_by_hand():
     assert (offloaded.d2h, offloaded.h2d) == (2 * (2 * 2 + 4), 2 * 2 * 2 + 2 * 2)
     swapped = selective_traffic(model, STAGE3.but(offload_optimizer="nvme"), "host", step)
     assert swapped.nvme_read == swapped.nvme_write == 2 * 12
+    plain = full_traffic([(9,)], (), STAGE3.but(ranks=1, offload_optimizer="nvme"))
+    assert plain.nvme_read == plain.nvme_write == 9 * (12 + 4)
     full = full_traffic([(9,)], (), STAGE3.but(ranks=1, offload_optimizer="cpu", offload_param="cpu"))
     assert (full.gathered, full.reduced) == (0, 0)
     assert (full.h2d, full.d2h) == (2 * 9 * 2 + 9 * 2, 9 * (2 + 4))

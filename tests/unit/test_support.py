@@ -7,9 +7,10 @@ from torch import nn
 
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import ConfigError
-from ds_agsel.zero.support import refuse_unsupported
+from ds_agsel.zero.support import missing_for_nvme, refuse_unsupported
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
+NVME = {"device": "nvme", "nvme_path": "/somewhere"}
 BF16_ZERO1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 
 
@@ -25,8 +26,11 @@ def zero3(**settings):
     ("ds_config", "message"),
     [
         ({}, r"zero_optimization\.stage=0 can't be used.*Stages 1, 2 and 3 are allowed: use 1"),
-        (zero3(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device='nvme'.*does not resume.*Use 'cpu'"),
-        (zero3(offload_param={"device": "nvme"}), r"offload_param\.device='nvme'.*does not resume.*Use 'cpu'"),
+        (zero3(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device='nvme' needs .*nvme_path.*Set it"),
+        (zero3(offload_param={"device": "nvme"}), r"offload_param\.device='nvme' needs .*nvme_path.*Set it"),
+        (zero3(offload_param={"device": "disk"}), r"offload_param\.device='disk' is unknown. Use none, cpu or nvme"),
+        (zero3(offload_param=NVME), r"device='nvme' with .*stage3_prefetch_bucket_size.*to 0"),
+        (zero3(offload_param=NVME, stage3_prefetch_bucket_size=0), r"device='nvme' without bf16.*bf16\.enabled"),
         (zero3(mics_shard_size=2), r"mics_shard_size=2.*Leave it out"),
         (zero3(zero_hpz_partition_size=2), r"zero_hpz_partition_size=2.*Set it to 1"),
         (zero3(zero_quantized_weights=True), "zero_quantized_weights=true.*Set it to false"),
@@ -35,7 +39,7 @@ def zero3(**settings):
         (zero3(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
         (zero2(zenflow={"topk_ratio": 0.1}), "zenflow can't be used.*Remove one of the two sections"),
         (zero2(offload_optimizer={"device": "cpu", "super_offload": True}), "super_offload=true.*Set it to false"),
-        (zero2(offload_optimizer={"device": "nvme"}), "device='nvme'.*Use 'cpu' or 'none'"),
+        (zero2(offload_optimizer={"device": "nvme"}), r"device='nvme' with .*stage=2.*Use stage 3"),
         (zero2(offload_optimizer={"device": "cpu", "ratio": 0.5}), r"ratio=0\.5.*Set it to 1\.0"),
         (zero2(elastic_checkpoint=True), "elastic_checkpoint=true.*Set it to false"),
         ({**ZERO2, "hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled=true"),
@@ -94,3 +98,19 @@ def test_deepspeeds_experts_are_refused():
     model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
     with pytest.raises(ConfigError, match=r"with DeepSpeed MoE layers can't be used.*ordinary modules"):
         refuse_unsupported(ZERO2, model, None, SelectionConfig())
+
+
+def test_what_the_machine_lacks_for_nvme_is_named_before_deepspeed_runs(tmp_path, monkeypatch):
+    from ds_agsel.zero import compat
+
+    offload = {"device": "nvme", "nvme_path": str(tmp_path / "new" / "folder")}
+    ds_config = zero3(offload_optimizer=offload)
+    monkeypatch.setattr(compat, "can_swap", lambda: True)
+    assert missing_for_nvme(zero3(offload_optimizer={"device": "cpu"})) == []
+    monkeypatch.setattr(compat, "can_swap", lambda: False)
+    with pytest.raises(ConfigError, match=r"device='nvme' needs .*libaio.*apt-get install libaio-dev"):
+        refuse_unsupported(ds_config, nn.Linear(1, 1), None, SelectionConfig())
+    offload["nvme_path"] = "/proc/nothing"
+    monkeypatch.setattr(compat, "can_swap", lambda: True)
+    with pytest.raises(ConfigError, match=r"nvme_path='/proc/nothing' can't be used: .*Name a folder on a local disk"):
+        refuse_unsupported(ds_config, nn.Linear(1, 1), None, SelectionConfig())

@@ -1,0 +1,115 @@
+"""What a job asks of a method, and what all methods have in common."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+import settings
+import torch
+
+from ds_agsel.config import SECTION
+from ds_agsel.errors import ConfigError
+from ds_agsel.zero import compat
+
+Option = int | float | str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The run that a method is started in. ``config`` is a complete ds_config (`settings.complete`)."""
+
+    config: dict[str, Any]
+    steps_per_epoch: int
+    seed: int
+
+
+class Method:
+    """One way to train. A job calls `edit`, then `start`, then at each step `begin_step` and, after it, the questions.
+
+    The questions about sizes are about this process. Only `start` need be written anew.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}  # name -> default; an option has its default's type
+    RESUMES: ClassVar[bool] = True  # whether its engine saves and loads checkpoints, and compiles
+
+    def __init__(self, name: str, options: Mapping[str, Option]) -> None:
+        self.name = name
+        self.options: Mapping[str, Any] = options
+        self.engine: Any = None
+
+    def check(self, wanted: argparse.Namespace) -> None:
+        """Raise ConfigError where the job's options ask for what this method has not."""
+        for option in ("resume", "checkpoint_every", "compile"):
+            if getattr(wanted, option) and not self.RESUMES:
+                flag = option.replace("_", "-")
+                raise ConfigError(f"--{flag} is not there for --method {self.name}, which is no engine. Leave it out.")
+
+    def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The ds_config to run with, made of the user's; that one is not edited."""
+        return config
+
+    def start(self, model: Any, setting: Setting) -> Any:
+        """Make the engine, or what answers to an engine's names. Sets ``self.engine``, too."""
+        raise NotImplementedError
+
+    def begin_step(self, step: int) -> None:
+        """Called before the first forward of ``step``."""
+
+    def phase(self) -> str:
+        """What kind of step the last one was, as logs and medians tell them apart."""
+        return "plain"
+
+    def trained(self) -> frozenset[str] | None:
+        """Names of the parameters that the last step was to change; None for all that require gradients."""
+        return None
+
+    def gradient_bytes(self) -> int:
+        """Bytes held for gradients now."""
+        raise NotImplementedError
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states now, without master weights."""
+        raise NotImplementedError
+
+    def master_bytes(self) -> int:
+        """Bytes of fp32 copies of weights now."""
+        return 0
+
+    def processor_seconds(self) -> float:
+        """Processor time that training has taken since the process began, user and system, all threads."""
+        return time.process_time()
+
+    def precision(self, config: Mapping[str, Any]) -> str:
+        """In which numbers it computes, and keeps weights where that is not as ZeRO does."""
+        return settings.precision(config)
+
+    def faults(self) -> list[str]:
+        """Sentences on what this method does not do as it was told."""
+        return []
+
+    def result(self) -> tuple[Any, Mapping[str, torch.Tensor] | None]:
+        """The trained model, and its weights where this rank has them to save. Collective; ends the training."""
+        return self.engine.module, compat.whole_state_dict(self.engine)
+
+
+def without_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without AdaGradSelect."""
+    return {name: value for name, value in config.items() if name != SECTION}
+
+
+def package(name: str, distribution: str | None = None) -> ModuleType:
+    """The package of a peer. Raises ConfigError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError(
+            f"This method needs the package {distribution or name}. Install it with: pip install 'ds-agsel[peers]'"
+        ) from None

@@ -1,0 +1,89 @@
+"""DeepSpeed's ZeRO, with AdaGradSelect and without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ds_agsel
+from ds_agsel.config import SECTION
+from ds_agsel.zero.adapters import adapter_for
+from ds_agsel.zero.compat import ZeROOptimizer
+from ds_agsel.zero.selective import storage_bytes
+from methods.base import Method, Setting, without_section
+from methods.tensors import held_by
+
+
+class Zero(Method):
+    """An engine of DeepSpeed, as the ds_config has it."""
+
+    def start(self, model: Any, setting: Setting) -> Any:
+        self.engine = self._initialize(model, setting.config)
+        self.selection = getattr(self.engine, "selection", None)
+        self._wanted_accumulation = setting.config["gradient_accumulation_steps"]
+        return self.engine
+
+    def _initialize(self, model: Any, config: dict[str, Any], **more: Any) -> Any:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        engine, *_ = ds_agsel.initialize(model=model, model_parameters=trained, config=config, **more)
+        return engine
+
+    def trained(self) -> frozenset[str] | None:
+        if self.selection is None or not self.selection.history:
+            return None
+        blocks = self.selection.blocks
+        chosen = self.selection.history[-1].blocks
+        return frozenset(name for index in chosen for name in blocks[index].parameter_names)
+
+    def gradient_bytes(self) -> int:
+        optimizer = self.engine.optimizer
+        if not isinstance(optimizer, ZeROOptimizer):  # stage 0
+            return storage_bytes([p.grad for p in self.engine.module.parameters()])
+        return sum(adapter_for(optimizer).held_gradient_bytes(optimizer))
+
+    def state_bytes(self) -> int:
+        optimizer = self.engine.optimizer
+        return storage_bytes(held_by(getattr(optimizer, "optimizer", optimizer).state.values()))
+
+    def master_bytes(self) -> int:
+        optimizer = self.engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            if hasattr(optimizer, name):
+                return storage_bytes(list(getattr(optimizer, name)))
+        return 0
+
+    def faults(self) -> list[str]:
+        has = self.engine.gradient_accumulation_steps()
+        if has == self._wanted_accumulation:
+            return []
+        return [f"gradient_accumulation_steps became {has}, where the ds_config says {self._wanted_accumulation}."]
+
+
+class AdaGradSelect(Zero):
+    """The ds_config's section, or its defaults where there is none."""
+
+    def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**config, SECTION: {**config.get(SECTION, {}), "enabled": True}}
+
+
+class Full(Zero):
+    """Plain DeepSpeed: the ds_config without the section."""
+
+    def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        return without_section(config)
+
+
+class Offload(Full):
+    """Plain ZeRO-Offload: optimizer states on the host, which does AdamW."""
+
+    def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        return with_offload(super().edit(config))
+
+
+def with_offload(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """``config`` with ``offload_optimizer`` on the CPU, and ``more`` in its ``zero_optimization``."""
+    zero = config.get("zero_optimization", {})
+    offload = {"device": "cpu", "pin_memory": True, **zero.get("offload_optimizer", {})}
+    if offload["device"] == "none":
+        offload["device"] = "cpu"
+    return {**config, "zero_optimization": {**zero, "offload_optimizer": offload, **more}}
