@@ -37,7 +37,9 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
 
     states_are_on_disk = True
 
-    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
+    def attach(
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, *options: Any
+    ) -> None:
         """`SelectiveZero3Optimizer.attach`, and [Note: Taken over]."""
         settings, files = compat.take_swapper(self)
         alignment = mmap.ALLOCATIONGRANULARITY * settings.threads // _ELEMENT_BYTES
@@ -52,7 +54,7 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
             self._hide(group)
             if file is not None:
                 file.unlink()
-        super().attach(selection, block_of_group, link)
+        super().attach(selection, block_of_group, link, *options)
 
     def _groups_by_block(self, block_of_group: Sequence[int]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
