@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import logging
@@ -50,6 +51,8 @@ def main(parse: Callable[[], argparse.Namespace] | None = None) -> int:
         try:
             return stop.exit_code if Job(wanted, stop).run() else 0
         finally:
+            with contextlib.suppress(OSError):  # there is something in it
+                os.rmdir(wanted.output)
             dist.destroy_process_group()
     except AgselError as error:
         # Every rank meets the same error at the same place, but for a disk that only one of them writes to.
