@@ -53,7 +53,6 @@ def _step_device_problems(ds_config: Mapping[str, Any], config: SelectionConfig)
     anywhere = step_device.Situation(
         offloads=_section(zero, "offload_optimizer").get("device") == "cpu",
         can_offload=True,
-        can_visit=zero.get("stage") != 3,
         has_own_memory=True,
         needed_bytes=0,
         available_bytes=0,

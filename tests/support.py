@@ -357,10 +357,10 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
     With stage 3 of each parameter. A group without Adam state answers as one that was never updated: zeros, step 0.
     """
     zero = engine.optimizer
+    getattr(zero, "bring_states_home", lambda: None)()  # where they visit the accelerator
     if hasattr(zero, "fp16_groups"):
         with getattr(zero, "shown_states", contextlib.nullcontext)():  # where they are on NVMe
             return stage3_partitions(zero)
-    getattr(zero, "bring_states_home", lambda: None)()  # where they visit the accelerator
     found = []
     for members, master in zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         state = zero.optimizer.state.get(master, {})
@@ -391,7 +391,7 @@ def stage3_partitions(zero: Any) -> list[dict[str, Any]]:
             held = {"masters": master} | {key: state.get(key, torch.zeros_like(master)) for key in STATES[1:]}
             found.append(
                 {"shapes": {zero.param_names[parameter]: parameter.ds_shape}, "step": int(state.get("step", 0))}
-                | {kind: tensor.detach().narrow(0, start, numel).clone() for kind, tensor in held.items()}
+                | {kind: on_host(tensor.narrow(0, start, numel)) for kind, tensor in held.items()}
             )
         if swapped_out:
             zero._release_swap_buffers(sub_group)

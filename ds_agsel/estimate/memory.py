@@ -27,7 +27,7 @@ class Features:
     """Savings beyond DeepSpeed's own buffers, in one place; `BUILT` are those that ds_agsel has.
 
     Attributes:
-        streaming_top_k: ZeRO-2's explore steps that one backward decides keep the gradients of k + 1 blocks at most.
+        streaming_top_k: explore steps of ZeRO-2 and 3 keep k + 1 blocks' gradients at most where one backward decides.
         lean_host_staging: the bf16 staging buffer of host stepping holds one step's selection, not all parameters.
     """
 

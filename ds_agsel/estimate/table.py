@@ -140,7 +140,7 @@ def _selective_rows(
 ) -> Iterator[Row]:
     setup = _setup_for(setup, stepping)
     one_backward = setup.accumulation_steps == 1 or explore_on == "first_micro_batch"
-    streaming = features.streaming_top_k and setup.stage == 2 and one_backward
+    streaming = features.streaming_top_k and setup.stage > 1 and one_backward
     kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
     for phase, which in kinds:
         step = typical_step(lot, phase, which, streaming)

@@ -95,6 +95,8 @@ def _traffic(
     if stepping == "accelerator":
         h2d += total(step.arriving, numels) * setup.visiting_bytes
         d2h += total(step.leaving, numels) * setup.visiting_bytes
+        if setup.offload_param != "none":
+            d2h += total(step.selected, numels) * item
     swapped = total(step.selected, numels) * (MASTER_BYTES + MOMENT_BYTES)
     states = swapped if setup.offload_optimizer == "nvme" else Fraction(0)
     return TrafficBytes(

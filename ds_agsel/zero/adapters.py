@@ -35,8 +35,8 @@ def restrict(
     """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
 
     ``block_of_group[i]`` is the block of param group i. With ``states_visit``, its states live on the host from now
-    on and visit the accelerator. Raises ConfigError where the installed DeepSpeed, or the
-    groups it made, are not the ones this was written for.
+    on and visit the accelerator. Raises ConfigError where the installed DeepSpeed, or the groups it made, are not the
+    ones this was written for.
     """
     compat.require_known_deepspeed(optimizer)
     if len(optimizer.optimizer.param_groups) != len(block_of_group):
@@ -45,8 +45,5 @@ def restrict(
             "given, one per block and hyperparameter set. Give it no param group that it drops or merges."
         )
     compat.swap_class(optimizer, adapter_for(optimizer))
-    if states_visit:
-        optimizer.attach(selection, block_of_group, link, states_visit=True)
-    else:
-        optimizer.attach(selection, block_of_group, link)
+    optimizer.attach(selection, block_of_group, link, states_visit)
     return optimizer

@@ -145,6 +145,7 @@ STAGE3_ATTRIBUTES = (
     "optimizer_swapper",
     "parameter_offload",
     "dp_process_group",
+    "reduce_and_partition_stream",
     f"{STAGE3_PRIVATE}param_id_to_grad_partition",
 )
 STAGE3_OFFLOAD_ATTRIBUTES = ("subgroup_to_device", "norm_for_param_grads")
@@ -157,6 +158,7 @@ STAGE3_METHODS = (
     "_get_norm_groups",
     "_prepare_sub_group",
     "_optimizer_step",
+    "refresh_fp32_params",
     "_release_sub_group",
     "_restore_from_bit16_weights",
     "_offload_grad_partition_at_boundary",
@@ -440,6 +442,11 @@ def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
     return getattr(optimizer, "_coalesce_grad_reduction", False)
 
 
+def is_in_bucket(param: Any) -> bool:
+    """Whether ZeRO-3 took the gradient of ``param`` when it came; not one that tiles add to yet (stage3.py:1588)."""
+    return getattr(param, "ds_grad_is_ready", True)
+
+
 def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
     """Link every parameter to its slice of the flat buffer where `round_robin_gradients` has reordered them.
 
@@ -507,30 +514,52 @@ def adam_step(
     return torch.tensor(float(count), dtype=torch.float32, device=device if on_device else None)
 
 
-def replace_masters(optimizer: DeepSpeedZeroOptimizer, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put ``convert(master)`` in the place of each param group's fp32 partition. Before anything is linked to it."""
-    partitions = optimizer.single_partition_of_fp32_groups
-    for group, param_group in enumerate(optimizer.optimizer.param_groups):
-        partitions[group] = convert(partitions[group]).requires_grad_(True)
-        param_group["params"] = [partitions[group]]
+def masters(optimizer: ZeROOptimizer) -> list[torch.Tensor]:
+    """The fp32 partitions as DeepSpeed's loops see them now: of param groups, with ZeRO-3 of sub-groups."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return optimizer.fp32_partitioned_groups_flat
+    return optimizer.single_partition_of_fp32_groups
+
+
+def param_group_of(optimizer: ZeROOptimizer, index: int) -> dict[str, Any]:
+    """The base optimizer's param group that `masters` ``[index]`` is stepped in."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        index = optimizer.sub_group_to_group_id[index]
+    return optimizer.optimizer.param_groups[index]
+
+
+def set_master(optimizer: ZeROOptimizer, index: int, master: torch.Tensor) -> None:
+    """Let DeepSpeed step ``master`` as its partition ``index``."""
+    masters(optimizer)[index] = master
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):  # which fills its groups for a step alone
+        param_group_of(optimizer, index)["params"] = [master]
+
+
+def replace_masters(optimizer: ZeROOptimizer, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put ``convert(master)`` in the place of each fp32 partition. Before anything is linked to it."""
+    for index, master in enumerate(masters(optimizer)):
+        set_master(optimizer, index, convert(master).requires_grad_(True))
 
 
 @contextmanager
 def masters_made_on_host() -> Iterator[None]:
-    """Inside, a new ZeRO-1/2 optimizer makes its fp32 partitions in host memory, also without offload.
+    """Inside, a new ZeRO optimizer makes its fp32 partitions in host memory, also without offload.
 
-    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560), the accelerator; there they would take
-    4 bytes an element of the whole model, for the short time until they are taken away.
+    Its constructor puts them on ``self.device`` (stage_1_and_2.py:278, 560; stage3.py:333, 1170), the accelerator;
+    there they would take 4 bytes an element of all partitions, for the short time until they are taken away.
     """
 
-    def keep(self: DeepSpeedZeroOptimizer, value: Any) -> None:
+    def keep(self: ZeROOptimizer, value: Any) -> None:
         self.__dict__["device"] = value  # what the attribute is again once the property has gone
 
-    DeepSpeedZeroOptimizer.device = property(lambda self: "cpu", keep)
+    classes = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    for cls in classes:
+        cls.device = property(lambda self: "cpu", keep)
     try:
         yield
     finally:
-        del DeepSpeedZeroOptimizer.device
+        for cls in classes:
+            del cls.device
 
 
 def has_fused_adam() -> bool:
@@ -599,6 +628,7 @@ __all__ = [
     "has_fused_adam",
     "is_coalescing",
     "is_gathered",
+    "is_in_bucket",
     "is_known",
     "left_gathered",
     "link_adam_state",
@@ -606,17 +636,20 @@ __all__ = [
     "load_ds_config",
     "loads_through",
     "mark_compiled",
+    "masters",
     "masters_made_on_host",
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
     "only_groups",
     "only_sub_groups",
+    "param_group_of",
     "place_in_partition",
     "read_weights",
     "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",
+    "set_master",
     "swap_class",
     "swapped_weights_follow",
     "take_swapper",

@@ -69,18 +69,22 @@ class ExploreStream:
             self._finish(block)
 
     def _finish(self, block: int) -> None:
-        params = self._waiting.pop(block)
         self.scores[block] = self._score(block)
-        if block not in self._selection.lottery.always:
-            out = self._best.add(block, self.scores[block])
-            if out is not None:
-                self.kept.discard(out)
-                self.dropped.add(out)
-                self._forget(out)
-            if out == block:
-                return
+        params = self._waiting.pop(block)
         self.kept.add(block)
-        self._keep(block, params)
+        is_drawn = block not in self._selection.lottery.always
+        out = self._best.add(block, self.scores[block]) if is_drawn else None
+        if out is not None:
+            self.kept.discard(out)
+            self.dropped.add(out)
+            self._forget(out)
+        if out != block:
+            self._keep(block, params)
+
+    @property
+    def held(self) -> set[int]:
+        """The blocks that have gradients now: those kept, and those that backward is at."""
+        return self.kept.union(self._waiting)
 
     def flush(self, and_score: bool) -> None:
         """Backward is over: keep the blocks that are not whole, scored now (the last scores), or left to the step."""

@@ -38,7 +38,11 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
     states_are_on_disk = True
 
     def attach(
-        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, *options: Any
+        self,
+        selection: Selection,
+        block_of_group: Sequence[int],
+        link: HyperparameterLink,
+        states_visit: bool = False,
     ) -> None:
         """`SelectiveZero3Optimizer.attach`, and [Note: Taken over]."""
         settings, files = compat.take_swapper(self)
@@ -54,7 +58,7 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
             self._hide(group)
             if file is not None:
                 file.unlink()
-        super().attach(selection, block_of_group, link, *options)
+        super().attach(selection, block_of_group, link, states_visit)
 
     def _groups_by_block(self, block_of_group: Sequence[int]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
@@ -70,10 +74,6 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
             traffic.nvme_written_bytes += size
 
     # -------------------------------------------------------------------------- step
-
-    def open_window(self) -> None:
-        super().open_window()
-        self._prefetch()
 
     def _prefetch(self) -> None:
         super()._prefetch()

@@ -6,21 +6,24 @@ A *group* here is what DeepSpeed steps at once, with one flat fp32 partition on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_agsel.errors import TrainingError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
+from ds_agsel.zero.visiting import VisitingStates
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -37,14 +40,18 @@ class SelectiveStep(compat.ZeROOptimizer):
     states_are_on_disk = False
     _group_of_param: Mapping[int, int]
 
-    def _attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
+    def _attach(
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, states_visit: bool
+    ) -> None:
         self.selection = selection
         self._link = link
         self._block_of_group = tuple(block_of_group)
         self._shown_groups: Sequence[int] = range(len(block_of_group))
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
+        self._stream: ExploreStream | None = None
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
+        self._visiting = self._visiting_states() if states_visit else None
 
     def _steps_with_hidden_state(self) -> bool:
         on_cpu = get_accelerator().device_name() == "cpu"
@@ -76,10 +83,23 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     def _begin_update(self, blocks: Sequence[int]) -> list[int]:
         """The groups of ``blocks`` in the order of their update, which begins now."""
-        return self._groups_of(blocks)
+        return self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
 
-    def _prefetch(self) -> None:
-        """Let what the planned step needs start to travel. Called as soon as it is planned; idempotent."""
+    def _hold_gradient_buffers(self) -> None:
+        """Make the blocks whose gradients are needed now the only ones that buffers are held for."""
+        raise NotImplementedError
+
+    def _streamed_score(self, block: int) -> float:
+        """The score of ``block``, all of whose gradients have come, in the middle of backward. Collective."""
+        raise NotImplementedError
+
+    def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
+        """Put the gradients of ``block`` that ``params`` hold where the step will look for them."""
+        raise NotImplementedError
+
+    def _forget_block(self, block: int) -> None:
+        """Give back the gradients of ``block``, kept before or not."""
+        raise NotImplementedError
 
     def _after_update(self, groups: Sequence[int]) -> None:
         """``groups`` have been updated: count what was written back, link new states."""
@@ -92,7 +112,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         self._link.push(self.optimizer.param_groups)
         selection = self.selection
         active = selection.active_blocks
-        self._complete_gradients(active)
+        self._complete_gradients(sorted(self._blocks_to_keep()))
         if selection.plan.blocks is not None:
             self._require_gradients(selection.plan.blocks)
         elif not selection.has_chosen:
@@ -105,7 +125,11 @@ class SelectiveStep(compat.ZeROOptimizer):
         groups = self._begin_update(selection.selected_blocks)
         self._shown_groups = groups
         with self._only(groups):
-            super().step()
+            try:
+                super().step()
+            finally:
+                if self._visiting is not None:
+                    self._visiting.leave_entered()
         if self.overflow:
             selection.skip()
             return
@@ -115,7 +139,11 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     def _explore_scores(self) -> Tensor:
         """`_block_scores` of all blocks that this step may choose. Collective."""
-        return self._block_scores(self.selection.active_blocks)
+        streamed = {} if self._stream is None else self._stream.scores
+        scores = self._block_scores([block for block in self.selection.active_blocks if block not in streamed])
+        for block, score in streamed.items():
+            scores[block] = score
+        return scores
 
     def _block_scores(self, blocks: Sequence[int]) -> Tensor:
         """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
@@ -162,6 +190,86 @@ class SelectiveStep(compat.ZeROOptimizer):
                 "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
             )
 
+    # ------------------------------------------------- explore: [Note: Streaming top-k]
+
+    def _can_stream(self) -> bool:
+        """Whether this step can give gradients back on the way: it explores, and one backward gives all scores."""
+        one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
+        return self.selection.plan.blocks is None and one_backward
+
+    def _explores_on_first_micro_batch(self) -> bool:
+        return self.selection.config.explore_on == "first_micro_batch"
+
+    def _new_stream(self) -> ExploreStream:
+        numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
+        return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
+
+    def _blocks_to_keep(self) -> set[int]:
+        """Blocks whose gradients are kept for the step, as far as that is known."""
+        return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
+
+    def _wanted_blocks(self) -> Collection[int]:
+        """Blocks whose gradients are not to be dropped when they come."""
+        is_over = self._stream is not None and self._stream.is_over
+        return self._blocks_to_keep() if is_over else self.selection.active_blocks
+
+    def _choose_on_first_micro_batch(self) -> None:
+        """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
+        scores = self._explore_scores()
+        stream = self._stream
+        if stream is not None and torch.isfinite(scores).all():
+            self._stream = None
+            for block in stream.kept.difference(self.selection.choose(scores.tolist())):
+                self._forget_block(block)
+            self._hold_gradient_buffers()
+            self.selection.narrow_window()
+
+    # ------------------------------------------------------------- states that visit
+
+    def _visiting_states(self) -> VisitingStates:
+        selection, config = self.selection, self.selection.config
+
+        def count(direction: str, num_bytes: int) -> None:
+            name, traffic = f"{direction}_bytes", selection.current_traffic
+            setattr(traffic, name, getattr(traffic, name) + num_bytes)
+
+        return VisitingStates(
+            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
+            config.state_budget_bytes, config.keep_master, count,
+        )  # fmt: skip
+
+    def _prefetch(self) -> None:
+        """Let the states of the planned blocks travel, under all of forward and backward. Idempotent."""
+        if self._visiting is not None:
+            self._visiting.prefetch(self.selection.planned_blocks)
+
+    def _enter(self, shown: int) -> None:
+        """The state of group ``shown`` of DeepSpeed's view must be there from here on."""
+        if self._visiting is not None:
+            self._visiting.enter(shown, self._shown_groups[shown])
+
+    def resident_state_bytes(self) -> int:
+        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
+
+        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
+        """
+        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
+
+    def bring_states_home(self, blocks: Sequence[int] | None = None) -> None:
+        """Make the host's copies of ``blocks``' states (None: of all) current, for who reads them. Host waits."""
+        if self._visiting is not None:
+            self._visiting.bring_home(blocks)
+
+    def _send_states_home(self) -> None:
+        """Leave the host's copies alone there are, which may then change. Host waits."""
+        if self._visiting is not None:
+            self._visiting.send_home()
+
+    def _adopt_states(self) -> None:
+        """Take up states that are new on the host. `_send_states_home` comes before."""
+        if self._visiting is not None:
+            self._visiting.adopt_loaded()
+
     # ------------------------------------------------------ hyperparameters, states
 
     def _get_param_groups(self) -> list[ParamGroup]:
@@ -178,6 +286,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
+        self.bring_states_home()
         state_dict = super().state_dict()
         add_empty_states(state_dict)
         return state_dict
@@ -186,14 +295,21 @@ class SelectiveStep(compat.ZeROOptimizer):
         for state_dict in state_dict_list:
             if state_dict is not None:
                 drop_empty_states(state_dict)
+        self._send_states_home()
         super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
+        self._adopt_states()
         self._link.pull(self.optimizer.param_groups)
+
+    def refresh_fp32_params(self) -> None:
+        self._send_states_home()
+        super().refresh_fp32_params()
 
     def load_by_name(self, saved: SavedStates, **kwargs: Any) -> None:
         """Load what any number of ranks saved, [Note: By name] in `repartition`. Collective."""
         own = state_dict_for(super().state_dict(), self.layouts(), self.optimizer, saved)
         rank = dist.get_rank(group=self.dp_process_group)
         self.load_state_dict([own if other == rank else None for other in range(rank + 1)], **kwargs)
+
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError

@@ -13,9 +13,8 @@ Where states visit the accelerator, `visiting` has each group's there when DeepS
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,12 +26,10 @@ from torch import Tensor, nn
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
 from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
 from ds_agsel.zero.staging import HostStaging
-from ds_agsel.zero.visiting import VisitingStates
 
 
 class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
@@ -55,29 +52,15 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         self._group_of_param = {
             self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
         }
-        self._attach(selection, block_of_group, link)
+        self._attach(selection, block_of_group, link, states_visit)
         self._states_linked: set[int] = set()
-        self._stream: ExploreStream | None = None
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
         if self.cpu_offload:
             numels = [partition.numel() for partition in self.single_partition_of_fp32_groups]
             self._staging = HostStaging(numels, self.dtype, self.cpu_offload_pin_memory)
             self._free_stock_staging()
-        self._visiting = self._visiting_states() if states_visit else None
         self._link_all_hp_params()
-
-    def _visiting_states(self) -> VisitingStates:
-        selection, config = self.selection, self.selection.config
-
-        def count(direction: str, num_bytes: int) -> None:
-            name, traffic = f"{direction}_bytes", selection.current_traffic
-            setattr(traffic, name, getattr(traffic, name) + num_bytes)
-
-        return VisitingStates(
-            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
-            config.state_budget_bytes, config.keep_master, count,
-        )  # fmt: skip
 
     def _free_stock_staging(self) -> None:
         buffers = self.param_buffer_of_bit16_for_cpu_offload_groups
@@ -101,33 +84,19 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         self.selection.open_window()
         self._blocks_with_gradient.clear()
         self._stream = self._new_stream() if self._can_stream() else None
+        self._hold_gradient_buffers()
         if self.cpu_offload:
-            self._hold_gradient_buffers()
             for gradient in self.accumulated_grads_in_cpu.values():
                 gradient.zero_()  # sums start from 0 also for a parameter that misses the first micro-step
         self._prefetch()
 
     def _can_stream(self) -> bool:
-        """Whether [Note: Streaming top-k] applies to this step: it explores, and one backward gives all scores.
-
-        Not with ZeRO-1, which keeps whole gradients to the end.
-        """
-        one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
-        return self.selection.plan.blocks is None and one_backward and self.partition_gradients
-
-    def _explores_on_first_micro_batch(self) -> bool:
-        return self.selection.config.explore_on == "first_micro_batch"
-
-    def _new_stream(self) -> ExploreStream:
-        numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
-        return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
-
-    def _prefetch(self) -> None:
-        """Let the states of the planned blocks travel under forward and backward. Idempotent."""
-        if self._visiting is not None:
-            self._visiting.prefetch(self.selection.planned_blocks)
+        """Not with ZeRO-1, which keeps whole gradients to the end."""
+        return super()._can_stream() and self.partition_gradients
 
     def _hold_gradient_buffers(self) -> None:
+        if not self.cpu_offload:
+            return
         groups = self._groups_of(sorted(self._blocks_to_keep()))
         for group in self._gradient_buffers.hold(groups):
             self._zero_gradient(group, keep=[self.get_param_id(p) for p in self.params_in_partition[group]])
@@ -139,10 +108,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 self.offload_gradient_dict[group] = self._gradient_fragments(group)
         for param_id in [i for i in self.accumulated_grads_in_cpu if self._group_of_param[i] not in held]:
             del self.accumulated_grads_in_cpu[param_id]
-
-    def _blocks_to_keep(self) -> set[int]:
-        """Blocks whose gradients are kept for the step, as far as that is known."""
-        return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
 
     def _gradient_fragments(self, group: int) -> list[Tensor]:
         flat = self.single_partition_of_fp32_groups[group].grad.view(-1)
@@ -193,8 +158,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def _is_wanted(self, param: nn.Parameter, group: int) -> bool:
         """Whether this step needs ``param``'s gradient; one it does not need is dropped."""
         block = self._block_of_group[group]
-        is_over = self._stream is not None and self._stream.is_over
-        if block in (self._blocks_to_keep() if is_over else self.selection.active_blocks):
+        if block in self._wanted_blocks():
             self._blocks_with_gradient.add(block)
             return True
         param.grad = None  # backward ran without the engine's forward, so nothing was frozen
@@ -276,18 +240,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
-    def _choose_on_first_micro_batch(self) -> None:
-        """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
-        scores = self._explore_scores()
-        stream = self._stream
-        if stream is not None and torch.isfinite(scores).all():
-            self._stream = None
-            for block in stream.kept.difference(self.selection.choose(scores.tolist())):
-                self._forget_block(block)
-            if self.cpu_offload:
-                self._hold_gradient_buffers()
-            self.selection.narrow_window()
-
     def _streamed_score(self, block: int) -> float:
         self.reduce_ipg_grads()
         if self.overlap_comm and self.reduction_stream is not None:
@@ -296,8 +248,8 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             return float(self._block_scores((block,))[block])
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
+        self._hold_gradient_buffers()
         if self.cpu_offload:
-            self._hold_gradient_buffers()
             with compat.attribute(self, _holds_gradients=False):
                 for param in params:
                     if self.is_param_in_current_partition[self.get_param_id(param)]:
@@ -310,15 +262,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
                 param.grad = None
                 if self.cpu_offload:
                     self._offload_accumulated_param_ids.discard(self.get_param_id(param))
-
-    def _explore_scores(self) -> Tensor:
-        if self._stream is None:
-            return super()._explore_scores()
-        streamed = self._stream.scores
-        scores = self._block_scores([block for block in self.selection.active_blocks if block not in streamed])
-        for block, score in streamed.items():
-            scores[block] = score
-        return scores
 
     def _held_slices(self, group: int) -> list[tuple[int, Tensor]]:
         """(param id, this rank's slice of its gradient) of ``group``'s parameters, in the middle of backward."""
@@ -380,8 +323,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         if not self.cpu_offload:
             return
         self._wait_for_offload_copies()
-        if self._stream is not None:
-            blocks = sorted(self._stream.kept)
         for group in self._groups_of(blocks):
             written = []
             for param in self.params_in_partition[group]:
@@ -398,17 +339,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     # -------------------------------------------------------------------- step
 
-    @contextmanager
-    def _only(self, groups: Sequence[int]) -> Iterator[None]:
-        with compat.only_groups(self, groups):
-            try:
-                yield
-            finally:
-                if self._visiting is not None:
-                    self._visiting.leave_entered()
+    def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
+        return compat.only_groups(self, groups)
 
     def _begin_update(self, blocks: Sequence[int]) -> list[int]:
-        groups = self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
+        groups = super()._begin_update(blocks)
         if self.cpu_offload:
             for group, buffer in self._staging.slices(groups).items():
                 self.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
@@ -421,8 +356,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
         """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
-        if self._visiting is not None:
-            self._visiting.enter(group_idx, self._shown_groups[group_idx])
+        self._enter(group_idx)
         return super()._get_preflattened_grad_partition(group_idx)
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
@@ -499,13 +433,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """Bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
         return self._staging.held_bytes() if self.cpu_offload else 0
 
-    def resident_state_bytes(self) -> int:
-        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
-
-        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
-        """
-        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
-
     # --------------------------------------------------- states: accessors, checkpoints
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
@@ -539,8 +466,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        if self._visiting is not None:
-            self._visiting.bring_home((self._block_of_group[group],))
+        self.bring_states_home((self._block_of_group[group],))
         return stock(optim_state_key)
 
     def _set_full_hp_param(
@@ -552,13 +478,11 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         optim_state_key: str | None = None,
     ) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
-        if self._visiting is not None:
-            self._visiting.send_home()
+        self._send_states_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             partition = self.single_partition_of_fp32_groups[group]
             self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
-            if self._visiting is not None:
-                self._visiting.adopt_loaded()
+            self._adopt_states()
             self._link_state(group)
         stock(value, optim_state_key)
         if optim_state_key is None:
@@ -575,21 +499,9 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         if self._block_of_group[group] in self._blocks_to_keep():
             stock(value)
 
-    def bring_states_home(self) -> None:
-        """Make the host's copies of states that visit the accelerator current, for who reads them there. Host waits."""
-        if self._visiting is not None:
-            self._visiting.bring_home()
-
-    def state_dict(self) -> dict[str, Any]:
-        self.bring_states_home()
-        return super().state_dict()
-
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._visiting is not None:
-            self._visiting.send_home()
         super().load_state_dict(*args, **kwargs)
         if self._visiting is not None:
-            self._visiting.adopt_loaded()
             self._states_linked.clear()
             for group in range(len(self.bit16_groups)):
                 self._link_state(group)
@@ -602,11 +514,6 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             slices = tuple(Slice(name, *place) for name, place in zip(names, places) if place is not None)
             found.append(Layout(names, partition.numel(), slices))
         return found
-
-    def refresh_fp32_params(self) -> None:
-        if self._visiting is not None:
-            self._visiting.send_home()
-        super().refresh_fp32_params()
 
     def update_lp_params(self) -> None:
         self.bring_states_home()

@@ -38,14 +38,22 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     reduce_bucket_size: int
     grad_partitions_flat_buffer: Tensor
 
-    def attach(self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike."""
+    def attach(
+        self,
+        selection: Selection,
+        block_of_group: Sequence[int],
+        link: HyperparameterLink,
+        states_visit: bool = False,
+    ) -> None:
+        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
+
+        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
+        """
         members = [(param, sub_group) for sub_group, params in enumerate(self.fp16_groups) for param in params]
         self._number_of_param = {param.ds_id: number for number, (param, _) in enumerate(members)}
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
-        self._attach(
-            selection, [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))], link
-        )
+        blocks = [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))]
+        self._attach(selection, blocks, link, states_visit)
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._partitions = self._flat_gradients(self.gradient_accumulation_dtype)
@@ -74,8 +82,8 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def _sub_group_of(self, param: ZeroParameter) -> int:
         return self._group_of_param[self._number_of_param[param.ds_id]]
 
-    def _is_active(self, param: ZeroParameter) -> bool:
-        return self._block_of_group[self._sub_group_of(param)] in self.selection.active_blocks
+    def _block_of(self, param: ZeroParameter) -> int:
+        return self._block_of_group[self._sub_group_of(param)]
 
     # ------------------------------------------------------------------ window
 
@@ -86,10 +94,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         self.selection.open_window()
         self._blocks_with_gradient.clear()
         self._received.clear()
+        self._stream = self._new_stream() if self._can_stream() else None
         self._hold_gradient_buffers()
+        self._prefetch()
 
-    def _hold_gradient_buffers(self) -> None:
-        groups = self._groups_of(self.selection.active_blocks)
+    def _hold_gradient_buffers(self, *coming: int) -> None:
+        """Hold buffers for the blocks that have gradients, and for those that are ``coming``."""
+        active = self.selection.active_blocks
+        groups = self._groups_of([*(active if self._stream is None else self._stream.held), *coming])
         self._partitions.hold(groups)
         partitions = compat.gradient_partitions(self)
         partitions.clear()
@@ -104,19 +116,26 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             for group, gradient in self._fp32_gradients.held.items():
                 self.fp32_partitioned_groups_flat[group].grad = gradient
         # Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large.
-        active_numel = sum(param.ds_numel for group in groups for param in self.fp16_groups[group])
+        active_numel = sum(param.ds_numel for group in self._groups_of(active) for param in self.fp16_groups[group])
         self.reduce_bucket_size = min(self._stock_bucket_size, active_numel)
 
     # ---------------------------------------------------------------- backward
 
     def reduce_ready_partitions_and_remove_grads(self, param: ZeroParameter) -> None:
-        if not self._is_active(param):  # a leaf module, or a backward without the engine's forward
+        block = self._block_of(param)
+        if block not in self._wanted_blocks():  # a leaf module, or a backward without the engine's forward
             param.grad = None
             return
+        if self._stream is not None and compat.is_coalescing(self):
+            self._stream = None  # all gradients come at once, when nothing can be given back any more
+        stream = self._stream
+        is_streamed = stream is not None and not stream.is_over and stream.wants(block)
         if param.ds_id not in compat.gradient_partitions(self):
-            self._hold_gradient_buffers()
+            self._hold_gradient_buffers(block)
         self._make_bucket(self.get_param_comm_dtype(param))
         super().reduce_ready_partitions_and_remove_grads(param)
+        if stream is not None and is_streamed and compat.is_in_bucket(param):
+            stream.take(block, param)
 
     def _make_bucket(self, dtype: torch.dtype) -> None:
         bucket = self.ipg_buckets[dtype]
@@ -136,7 +155,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
                 comm_dtype = self.get_param_comm_dtype(param)
                 sent = param.partition_numel() * world_size if self.reduce_scatter else param.ds_numel
                 traffic.reduced_bytes += sent * comm_dtype.itemsize
-            self._blocks_with_gradient.add(self._block_of_group[self._sub_group_of(param)])
+            self._blocks_with_gradient.add(self._block_of(param))
             if param.ds_id not in self._received:
                 self._received.add(param.ds_id)
                 if self.micro_step_id > 0:
@@ -160,9 +179,31 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
 
     def independent_gradient_partition_epilogue(self) -> None:
         compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
-        with compat.only_sub_groups(self, self._groups_of(self.selection.active_blocks)):
+        if self._stream is not None:
+            self._stream.flush(and_score=self._explores_on_first_micro_batch())
+        with compat.only_sub_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
             super().independent_gradient_partition_epilogue()
+        if self._stream is not None and not self.is_gradient_accumulation_boundary():
+            self._choose_on_first_micro_batch()
         self._free_buckets()
+
+    # ------------------------------------------------- explore: [Note: Streaming top-k]
+
+    def _streamed_score(self, block: int) -> float:
+        compat.reduce_buckets(self)
+        if self.reduce_and_partition_stream is not None:
+            get_accelerator().current_stream().wait_stream(self.reduce_and_partition_stream)
+        return float(self._block_scores((block,))[block])
+
+    def _keep_gradients(self, block: int, params: list[ZeroParameter]) -> None:
+        self._hold_gradient_buffers()  # for a block that got none; the others' are there already
+
+    def _forget_block(self, block: int) -> None:
+        self._drop_gradients({block})
+        self._received.difference_update(
+            param.ds_id for group in self._groups_of((block,)) for param in self.fp16_groups[group]
+        )
+        self._hold_gradient_buffers()
 
     # -------------------------------------------------------------------- step
 
@@ -192,14 +233,16 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             self.fp32_partitioned_groups_flat[group].grad.narrow(0, start, numel).zero_()
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
-        params = self.fp16_groups[group]
-        if self.offload_optimizer:
-            norms = [(param, self.norm_for_param_grads.get(self.get_param_id(param))) for param in params]
-            return [(self._number_of_param[param.ds_id], norm) for param, norm in norms if norm is not None]
-        return [
-            (self._number_of_param[param.ds_id], torch.linalg.vector_norm(piece.to(compat.norm_dtype())))
-            for param, piece in zip(params, self.averaged_gradients[group])
-        ]
+        partitions, device = compat.gradient_partitions(self), get_accelerator().current_device_name()
+        known = self.norm_for_param_grads if self.offload_optimizer else {}  # at a boundary, by DeepSpeed
+        norms = []
+        for param in self.fp16_groups[group]:
+            norm = known.get(self.get_param_id(param))
+            if norm is None and param.ds_id in self._received:
+                norm = torch.linalg.vector_norm(partitions[param.ds_id].to(device, compat.norm_dtype()))
+            if norm is not None:
+                norms.append((self._number_of_param[param.ds_id], norm))
+        return norms
 
     def _drop_gradients(self, blocks: set[int]) -> None:
         for group in self._groups_of(tuple(blocks)):
@@ -231,9 +274,14 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         return self._overflow_is_known
 
     def _get_norm_groups(self) -> list[Tensor]:
+        """The shown sub-groups' norms in their own order, in which they are added up, whatever they are updated in."""
         if self._overflow_is_known:
             return [torch.tensor(float("inf"))]
-        return super()._get_norm_groups()
+        return [norm for _, norm in sorted(zip(self._shown_groups, super()._get_norm_groups(), strict=True))]
+
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        self._enter(sub_group_id)
+        super()._prepare_sub_group(sub_group_id, timer_names)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         partition = self.fp32_partitioned_groups_flat[sub_group_id]
@@ -256,9 +304,11 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             world_size = self._get_param_partition_world_size(param)
             if param.ds_id in updated and world_size > 1:
                 traffic.gathered_bytes += param.partition_numel() * world_size * param.element_size()
+        written = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups) * self.dtype.itemsize
         if self.offload_optimizer and not self.offload_param:
-            numel = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups)
-            traffic.h2d_bytes += numel * self.dtype.itemsize
+            traffic.h2d_bytes += written
+        elif self._visiting is not None and self.offload_param:
+            traffic.d2h_bytes += written
 
     # ------------------------------------------------------------------ memory
 
@@ -281,6 +331,10 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def _make_state(self, group: int) -> None:
         partition = self.fp32_partitioned_groups_flat[group]
         self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
+        self._adopt_states()
+
+    def _bring_home(self, param: ZeroParameter) -> None:
+        self.bring_states_home((self._block_of(param),))
 
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
         with compat.swapped_weights_follow(self):
@@ -315,6 +369,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
             return torch.zeros(param.ds_shape, dtype=torch.float32, device=get_accelerator().current_device_name())
+        self._bring_home(param)
         with _trainable(param):
             return super().get_full_hp_param(param, optim_state_key)
 
@@ -322,6 +377,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
             device = get_accelerator().current_device_name()
             return torch.zeros(param.partition_numel(), dtype=torch.float32, device=device)
+        self._bring_home(param)
         with _trainable(param):
             return super().get_local_fp32_param(param, optim_state_key)
 
@@ -340,6 +396,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def set_local_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
         """As `deepspeed.utils.safe_set_local_*`; the partition of the model weight follows at once."""
         group = self._sub_group_of(param)
+        self._send_states_home()
         if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
             self._make_state(group)
         with _trainable(param):

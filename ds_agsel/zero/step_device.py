@@ -44,13 +44,11 @@ class Situation:
     Attributes:
         offloads: the ds_config says ``offload_optimizer``, to the cpu or (ZeRO-3) to NVMe.
         can_offload: the optimizer comes from the ds_config, so that DeepSpeed can make the one that offload needs.
-        can_visit: the ZeRO stage's adapter lets states visit.
         has_own_memory: the accelerator's memory is not the host's.
     """
 
     offloads: bool
     can_offload: bool
-    can_visit: bool
     has_own_memory: bool
     needed_bytes: int
     available_bytes: int
@@ -62,8 +60,6 @@ def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
         return StepDevice.VISIT, "step_device is 'accelerator'"
     if now.offloads:
         return StepDevice.HOST, "offload_optimizer says so"
-    if not now.can_visit:
-        return StepDevice.STAY, "with ZeRO-3 states don't visit yet"
     if not now.has_own_memory:
         return StepDevice.STAY, "the accelerator is the processor: states are in host memory as it is"
     if now.needed_bytes > now.available_bytes and now.can_offload:
@@ -96,23 +92,31 @@ def situation(
     Collective.
     """
     ranks = dist.get_world_size()
-    zero = ds_config.get("zero_optimization", {})
-    half = any((ds_config.get(name) or {}).get("enabled") is True for name in ("bf16", "bfloat16", "fp16"))
-    weight_bytes = 2 if half else 4
-    numel = sum(block.numel for block in blocks)
     state_bytes = {index: _STATE_BYTES * blocks[index].numel // ranks for index in selectable}
-    needed = 2 * numel * weight_bytes  # weights, and the gradients of an explore step
+    needed = _weight_and_gradient_bytes(ds_config, sum(block.numel for block in blocks), ranks)
     needed += config.state_budget_bytes or default_budget_bytes(state_bytes, max_selected)
     accelerator = get_accelerator()
     own_memory = accelerator.device_name() != "cpu"
     return Situation(
         offloads=offloads_optimizer(ds_config),
         can_offload=not optimizer_is_given,
-        can_visit=zero.get("stage") in (1, 2),
         has_own_memory=own_memory,
         needed_bytes=needed,
         available_bytes=_least_available_bytes() if own_memory else 0,
     )
+
+
+def _weight_and_gradient_bytes(ds_config: Mapping[str, Any], numel: int, ranks: int) -> int:
+    """What a model of ``numel`` elements takes at an explore step that does not stream, without its states."""
+    zero = ds_config.get("zero_optimization", {})
+    half = any((ds_config.get(name) or {}).get("enabled") is True for name in ("bf16", "bfloat16", "fp16"))
+    held = 2 * numel  # weights and gradients
+    if zero.get("stage") == 3:
+        gathered = min(numel, int(zero.get("stage3_max_live_parameters", 1e9)))
+        partition = numel // ranks
+        offloads = str((zero.get("offload_param") or {}).get("device", "none")) != "none"
+        held = gathered + (partition if offloads else 2 * partition)
+    return held * (2 if half else 4)
 
 
 def _least_available_bytes() -> int:

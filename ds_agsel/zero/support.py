@@ -106,7 +106,7 @@ def unsupported(
         elif device not in ("none", "cpu", "nvme"):
             problems.append(f"zero_optimization.{name}.device={device!r} is unknown. Use none, cpu or nvme.")
     if stage == 3:
-        _refuse_for_stage3(zero, config, _refuse)
+        _refuse_for_stage3(zero, _refuse)
     if offload.get("ratio", 1.0) != 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']}", "partial offload splits blocks",
@@ -117,18 +117,18 @@ def unsupported(
             "adagrad_select.step_device='cpu' and zero_optimization.offload_optimizer.device='none' contradict each "
             "other. Set offload_optimizer.device to 'cpu', or step_device to null."
         )
-    if config.step_device == "accelerator" and offload_device != "none" and stage != 3:
+    if config.step_device == "accelerator" and offload_device != "none":
         problems.append(
             f"adagrad_select.step_device='accelerator' and zero_optimization.offload_optimizer.device="
             f"{offload_device!r} contradict each other: the one steps on the accelerator, the other on the host. Set "
             "offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
             "accelerator), or step_device to null."
         )
-    if config.explore_on != "batch" and stage != 2:
+    if config.explore_on != "batch" and stage == 1:
         _refuse(
             f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={stage}",
-            "only ZeRO-2 reduces each micro-batch's gradients by themselves, and lets a block's go",
-            "Use stage 2, or explore_on='batch'",
+            "it keeps all micro-batches' gradients whole to the end of a step",
+            "Use stage 2 or 3, or explore_on='batch'",
         )  # fmt: skip
     if zero.get("elastic_checkpoint"):
         _refuse(
@@ -173,14 +173,7 @@ def unsupported(
     return problems
 
 
-def _refuse_for_stage3(
-    zero: Mapping[str, Any], config: SelectionConfig, _refuse: Callable[[str, str, str], None]
-) -> None:
-    if config.step_device == "accelerator":
-        _refuse(
-            "adagrad_select.step_device='accelerator' with zero_optimization.stage=3",
-            "DeepSpeed steps where offload_optimizer.device puts the states", "Set step_device to null",
-        )  # fmt: skip
+def _refuse_for_stage3(zero: Mapping[str, Any], _refuse: Callable[[str, str, str], None]) -> None:
     if zero.get("mics_shard_size", -1) > 0:
         _refuse(
             f"zero_optimization.mics_shard_size={zero['mics_shard_size']}", "MiCS has an optimizer of its own",

@@ -18,7 +18,7 @@ from ds_agsel.zero import compat
 
 
 class VisitingStates:
-    """The states of a ZeRO-1/2 optimizer that steps on the accelerator, and the moves that its steps need.
+    """The states of a ZeRO optimizer that steps on the accelerator, and the moves that its steps need.
 
     Args:
         budget_bytes: what states may take on the accelerator, on this rank; None: [Note: Budget] in residency/plan.
@@ -29,7 +29,7 @@ class VisitingStates:
 
     def __init__(
         self,
-        optimizer: compat.DeepSpeedZeroOptimizer,
+        optimizer: compat.ZeROOptimizer,
         block_of_group: Sequence[int],
         block_names: Sequence[str],
         num_selected: int,
@@ -56,7 +56,7 @@ class VisitingStates:
     def _new_transfer(self) -> StateTransfer:
         base = self._optimizer.optimizer
         states = []
-        for partition in self._optimizer.single_partition_of_fp32_groups:
+        for partition in compat.masters(self._optimizer):
             state = base.state.get(partition, {})
             for key in MOMENTS:
                 if key in state:
@@ -87,13 +87,11 @@ class VisitingStates:
         self.leave_entered(next_block=self._block_of_group[group])
         self.transfer.wait_for(self._block_of_group[group])
         tensors = self.transfer.on_device(group)
-        partition = self._optimizer.single_partition_of_fp32_groups[shown]
-        master = tensors.get(MASTER, partition)
+        master = tensors.get(MASTER, compat.masters(self._optimizer)[shown])
         base = self._optimizer.optimizer
-        param_group = base.param_groups[shown]
+        param_group = compat.param_group_of(self._optimizer, shown)
         step = compat.adam_step(base, self._count_of(group), param_group, master.device)
-        self._optimizer.single_partition_of_fp32_groups[shown] = master
-        param_group["params"] = [master]
+        compat.set_master(self._optimizer, shown, master)
         base.state[master] = {"step": step, **{key: tensors[key] for key in MOMENTS}}
         self._entered = (shown, group)
 
@@ -105,11 +103,10 @@ class VisitingStates:
         self._entered = None
         block = self._block_of_group[group]
         base = self._optimizer.optimizer
-        host, param_group = self.transfer.on_host(group), base.param_groups[shown]
+        host = self.transfer.on_host(group)
         host.state["step"] = compat.adam_step(base, self._count_of(group) + 1)
-        base.state.pop(self._optimizer.single_partition_of_fp32_groups[shown])
-        self._optimizer.single_partition_of_fp32_groups[shown] = host.master
-        param_group["params"] = [host.master]
+        base.state.pop(compat.masters(self._optimizer)[shown])
+        compat.set_master(self._optimizer, shown, host.master)
         base.state[host.master] = host.state
         if block != next_block:
             self.transfer.updated(block)

@@ -13,23 +13,25 @@ from workers import Workers
 CASE = Case(steps=2, config={"timers": {"throughput": {"enabled": False}}})
 
 
-def where_it_steps(section: dict[str, Any]) -> tuple[bool, bool, int]:
+def where_it_steps(stage: int, section: dict[str, Any]) -> tuple[bool, bool, int]:
     """Whether the run offloads, whether its states visit, and how many steps it took."""
     accelerator = simulated(budget_bytes=10**8, seed=1)
-    engine = build(CASE.but(section=section))
-    run_steps(engine, CASE)
+    case = CASE.but(stage=stage, section=section)
+    engine = build(case)
+    run_steps(engine, case)
     zero = engine.optimizer
-    found = (zero.cpu_offload, zero.resident_state_bytes() > 0, len(engine.selection.history))
+    offloads = zero.offload_optimizer if stage == 3 else zero.cpu_offload
+    found = (offloads, zero.resident_state_bytes() > 0, len(engine.selection.history))
     engine.destroy()
     accelerator.queue.finish()
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize(("budget_bytes", "offloads"), [(None, False), (2 * 10**8, True)])
 def test_the_memory_there_is_decides(
-    simulated_workers: Callable[[int], Workers], ranks: int, budget_bytes: int | None, offloads: bool
+    simulated_workers: Callable[[int], Workers], stage: int, ranks: int, budget_bytes: int | None, offloads: bool
 ) -> None:
     section = {**SELECT, "state_budget_bytes": budget_bytes}
-    for found in simulated_workers(ranks).run(where_it_steps, section):
+    for found in simulated_workers(ranks).run(where_it_steps, stage, section):
         assert found == (offloads, not offloads, 2)

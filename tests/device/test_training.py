@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2, stock and restricted, train on the simulated accelerator as on the host, with every wait declared.
+"""ZeRO-1, 2 and 3, stock and restricted, train on the simulated accelerator as on the host, with every wait declared.
 
 The kernels are the host's, so that the bits must be the host's too, whatever order the seed gives to what is queued.
 """
@@ -38,6 +38,7 @@ from workers import Workers
 PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 # The throughput timer synchronizes the device at every step, which would hide a missing wait.
 UNTIMED = {"timers": {"throughput": {"enabled": False}}}
+GATHERING = {"stage3_param_persistence_threshold": 50, "sub_group_size": 300}
 TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 ON_DEVICE = Case(config={**UNTIMED, **TORCH_ADAM}, steps=6)
@@ -60,6 +61,13 @@ CASES = [
     ON_DEVICE.but(section=TOPK, zero={"overlap_comm": True}, steps=3),
     ON_DEVICE.but(section={**FIRST, **VISIT}, accumulation=3),
     ON_HOST.but(section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),
+    ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}, dtype="bf16", clip=0.5, zero={"overlap_comm": True}, steps=4),
+    ON_DEVICE.but(stage=3, section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2, model="net"),
+]
+SLOW_CASES = [  # GATHERING: most parameters are gathered anew in each forward and backward
+    ON_DEVICE.but(stage=3, section=None, zero={"overlap_comm": True, **GATHERING}, steps=3),
+    ON_DEVICE.but(stage=3, section={**SELECT, **NARROW}, decay_groups=True, accumulation=2, zero=GATHERING),
+    ON_HOST.but(stage=3, section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),
 ]
 
 
@@ -139,6 +147,7 @@ def stop_and_resume(case: Case, seed: int, folder: str) -> tuple[dict[str, Any],
         ON_HOST.but(dtype="bf16", zero={**PINNED, "overlap_comm": True}),
         ON_DEVICE.but(section={**SELECT, **VISIT}),  # the next step's states are on their way when it saves
         ON_DEVICE.but(section={**SELECT, **NARROW}, dtype="bf16"),
+        ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}),
     ],
     ids=case_id,
 )
@@ -165,9 +174,20 @@ def test_waits_left_out_of_deepspeed_are_noticed(case: Case, simulated_workers: 
         assert differences(expected["weights"], result["weights"])
 
 
+def test_waits_left_out_of_zero3_are_noticed(simulated_workers: Callable[[int], Workers]) -> None:
+    """DeepSpeed's before a reduction, and ours before a streamed block is scored."""
+    case = ON_DEVICE.but(stage=3, section={**TOPK, **VISIT}, zero={"overlap_comm": True}, steps=2)
+    ((_, hazards, sites),) = simulated_workers(1).run(train_simulated, case, 0)
+    assert not hazards
+    for function in ("__add_grad_to_ipg_bucket", "_streamed_score"):
+        waits = [site for site in sites if site.function == function]
+        ((_, hazards, _),) = simulated_workers(1).run(train_simulated, case, 0, waits)
+        assert waits and hazards, function
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [*CASES, *SLOW_CASES], ids=case_id)
 def test_training_has_the_hosts_bits_in_many_orders(
     case: Case, world_size: int, on_host: Any, simulated_workers: Callable[[int], Workers]
 ) -> None:

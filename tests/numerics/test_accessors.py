@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    SELECT,
+    VISIT,
     Case,
     assemble,
     assert_identical,
@@ -32,6 +34,7 @@ CASES = [
     Case(stage=3, offload="cpu", steps=4, zero={"sub_group_size": 300}),
     Case(stage=3, model="net", steps=4, decay_groups=True, zero={"stage3_param_persistence_threshold": 0}),
     Case(stage=3, model="net", steps=4, decay_groups=True, offload="cpu"),
+    Case(stage=3, steps=4, section={**SELECT, **VISIT}, zero={"sub_group_size": 300}),
     Case(stage=3, model="net", steps=4, decay_groups=True, offload="nvme"),
 ]
 ROBIN = [
@@ -76,7 +79,7 @@ def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
 
     At an explore step that streams it is there for selected blocks too; what others have beaten has been given back.
     """
-    streams = case.stage == 2 and case.accumulation == 1
+    streams = case.stage > 1 and case.accumulation == 1
     for run in workers(ranks).run(train, case, get_all):
         gradients = [moment["gradients"] for moment in run["observed"] if "gradients" in moment]
         for (_, phase, selected), norm, by_name in zip(run["history"], run["norms"], gradients, strict=True):

@@ -45,6 +45,7 @@ FLAGS = ("overlap_comm", "contiguous_gradients", "round_robin_gradients")
 VARIANTS = [
     *(Case(steps=4, section={**ALL, **visit}, dtype=dtype, clip=0.3, decay_groups=True)
       for visit, dtype in ((VISIT, "bf16"), (NARROW, "fp32"))),
+    Case(stage=3, steps=4, section={**ALL, **NARROW}, dtype="bf16", clip=0.3, zero={"sub_group_size": 300}),
     *(
         Case(
             stage=stage, offload=offload, steps=3, section=HUNDRED, accumulation=2,

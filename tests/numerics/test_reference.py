@@ -69,11 +69,13 @@ VARIANTS = [
     ),
     *(Case(section={**SELECT, **visit}, stage=stage, decay_groups=True, clip=0.3, accumulation=accumulation)
       for visit, stage, accumulation in ((VISIT, 1, 2), (VISIT, 2, 1), (NARROW, 2, 2),
-                                         ({**VISIT, "keep_master": "accelerator"}, 2, 1))),
+                                         ({**VISIT, "keep_master": "accelerator"}, 2, 1),
+                                         (VISIT, 3, 2))),
     *(Case(section={**FIRST, **extra}, accumulation=3, clip=0.3, **more) for extra, more in (
         ({}, {}), ({}, {"offload": "cpu"}), (VISIT, {"model": "net"}),
         ({"policy": "gradient_topk", "always_select": ["final_norm"]},
          {"offload": "cpu", "zero": {"overlap_comm": True}}),
+        (VISIT, {"stage": 3}), ({"always_select": ["final_norm"]}, {"stage": 3, "offload": "cpu"}),
     )),
     Case(zero={"reduce_scatter": False}, accumulation=2),
     Case(zero={"reduce_bucket_size": 10_000_000}),
@@ -84,10 +86,12 @@ VARIANTS = [
     Case(stage=3, zero={"overlap_comm": True, "stage3_param_persistence_threshold": 50}),
     Case(stage=3, offload="cpu", accumulation=2, zero={"contiguous_gradients": False, "reduce_scatter": False}),
     Case(stage=3, offload="cpu", clip=0.3, zero={"offload_param": {"device": "cpu"}}),
+    Case(stage=3, section={**SELECT, **NARROW}, clip=0.3, zero={"offload_param": {"device": "cpu"}}),
     Case(stage=3, model="net", accumulation=2, zero={"reduce_scatter": False}),
     Case(stage=3, model="net", offload="cpu", decay_groups=True),
     # The first backward ends at a selected block: DeepSpeed's record of the modules' order does not hold later.
     Case(stage=3, section={**SELECT, "explore_rate": 0.0}, zero={"stage3_param_persistence_threshold": 0}),
+    Case(stage=3, section={**SELECT, "policy": "gradient_topk", "always_select": ["embedding"]}, clip=0.3),
     Case(stage=3, section={**SELECT, "policy": "random"}, zero={"stage3_param_persistence_threshold": 50}),
 ]
 

@@ -35,6 +35,7 @@ CASES = [
     Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}),
     Case(section={**SELECT, "policy": "cyclic"}),
     Case(section={**SELECT, **NARROW}, dtype="bf16", clip=0.3),
+    Case(stage=3, section={**SELECT, **VISIT}, decay_groups=True, zero={"sub_group_size": 300}),
     Case(section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2),
     Case(section={**SELECT, "policy": "gradient_topk", "always_select": ["final_norm"]}, offload="cpu"),
 ]  # fmt: skip

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from support import FIRST, TOPK, VISIT, Case, build, case_id, forward_backward, train
+from support import FIRST, TOPK, VISIT, Case, build, case_id, differences, forward_backward, train, weights
 from torch import nn
 
 CASES = [
@@ -16,6 +15,11 @@ CASES = [
     Case(section=TOPK, offload="cpu", dtype="bf16", steps=3, config={"data_types": {"grad_accum_dtype": "fp32"}}),
     Case(section={**FIRST, "policy": "gradient_topk"}, accumulation=3, steps=3),
     Case(section={**FIRST, "policy": "gradient_topk"}, offload="cpu", accumulation=2, steps=3),
+    Case(stage=3, section=TOPK, steps=3),
+    Case(stage=3, section={**TOPK, **VISIT}, dtype="bf16", steps=3, zero={"overlap_comm": True, "sub_group_size": 300}),
+    Case(stage=3, section=TOPK, offload="cpu", dtype="bf16", steps=3, zero={"reduce_scatter": False}),
+    Case(stage=3, section={**FIRST, "policy": "gradient_topk"}, accumulation=3, steps=3),
+    Case(stage=3, section={**FIRST, "policy": "gradient_topk"}, offload="cpu", accumulation=2, steps=3),
 ]
 
 
@@ -39,13 +43,25 @@ class GradientWatch:
         return None
 
     def _look(self, zero: Any, block_of: dict[str, int]) -> None:
+        holding = self._holding_stage3 if hasattr(zero, "fp16_groups") else self._holding
+        self.most_blocks = max(self.most_blocks, len(holding(zero, block_of)))
+
+    def _holding_stage3(self, zero: Any, block_of: dict[str, int]) -> set[int]:
+        holding = {block_of[zero.param_names[p]] for group in zero.fp16_groups for p in group if p.grad is not None}
+        for group, members in enumerate(zero.fp16_groups):
+            on_host = zero.offload_optimizer and zero.fp32_partitioned_groups_flat[group].grad is not None
+            if on_host or group in zero._partitions.held or zero.averaged_gradients.get(group):
+                holding.add(block_of[zero.param_names[members[0]]])
+        return holding
+
+    def _holding(self, zero: Any, block_of: dict[str, int]) -> set[int]:
         holding = {block_of[zero.param_names[p]] for group in zero.bit16_groups for p in group if p.grad is not None}
         for group, members in enumerate(zero.bit16_groups):
             held = [zero.averaged_gradients.get(group), zero.all_grad_tensors.get(group)]
             on_host = zero.cpu_offload and zero.single_partition_of_fp32_groups[group].grad is not None
             if on_host or any(held):
                 holding.add(block_of[zero.param_names[members[0]]])
-        self.most_blocks = max(self.most_blocks, len(holding))
+        return holding
 
 
 def train_and_watch(case: Case) -> dict[str, Any]:
@@ -62,18 +78,19 @@ def test_explore_steps_hold_the_gradients_of_one_block_more_than_they_choose(wor
         assert 1 <= max(seen["most_blocks"] for seen in run["observed"]) <= chosen + 1
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_the_choice_is_that_of_all_gradients(trained, offload):
+def test_the_choice_is_that_of_all_gradients(trained, offload, stage):
     """ZeRO-1 does not stream: it keeps every gradient to the end."""
-    case = Case(section=TOPK, offload=offload, model="net")
+    case = Case(stage=stage, section=TOPK, offload=offload, model="net")
     streamed, whole = trained(case, 2)[0], trained(case.but(stage=1), 2)[0]
     assert streamed["history"] == whole["history"]
     assert len({blocks for _, _, blocks in whole["history"]}) > 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_first_micro_batch_decides_for_the_window(workers, ranks):
-    case = Case(section=FIRST, accumulation=3, steps=6)
+@pytest.mark.parametrize("stage, ranks", [(2, 1), (2, 2), (3, 1), (3, 2)])
+def test_the_first_micro_batch_decides_for_the_window(workers, stage, ranks):
+    case = Case(stage=stage, section=FIRST, accumulation=3, steps=6)
     for run in workers(ranks).run(train_and_watch, case):
         seen = [step["trains"] for step in run["observed"]]
         assert {phase for _, phase, _ in run["history"]} == {"explore", "exploit"}
@@ -93,8 +110,9 @@ def step_on_two_backwards(case: Case) -> str:
     return "nothing was said"
 
 
-def test_a_second_backward_in_an_explore_step_is_refused(workers):
-    [said] = workers(1).run(step_on_two_backwards, Case(section=TOPK))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_second_backward_in_an_explore_step_is_refused(workers, stage):
+    [said] = workers(1).run(step_on_two_backwards, Case(stage=stage, section=TOPK))
     assert said.startswith("TrainingError: step 0 explores, and block")
     assert "Call backward once a step" in said
 
@@ -102,14 +120,14 @@ def test_a_second_backward_in_an_explore_step_is_refused(workers):
 def skip_a_bad_window(case: Case) -> dict[str, Any]:
     """A window whose first micro-batch has non-finite gradients, then a good one."""
     engine = build(case)
-    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    before = weights(engine)
     embedding: nn.Parameter = next(iter(engine.module.parameters()))
     hook = embedding.register_hook(lambda gradient: gradient * float("nan"))
     for micro_step in range(case.accumulation):
         forward_backward(engine, case, 0, micro_step)
         hook.remove()
         engine.step()
-    unchanged = all(torch.equal(before[name], p) for name, p in engine.module.named_parameters())
+    unchanged = not differences(before, weights(engine))
     skipped = (len(engine.selection.history), engine.skipped_steps)
     for micro_step in range(case.accumulation):
         forward_backward(engine, case, 1, micro_step)
@@ -119,8 +137,9 @@ def skip_a_bad_window(case: Case) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("stage, offload", [(2, "none"), (2, "cpu"), (3, "none")])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_first_micro_batch_without_finite_scores_skips_its_step(workers, offload, ranks):
-    for seen in workers(ranks).run(skip_a_bad_window, Case(section=FIRST, accumulation=2, offload=offload)):
+def test_a_first_micro_batch_without_finite_scores_skips_its_step(workers, stage, offload, ranks):
+    case = Case(stage=stage, section=FIRST, accumulation=2, offload=offload)
+    for seen in workers(ranks).run(skip_a_bad_window, case):
         assert seen == {"unchanged": True, "skipped": (0, 1), "applied": 1}

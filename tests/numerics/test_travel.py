@@ -31,6 +31,7 @@ CASES = {
     "uneven": Case(model="net", decay_groups=True, offload="cpu"),
     "round robin": Case(zero={"round_robin_gradients": True, "contiguous_gradients": True}, tied=False),
     "visiting": Case(section={**SELECT, "step_device": "accelerator"}),
+    "stage 3, visiting": Case(model="net", stage=3, section={**SELECT, "step_device": "accelerator"}),
     "stage 3": Case(stage=3, zero={"stage3_param_persistence_threshold": 0}),
     "stage 3, uneven": Case(model="net", stage=3, offload="cpu", decay_groups=True, dtype="bf16"),
     "schedule": Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}, steps=6),

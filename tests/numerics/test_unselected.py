@@ -17,6 +17,7 @@ CASES = [
     *(Case(stage=stage, offload=offload, decay_groups=True, accumulation=2, clip=0.3)
       for stage, offload in product((1, 2), ("none", "cpu"))),
     Case(section={**SELECT, **NARROW}, dtype="bf16"),
+    Case(stage=3, section={**SELECT, **NARROW}, dtype="bf16"),
     Case(stage=3, offload="cpu", decay_groups=True, accumulation=2, clip=0.3, zero={"sub_group_size": 300}),
 ]  # fmt: skip
 

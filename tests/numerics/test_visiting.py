@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,17 @@ CASES = [
     Case(section={**SELECT, **VISIT}, decay_groups=True),
     Case(section={**SELECT, **VISIT}, model="net", accumulation=2),
     Case(section={**SELECT, **VISIT, "keep_master": "accelerator"}, dtype="bf16"),
+    Case(stage=3, section={**SELECT, **VISIT}, decay_groups=True, zero={"sub_group_size": 300}),
+    Case(stage=3, section={**SELECT, **VISIT}, model="net", accumulation=2),
+    Case(stage=3, section={**SELECT, **VISIT, "keep_master": "accelerator"}, dtype="bf16"),
 ]
+
+
+def members_and_masters(zero: Any) -> Iterator[tuple[Any, Any]]:
+    """The parameters and the fp32 partition of each group, of each sub-group with stage 3."""
+    if hasattr(zero, "fp16_groups"):
+        return zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+    return zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
 
 
 def observe(event: str, engine: Any, step: int) -> dict[str, Any] | None:
@@ -24,7 +35,7 @@ def observe(event: str, engine: Any, step: int) -> dict[str, Any] | None:
     if event == "step":
         numel = [0] * len(engine.selection.blocks)
         block_of = {name: block.index for block in engine.selection.blocks for name in block.parameter_names}
-        for members, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for members, master in members_and_masters(zero):
             numel[block_of[zero.param_names[members[0]]]] += master.numel()
         traffic = engine.selection.traffic[-1]
         seen |= {"partition_numel": numel, "moved": (traffic.h2d_bytes, traffic.d2h_bytes)}
@@ -60,9 +71,10 @@ def test_states_on_the_accelerator_follow_the_formula(workers, case, ranks):
         assert last == per_element * sum(numel[block] for block in (resident if planned is None else planned))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("section", [SELECT, ALL])
-def test_a_budget_is_kept(workers, section):
-    case = Case(section={**section, **NARROW}, steps=4)
+def test_a_budget_is_kept(workers, section, stage):
+    case = Case(stage=stage, section={**section, **NARROW}, steps=4)
     [run] = workers(1).run(train, case, observe)
     assert all(seen["resident_bytes"] <= case.section["state_budget_bytes"] for seen in run["observed"])
     assert any(seen["resident_bytes"] > 0 for seen in run["observed"])
@@ -73,8 +85,10 @@ def observe_repeats(event: str, engine: Any, step: int) -> tuple[int, int] | Non
     return (traffic[-1].h2d_bytes, traffic[-1].d2h_bytes) if event == "step" else None
 
 
-def test_nothing_moves_where_the_selection_repeats(workers):
-    case = Case(section={"policy": "fixed", "fixed_blocks": ["model.layers.1", "final_norm"], **VISIT}, steps=4)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nothing_moves_where_the_selection_repeats(workers, stage):
+    section = {"policy": "fixed", "fixed_blocks": ["model.layers.1", "final_norm"], **VISIT}
+    case = Case(stage=stage, section=section, steps=4)
     [run] = workers(1).run(train, case, observe_repeats)
     assert run["observed"][0][0] > 0
     assert run["observed"][1:] == [(0, 0)] * 3

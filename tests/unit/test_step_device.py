@@ -6,9 +6,7 @@ import pytest
 
 from ds_agsel.zero.step_device import Situation, StepDevice, decide
 
-ROOMY = Situation(
-    offloads=False, can_offload=True, can_visit=True, has_own_memory=True, needed_bytes=900, available_bytes=1000
-)
+ROOMY = Situation(offloads=False, can_offload=True, has_own_memory=True, needed_bytes=900, available_bytes=1000)
 
 
 def but(**changes: object) -> Situation:
@@ -24,7 +22,6 @@ def but(**changes: object) -> Situation:
         (None, but(offloads=True), StepDevice.HOST, "offload_optimizer"),
         ("cpu", but(offloads=True), StepDevice.HOST, "offload_optimizer"),
         (None, but(has_own_memory=False), StepDevice.STAY, "the accelerator is the processor"),
-        (None, but(can_visit=False), StepDevice.STAY, "ZeRO-3"),
         ("accelerator", but(has_own_memory=False), StepDevice.VISIT, "step_device is 'accelerator'"),
     ],
 )
