@@ -17,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs lint ops clean
+.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs lint ops ops-nvme clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -25,10 +25,10 @@ train: $(VENV)/.ready ops
 	    --train-rows 1280 --validation-rows 64 --test-rows 100 --max-new-tokens 32 --evaluate-every 40 \
 	    --output $(OUTPUT) --overwrite $(ARGS)
 
-test: $(VENV)/.ready ops
+test: $(VENV)/.ready ops ops-nvme
 	$(BIN)/python -m pytest -m "not slow and not device" -n 2 --dist loadfile $(ARGS)
 
-test-slow: $(VENV)/.ready ops
+test-slow: $(VENV)/.ready ops ops-nvme
 	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
 
 # On a machine with a GPU: what is simulated elsewhere.
@@ -64,6 +64,10 @@ lint: $(VENV)/.ready
 ops: $(VENV)/.ready
 	@find "$(TORCH_EXTENSIONS_DIR)" -name lock -mmin +10 -delete 2>/dev/null || true
 	@$(BIN)/python -m ds_agsel.zero.build_ops
+
+# Some minutes more, once, where libaio is installed; otherwise a line that says so.
+ops-nvme: ops
+	-@$(BIN)/python -m ds_agsel.zero.build_ops nvme
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,7 +7,6 @@ import copy
 import functools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
+from workers import NVME
 
-# On a disk with direct I/O, as a tmpfs has not.
-NVME = os.environ.get("DS_AGSEL_TEST_NVME", os.path.join(tempfile.gettempdir(), "ds_agsel_nvme"))
 BATCH, LENGTH, VOCABULARY = 2, 8, 37
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-5, 0.1
 STATES = ("masters", "exp_avg", "exp_avg_sq")

@@ -14,10 +14,12 @@ import gc
 import importlib
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -26,6 +28,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# On a disk with direct I/O, as a tmpfs has not. A folder in it for each process group.
+NVME = os.environ.get("DS_AGSEL_TEST_NVME", os.path.join(tempfile.gettempdir(), "ds_agsel_nvme"))
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_SECONDS = 600  # DeepSpeed's first build of its Adam takes minutes
 GRACE_SECONDS = 5  # for the other ranks, once one has failed
@@ -79,6 +83,7 @@ class Workers:
         # DeepSpeed's shared memory (csrc/cpu/comm/shm.cpp), 64 MiB a group, outlives those who are killed.
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
             left.unlink(missing_ok=True)
+        shutil.rmtree(Path(NVME, str(self._port)), ignore_errors=True)  # what plain DeepSpeed has swapped out
 
     def _logs(self) -> list[Path]:
         name = f"{self.accelerator}{self.world_size}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -314,7 +315,10 @@ def trained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """SmolLM2-135M after half of `make train`, which solves a good part of the built-in problems."""
     output = tmp_path_factory.mktemp("trained")
     options = "--model smollm2 --dataset builtin --builtin-level 1 --train-rows 640 --validation-rows 0 --test-rows 0"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
     command = [*launcher, "launch/train.py", "--deepspeed_config", "configs/zero2_offload.json", *options.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "--output", str(output)], cwd=ROOT, env=environment, check=True)

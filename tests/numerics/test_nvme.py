@@ -22,8 +22,12 @@ from support import (
     train,
     train_all,
 )
+from test_estimator import described
 from test_reference import FP32
 from test_resume import KINDS, resume, save_and_go_on
+
+from ds_agsel.estimate.steps import exact_step
+from ds_agsel.estimate.traffic import selective_traffic
 
 pytestmark = needs_nvme()
 SLOW = pytest.mark.slow
@@ -50,7 +54,7 @@ def kept(run: dict[str, Any], *more: str) -> dict[str, Any]:
     return {key: run[key] for key in (*KEPT, *more)}
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(1, CASES[::2]), (2, CASES[1::2])], ids=["1 rank", "2 ranks"])
+@pytest.mark.parametrize(("ranks", "cases"), [pytest.param(1, CASES, marks=SLOW), (2, CASES[1::2])])
 def test_states_on_nvme_give_the_bits_of_states_on_the_host(workers, ranks, cases):
     for runs in workers(ranks).run(train_all, [variant for case in cases for variant in (case, on_host(case))]):
         for swapped, held in zip(runs[::2], runs[1::2], strict=True):
@@ -131,7 +135,9 @@ def watch_file(case: Case) -> dict[str, Any]:
     ids=["wide ring, 1 rank", "narrow ring, 2 ranks", "wide ring, 2 ranks", "narrow ring, 1 rank"],
 )
 def test_only_selected_states_are_read_and_written_and_reading_starts_with_the_draw(workers, case, ranks):
-    for run in workers(ranks).run(watch_file, case):
+    model, setup = described(case, ranks)
+    every = range(len(model.blocks))
+    for rank, run in enumerate(workers(ranks).run(watch_file, case)):
         updated: set[int] = set()  # groups with moments
         ahead: list[tuple[str, int, int]] = []  # read when this step was planned
         seen = run["observed"]
@@ -157,6 +163,10 @@ def test_only_selected_states_are_read_and_written_and_reading_starts_with_the_d
             # A block that was never updated has no moments to read.
             assert read == {group: (3 if group in updated else 1) * sizes[group] for group in groups}
             assert step["traffic"] == (sum(read.values()), sum(written.values()))
+            estimated = selective_traffic(
+                model, setup, "host", exact_step(phase, len(every), blocks, every, every), rank
+            )
+            assert 0 <= sum(written.values()) - estimated.nvme_write < len(groups) * 3 * mmap.ALLOCATIONGRANULARITY
             if phase == "explore":
                 assert ahead == [] and backward["transfers"] == []
             else:
