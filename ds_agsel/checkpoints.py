@@ -101,10 +101,10 @@ def make_room(folder: Path) -> None:
     if folder.name in _manifests(folder.parent):
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a damaged one
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SAVING_FILE, "over what another program wrote" if existed else "")
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a damaged one
     sync_folder(folder.parent)
 
 
@@ -192,7 +192,8 @@ def has_manifest(folder: Path) -> bool:
 
 def is_verifiable(folder: Path) -> bool:
     """False for [Note: Unverifiable tags]."""
-    return any((folder / name).exists() for name in (MANIFEST_FILE, SAVING_FILE, STATE_FILE))
+    is_ours = any((folder / name).exists() for name in (MANIFEST_FILE, SAVING_FILE, STATE_FILE))
+    return is_ours or _aside(folder).exists()  # `make_room` was killed
 
 
 def read_manifest(folder: Path) -> Manifest:

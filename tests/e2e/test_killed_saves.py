@@ -92,7 +92,7 @@ def run_trials(world_size: int, trials: int, directory: Path, seed: int) -> None
         if finished:
             shutil.rmtree(directory)
             saved = 0
-        elif len(whole) > 1 and dice.random() < 0.4:
+        elif len(whole) > 1 and (not damaged or dice.random() < 0.4):
             done = damage(directory / whole[0], dice)
             damaged += 1
             if checkpoints.problems(directory / whole[0]):

@@ -154,6 +154,24 @@ def test_saving_a_tag_anew_keeps_the_whole_one_until_the_new_one_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["last"]
 
 
+@pytest.mark.parametrize("damaged", ["empty.pt", checkpoints.MANIFEST_FILE])
+def test_a_kill_while_room_is_made_leaves_nothing_that_passes_for_plain_deepspeeds(tmp_path, monkeypatch, damaged):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    save(tmp_path, "a")
+    folder = save(tmp_path, "b")
+    (folder / damaged).write_text("damage")
+    monkeypatch.setattr(checkpoints, "write_atomically", kill)
+    with pytest.raises(Killed):
+        checkpoints.make_room(folder)
+    assert checkpoints.is_verifiable(folder)
+    assert checkpoints.newest_whole(tmp_path)[0] == "a"
+
+
 def test_what_another_program_has_put_there_outlives_a_save_that_fails(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
