@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from workers import NVME
 
+MOSTLY_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]  # ranks; for variants of what both counts are held to
+
 BATCH, LENGTH, VOCABULARY = 2, 8, 37
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-5, 0.1
 STATES = ("masters", "exp_avg", "exp_avg_sq")

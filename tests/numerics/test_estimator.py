@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ALL, Case, build, case_id, ds_config, param_groups, run_steps, tiny_model
+from support import ALL, MOSTLY_TWO, Case, build, case_id, ds_config, param_groups, run_steps, tiny_model
 from workers import Workers
 
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
@@ -192,7 +192,7 @@ def test_what_visits_the_accelerator_is_what_an_engine_brings(measured, case, ra
             resident, before = selected, updated
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
 @pytest.mark.parametrize("case", PLAIN, ids=case_id)
 def test_full_fine_tuning_is_what_plain_deepspeed_holds(measured, case, ranks):
     model, setup = described(case, ranks)

@@ -9,6 +9,7 @@ import pytest
 from support import (
     ALL,
     LEARNING_RATE,
+    MOSTLY_TWO,
     NARROW,
     VISIT,
     Case,
@@ -97,7 +98,7 @@ def test_policy_all_is_plain_deepspeed(workers, case, ranks):
         assert_plain(selective, plain)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
 @pytest.mark.parametrize("case", VARIANTS, ids=case_id)
 def test_all_blocks_selected_is_plain_deepspeed_with(workers, case, ranks):
     for selective, plain in workers(ranks).run(train_all, [case, case.but(section=None)]):

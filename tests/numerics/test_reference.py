@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from support import FIRST, NARROW, SELECT, VISIT, Case, assert_follows_reference, case_id
+from support import FIRST, MOSTLY_TWO, NARROW, SELECT, VISIT, Case, assert_follows_reference, case_id
 
 # fp32 rounds by 2**-24 = 6e-8. A gradient element is a sum of a few hundred terms of size 0.1 to 1: its error is some
 # 1e-8 to 1e-7, 1e-6 of a gradient's L2, and so are the moments'; the steps feed it back. Seen: 1e-5. AdamW divides an
@@ -102,13 +102,13 @@ def test_follows_the_reference(trained, case, ranks):
     assert_follows_reference(case, trained(case, ranks), FP32)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
 @pytest.mark.parametrize("case", VARIANTS, ids=case_id)
 def test_follows_the_reference_with(trained, case, ranks):
     assert_follows_reference(case, trained(case, ranks), FP32)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
 @pytest.mark.parametrize(
     "case",
     [
