@@ -61,7 +61,7 @@ def get_all(event: str, engine: Any, step: int) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", [*CASES, *ROBIN], ids=case_id)
+@pytest.mark.parametrize("case", where_it_runs([*CASES, *ROBIN]), ids=case_id)
 def test_getters_tell_what_the_partitions_hold(workers, case, ranks):
     runs = workers(ranks).run(train, case, get_all)
     for moments in zip(*(run["observed"] for run in runs), strict=True):
