@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
+from costs import peak_resident_bytes, reset_peak_resident
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -328,24 +328,14 @@ def peak_memory_bytes() -> dict[str, int]:
     accelerator = get_accelerator()
     on_host = accelerator.device_name() == "cpu"
     return {
-        "resident": _peak_resident_bytes(),
+        "resident": peak_resident_bytes(),
         "accelerator": 0 if on_host else accelerator.max_memory_allocated(),
     }
 
 
-def _peak_resident_bytes() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, on macOS bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def reset_peak_memory() -> None:
     """Start the peak anew, where the system can (Linux): what came before was not the steady state."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    reset_peak_resident()
     if get_accelerator().device_name() != "cpu":
         get_accelerator().reset_peak_memory_stats()
 
