@@ -85,3 +85,11 @@ class SelectiveEngine(CheckpointingEngine):
             layer.compile(**options)
         compat.mark_compiled(self, options)
         logger.info("adagrad_select: compiled %d layers one by one, not the whole model.", len(layers))
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Refused with a ConfigError: DeepSpeed's (engine.py:6035) copies states that most blocks do not have."""
+        raise ConfigError(
+            "engine.offload_states() can't be used with adagrad_select: it moves all blocks' states, of which most do "
+            "not exist or are in host memory. Set adagrad_select.step_device='accelerator', with which states are on "
+            "the accelerator during a step alone, or leave the call out."
+        )

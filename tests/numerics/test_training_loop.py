@@ -32,7 +32,7 @@ from support import (
 )
 from test_reference import FP32
 
-from ds_agsel.errors import TrainingError
+from ds_agsel.errors import ConfigError, TrainingError
 
 CASES = [
     *(Case(stage=stage, offload=offload, accumulation=2) for stage, offload in product((1, 2), ("none", "cpu"))),
@@ -217,6 +217,23 @@ def test_other_optimizers_are_refused_by_name(workers, optimizer):
 def test_amsgrad_is_refused(workers):
     (message,) = workers(1).run(refusal, Case(), "amsgrad")
     assert message == "ConfigError: optimizer amsgrad=True can't be used with adagrad_select. Set amsgrad=False."
+
+
+def offloaded_between_steps(case: Case) -> str:
+    """What offload_states() says in a run that ends as if it had not been called."""
+    undisturbed = train(case, observe_state)["weights"]
+    engine = build(case)
+    run_steps(engine, case, 0, 2)
+    with pytest.raises(ConfigError) as refused:
+        engine.offload_states()
+    assert_identical(undisturbed, finish(engine, run_steps(engine, case, 2))["weights"])
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_states_is_refused_and_changes_nothing(workers, stage):
+    (message,) = workers(1).run(offloaded_between_steps, Case(stage=stage))
+    assert "engine.offload_states()" in message and "step_device='accelerator'" in message
 
 
 def autocast_run(cases: list[Case]) -> list[dict[str, Any]]:

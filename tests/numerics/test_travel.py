@@ -18,6 +18,7 @@ from support import (
     assert_identical,
     build,
     finish,
+    needs_nvme,
     nvme_lacks,
     observe_state,
     run_steps,
@@ -144,6 +145,11 @@ def test_a_universal_checkpoint_loads_back_with_the_selection(workers, saved, un
             for name in names:
                 for key in ("weights", "partitions", "history", "plan"):
                     assert_identical(whole[name][key], resumed[name][key])
+
+
+@needs_nvme()
+def test_states_on_nvme_are_among_them(saved):
+    assert "stage 3, NVMe" in saved[1][1] and "stage 3, NVMe" in saved[2][1]
 
 
 def test_states_exist_for_updated_blocks_alone_after_a_load(workers, saved):
