@@ -27,6 +27,8 @@ TRAFFIC_LABELS = {
     "d2h_bytes": "gradients to host",
     "h2d_bytes": "weights to device",
     "gathered_bytes": "weights gathered",
+    "nvme_read_bytes": "states read from NVMe",
+    "nvme_written_bytes": "states written to NVMe",
 }
 
 

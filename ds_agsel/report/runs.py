@@ -21,7 +21,8 @@ TRAINER_STATE_FILE = "trainer_state.json"
 ADAM_BYTES_PER_ELEMENT = 8  # exp_avg and exp_avg_sq, fp32: the paper's 2 · P · 4
 PARTS = ("forward", "backward", "step")
 # Traffic of gradients follows the blocks that got one, that of weights the blocks that were updated.
-GRADIENT_TRAFFIC, WEIGHT_TRAFFIC = ("reduced_bytes", "d2h_bytes"), ("h2d_bytes", "gathered_bytes")
+GRADIENT_TRAFFIC = ("reduced_bytes", "d2h_bytes")
+SELECTED_TRAFFIC = ("h2d_bytes", "gathered_bytes", "nvme_read_bytes", "nvme_written_bytes")  # of weights, of states
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Run:
             return None
         total = sum(self.block_numels)
         found = {}
-        for kind in (*GRADIENT_TRAFFIC, *WEIGHT_TRAFFIC):
+        for kind in (*GRADIENT_TRAFFIC, *SELECTED_TRAFFIC):
             moved = [step.traffic.get(kind, 0) for step, _ in logged]
             elements = [
                 total if kind in GRADIENT_TRAFFIC and step.phase == "explore" else numel for step, numel in logged

@@ -32,6 +32,7 @@ def write_run(folder: Path, steps: int = 6, *, blocks: bool = True, metrics: boo
         if blocks:
             with_gradient = sum(NUMELS) if explore else numel
             traffic = {"reduced_bytes": 0, "d2h_bytes": 4 * with_gradient, "h2d_bytes": 2 * numel, "gathered_bytes": 0}
+            traffic["nvme_read_bytes"] = 12 * numel
             line |= {"explore_rate": 0.9**step, "traffic": traffic, "state_bytes": 8 * 120}
         selection.append(line)
         parts = {"forward_seconds": 0.2, "backward_seconds": 0.4 if explore else 0.2, "step_seconds": 0.1}
@@ -59,6 +60,7 @@ def test_a_whole_run_is_read(tmp_path: Path) -> None:
     assert run.traffic() == {  # a mean step, and what it would be with all 124 elements
         "d2h_bytes": (4 * (124 + 20) / 2, 4 * 124),
         "h2d_bytes": (2 * 60, 2 * 124),
+        "nvme_read_bytes": (12 * 60, 12 * 124),
     }
     assert run.step_seconds()["exploit"] == {"all": 1.0, "forward": 0.2, "backward": 0.2, "step": 0.1}
     assert run.wall_seconds()[-1] == (6.0, 2.5)
