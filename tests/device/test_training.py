@@ -185,6 +185,20 @@ def test_waits_left_out_of_zero3_are_noticed(simulated_workers: Callable[[int], 
         assert waits and hazards, function
 
 
+# ZeRO-3's own synchronization (partition_parameters.py:2128) stands in for the wait before states leave.
+@pytest.mark.parametrize(("stage", "functions"), [(2, ("wait_for", "_copy_to_host")), (3, ("wait_for",))])
+def test_waits_left_out_of_visiting_states_are_noticed(
+    stage: int, functions: tuple[str, ...], simulated_workers: Callable[[int], Workers]
+) -> None:
+    case = ON_DEVICE.but(stage=stage, section={**SELECT, **VISIT}, steps=4)
+    ((_, hazards, sites),) = simulated_workers(1).run(train_simulated, case, 0)
+    assert not hazards
+    for function in functions:
+        waits = [site for site in sites if site.function == function]
+        ((_, hazards, _),) = simulated_workers(1).run(train_simulated, case, 0, waits)
+        assert waits and hazards, function
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", [*CASES, *SLOW_CASES], ids=case_id)

@@ -236,9 +236,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void setCurrentDevice(c10::DeviceIndex) const override {}
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
     py::gil_scoped_acquire gil;
-    state().queue->attr("synchronize")();
     auto data = device_memory.allocate(size);
     if (size > 0 && storage.nbytes() > 0) {
+      state().queue->attr("synchronize")();  // else nothing is read: as on CUDA, the host goes on
       std::memcpy(
           block_of(data.get_context())->bytes, block_of(storage.data_ptr().get_context())->bytes,
           std::min(size, storage.nbytes()));
