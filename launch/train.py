@@ -2,6 +2,8 @@
 
     deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
         --model smollm2 --dataset builtin --output runs/first
+
+    deepspeed --hostfile hostfile launch/train.py …   # several nodes: docs/checkpoints.md
 """
 
 from __future__ import annotations
