@@ -37,6 +37,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
 
     reduce_bucket_size: int
     grad_partitions_flat_buffer: Tensor
+    parameter_offload: Any
 
     def attach(
         self,
@@ -54,6 +55,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
         blocks = [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))]
         self._attach(selection, blocks, link, states_visit)
+        self._all_parameters = compat.ParameterList(self.parameter_offload.module)
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._partitions = self._flat_gradients(self.gradient_accumulation_dtype)
@@ -210,6 +212,10 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         super().step(closure)
         self._received.clear()
+
+    def _partition_all_parameters(self) -> None:
+        with compat.attribute(self.parameter_offload, module=self._all_parameters):
+            super()._partition_all_parameters()
 
     def _complete_gradients(self, blocks: Sequence[int]) -> None:
         """[Note: Gradient partitions]"""

@@ -63,13 +63,14 @@ class Sweep:
         return self.output / cell.name
 
     def outcome(self, cell: Cell) -> Outcome | None:
-        """What came of ``cell``; None where it has not been run whole, or was run with other settings."""
+        """What came of ``cell``; None where it has not been run whole, or was run with other settings, or where its
+        learning rate is not chosen yet."""
         found = _read_json(self.folder(cell) / DONE) or _read_json(self.folder(cell) / FAILED)
         if found is None:
             return None
         outcome = Outcome(**{**found, "arguments": tuple(found["arguments"])})
         wanted = cell.lr if cell.kind == "search" else self.lr_of(cell)[0]
-        if wanted not in (None, outcome.lr) or outcome.arguments != self._fingerprint(cell, outcome.lr):
+        if wanted != outcome.lr or outcome.arguments != self._fingerprint(cell, outcome.lr):
             return None
         return outcome
 
@@ -121,6 +122,9 @@ class Sweep:
                 lr, why = self.lr_of(cell)
                 if lr is None:
                     self._say(f"{cell.name}: not run, {why}")
+                    self._count += 1
+                elif not self.is_open(cell):
+                    self._say(f"{cell.name}: its learning rate was chosen again, {lr:g}")
                     self._count += 1
                 else:
                     self._run(cell, lr, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -218,6 +219,25 @@ def test_what_is_marked_is_not_run_again_unless_its_settings_changed(swept: Swee
     assert changed.is_open(ours) and changed.is_open(lora)
     (swept.folder(plan.search_cells(swept.plan)[1]) / running.RUN / "metrics.jsonl").unlink()
     assert swept.lr_of(ours) == (0.001, "") and swept.is_open(ours)  # which was run at 0.01
+
+
+@pytest.mark.parametrize(("loss", "finals"), [(0.7, []), (0.1, ["final/m/ours/seed-1"])])
+def test_a_learning_rate_tried_later_reruns_what_it_changes(
+    swept: Sweep, monkeypatch: pytest.MonkeyPatch, loss: float, finals: list[str]
+) -> None:
+    later, _ = plan.search_cells(swept.plan)
+    ours = plan.final_cells(swept.plan)[0]
+    shutil.rmtree(swept.folder(later))
+    assert swept.is_open(ours)
+    ran = []
+
+    def train(cell: plan.Cell, lr: float) -> None:
+        ran.append(cell.name)
+        write_cell(swept.folder(cell), [2.0, loss])
+
+    monkeypatch.setattr(swept, "_train_and_evaluate", train)
+    swept.run([later, ours])
+    assert ran == [later.name, *finals]
 
 
 def test_cells_are_read(swept: Sweep) -> None:
