@@ -40,8 +40,9 @@ def uninterrupted(world_size: int, directory: Path) -> tuple[list[dict[int, str]
 
 
 def damage(folder: Path, dice: random.Random) -> str:
-    """Truncate, flip a bit of, or delete one of the files of a tag; says what was done."""
-    path = dice.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+    """Truncate, flip a bit of, or delete one of the files of a whole tag; says what was done."""
+    listed = [*checkpoints.read_manifest(folder).files, checkpoints.MANIFEST_FILE]  # a killed save may have left more
+    path = dice.choice(sorted(folder / name for name in listed if (folder / name).stat().st_size))
     data = path.read_bytes()
     kind = dice.choice(["truncated", "flipped", "deleted"])
     if kind == "deleted":
