@@ -41,7 +41,7 @@ CELLS_FAILED, REFUSED, STOPPED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where cells failed, 2 for a setting that can't be, 130 after a signal."""
+    """Returns 0; 1 where cells failed that were not foreseen to, 2 for a setting that can't be, 130 after a signal."""
     wanted = _parse(arguments)
     try:
         plan = _with_models(plans.read(wanted.file or CONFIGS / f"{wanted.scale}.yaml"), wanted.model)
@@ -119,8 +119,15 @@ def _sweep(plan: Plan, wanted: argparse.Namespace) -> int:
     _report(sweep, output)
     if stopped:
         return STOPPED
-    outcomes = [sweep.outcome(cell) for cell in cells]
-    return CELLS_FAILED if any(outcome is None or outcome.state == "failed" for outcome in outcomes) else 0
+    return 0 if all(_is_as_known(sweep, cell) for cell in cells) else CELLS_FAILED
+
+
+def _is_as_known(sweep: Sweep, cell: Cell) -> bool:
+    """Whether ``cell`` is whole, or failed in the way that the plan foresees."""
+    outcome, known = sweep.outcome(cell), sweep.plan.methods[cell.method].fails
+    if outcome is None or outcome.message is None:
+        return outcome is not None
+    return known is not None and known in outcome.message
 
 
 def _announcement(plan: Plan, cells: Sequence[Cell], todo: Sequence[Cell]) -> str:

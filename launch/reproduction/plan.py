@@ -40,7 +40,8 @@ class Model(_Strict):
 
 
 class Method(_Strict):
-    """``method`` and ``method_options`` are launch/peers.py's. ``seeds``: null for all of the plan's."""
+    """``method`` and ``method_options`` are launch/peers.py's. ``seeds``: null for all of the plan's. ``fails``: a part
+    of the message with which it is known to fail."""
 
     method: str
     family: str
@@ -49,6 +50,7 @@ class Method(_Strict):
     deepspeed_config: str | None = None
     options: Options = {}
     seeds: tuple[int, ...] | None = None
+    fails: str | None = None
 
 
 class Family(_Strict):

@@ -240,6 +240,17 @@ def test_a_learning_rate_tried_later_reruns_what_it_changes(
     assert ran == [later.name, *finals]
 
 
+@pytest.mark.parametrize(("fails", "code"), [(None, reproduce.CELLS_FAILED), ("no such rank", 0), ("else", 1)])
+def test_a_failure_that_the_plan_foresees_is_none(
+    swept: Sweep, tmp_path: Path, fails: str | None, code: int
+) -> None:
+    settings = copy.deepcopy({**SMALL, "seeds": [1]})
+    settings["methods"]["lora"]["fails"] = fails
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert reproduce.main(["--file", str(file), "--output", str(tmp_path), "--report"]) == code
+
+
 def test_cells_are_read(swept: Sweep) -> None:
     ours, lora, full, *rest = results.collect(swept)
     assert ours.points == (Point(0, 2.0, 0.0, 0.0), Point(1, 1.0, 2.0, 1.0), Point(2, 0.6, 4.0, 2.0))
