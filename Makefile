@@ -52,8 +52,8 @@ reproduce: $(VENV)/.reproduce ops
 
 # docs/ is written by scripts; a test says where it is out of date.
 docs: $(VENV)/.ready
-	$(BIN)/python launch/scaling.py --output docs/scaling.md
-	$(BIN)/python launch/simulate_transfers.py --output docs/transfers.md
+	$(BIN)/python -m launch.pages.scaling --output docs/scaling.md
+	$(BIN)/python -m launch.pages.transfers --output docs/transfers.md
 	$(BIN)/python launch/reproduce.py --scale full --cost --output docs/reproduction.md
 
 lint: $(VENV)/.ready

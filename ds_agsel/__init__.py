@@ -12,28 +12,28 @@ __all__ = ["__version__", "initialize", "install", "installed", "uninstall"]
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` that honours the ds_config's ``adagrad_select`` section; see `ds_agsel.integration`."""
-    from ds_agsel import integration
+    """`deepspeed.initialize` that honours the ``adagrad_select`` section; see `ds_agsel.entry.initialize`."""
+    from ds_agsel.entry import initialize as entry
 
-    return integration.initialize(*args, **kwargs)
+    return entry.initialize(*args, **kwargs)
 
 
 def install() -> None:
-    """Make every later call of `deepspeed.initialize` honour the section; see `ds_agsel.installation`."""
-    from ds_agsel import installation
+    """Make every later call of `deepspeed.initialize` honour the section; see `ds_agsel.entry.install`."""
+    from ds_agsel.entry import install as entry
 
-    installation.install()
+    entry.install()
 
 
 def uninstall() -> None:
-    """Undo `install`; see `ds_agsel.installation`."""
-    from ds_agsel import installation
+    """Undo `install`; see `ds_agsel.entry.install`."""
+    from ds_agsel.entry import install as entry
 
-    installation.uninstall()
+    entry.uninstall()
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` inside a ``with``; see `ds_agsel.installation`."""
-    from ds_agsel import installation
+    """`install` inside a ``with``; see `ds_agsel.entry.install`."""
+    from ds_agsel.entry import install as entry
 
-    return installation.installed()
+    return entry.installed()

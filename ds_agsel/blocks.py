@@ -147,11 +147,7 @@ class _Division:
     def _embedding_parameters(self) -> list[nn.Parameter]:
         """What the embeddings hold and, of each module tied to them, the rest (a tied head's bias)."""
         held = {id(p) for m in self._embeddings for p in m.parameters()}
-        tied = [
-            m
-            for m in self._outside_layers(self._model)
-            if any(id(p) in held for p in m.parameters(recurse=False))
-        ]
+        tied = [m for m in self._outside_layers(self._model) if any(id(p) in held for p in m.parameters(recurse=False))]
         return [p for m in tied for p in m.parameters(recurse=False)]
 
     def _find_embeddings(self) -> list[nn.Module]:
@@ -277,16 +273,12 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise BlockError(
-            f'{SECTION}.blocks has "{pattern}", which is not a regular expression: {error}.'
-        ) from None
+        raise BlockError(f'{SECTION}.blocks has "{pattern}", which is not a regular expression: {error}.') from None
     return {name for name in names if compiled.fullmatch(name)}
 
 
 def _matches_nothing(model: nn.Module, block: str, pattern: str) -> str:
-    message = (
-        f'{SECTION}.blocks["{block}"] has the pattern "{pattern}", which matches no parameter of this model.'
-    )
+    message = f'{SECTION}.blocks["{block}"] has the pattern "{pattern}", which matches no parameter of this model.'
     first_name = {id(p): name for name, p in model.named_parameters()}
     aliases = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     for name in sorted(_matching(pattern, aliases)):
@@ -296,6 +288,4 @@ def _matches_nothing(model: nn.Module, block: str, pattern: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return (
-        f"{len(names)} trainable parameter{'s' if len(names) > 1 else ''} ({quoted(names[:_LISTED])}{more})"
-    )
+    return f"{len(names)} trainable parameter{'s' if len(names) > 1 else ''} ({quoted(names[:_LISTED])}{more})"

@@ -54,8 +54,8 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     ds_config = read_ds_config(options.file)
     with _stdout_is_ours():
+        from ds_agsel.entry.check import problems_of
         from ds_agsel.estimate.shapes import build_on_meta
-        from ds_agsel.soundness import problems_of
 
         model = None if options.model is None else build_on_meta(options.model)
         problems = problems_of(ds_config, model)

@@ -80,7 +80,7 @@ class SelectionConfig(BaseModel):
         for field, default in (("keep_master", "host"), ("state_budget_bytes", None)):
             if self.step_device == "cpu" and getattr(self, field) != default:
                 yield (
-                    f'{SECTION}.{field}={_shown(getattr(self, field))} is about states on the accelerator, and'
+                    f"{SECTION}.{field}={_shown(getattr(self, field))} is about states on the accelerator, and"
                     f' {SECTION}.step_device="cpu" leaves them on the host. Remove one of the two.'
                 )
         both = sorted(set(self.always_select) & set(self.never_select))
@@ -174,8 +174,7 @@ def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     for key in ds_config:
         if isinstance(key, str) and _looks_like_section(key):
             raise ConfigError(
-                f'ds_config has the key "{key}", which nothing reads. Did you mean "{SECTION}"? Rename or'
-                " remove it."
+                f'ds_config has the key "{key}", which nothing reads. Did you mean "{SECTION}"? Rename or remove it.'
             )
     return None
 
@@ -211,10 +210,7 @@ def _shown(value: Any) -> str:
 
 def _unknown_key(key: object) -> str:
     fields = list(SelectionConfig.model_fields)
-    return (
-        f"{SECTION} has no field {_shown(key)}.{did_you_mean(str(key), fields)} Its fields:"
-        f" {', '.join(fields)}."
-    )
+    return f"{SECTION} has no field {_shown(key)}.{did_you_mean(str(key), fields)} Its fields: {', '.join(fields)}."
 
 
 @dataclass(frozen=True)
@@ -245,9 +241,7 @@ _WORDS = {
         '"cpu", "accelerator" or null', "Use null to follow offload_optimizer and the memory there is."
     ),
     "keep_master": _Words('"host" or "accelerator"', 'Use "host": master weights travel with the moments.'),
-    "state_budget_bytes": _Words(
-        "an integer", "Use null for the largest selection and two blocks more.", "[1, inf)"
-    ),
+    "state_budget_bytes": _Words("an integer", "Use null for the largest selection and two blocks more.", "[1, inf)"),
     "explore_on": _Words('"batch" or "first_micro_batch"', 'Use "batch" to score the whole batch\'s gradient.'),
     "blocks": _Words(
         "a map from block name to a list of regular expressions",

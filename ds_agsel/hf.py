@@ -93,9 +93,7 @@ class SelectionCallback(TrainerCallback):
             path = folder / METRICS_FILE
             self._metrics = JsonLines(path, _lines_before(path, state.global_step))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._selection_log is not None:
             self._selection_log.update()
 
@@ -118,16 +116,18 @@ class SelectionCallback(TrainerCallback):
         logs.update({f"{SECTION}/{name}": value for name, value in scalars.items()})
         if self._metrics is not None:
             now, steps = time.perf_counter(), max(1, state.global_step - self._last_log_step)
-            self._metrics.write({
-                "event": "train",
-                "step": state.global_step - 1,
-                "epoch": state.epoch,
-                "loss": logs["loss"],
-                "lr": logs.get("learning_rate"),
-                "grad_norm": logs.get("grad_norm"),
-                "phase": selection.history[-1].phase if selection.history else None,
-                "seconds": (now - self._last_log_seconds) / steps,  # of one step, mean of those since the last log
-            })
+            self._metrics.write(
+                {
+                    "event": "train",
+                    "step": state.global_step - 1,
+                    "epoch": state.epoch,
+                    "loss": logs["loss"],
+                    "lr": logs.get("learning_rate"),
+                    "grad_norm": logs.get("grad_norm"),
+                    "phase": selection.history[-1].phase if selection.history else None,
+                    "seconds": (now - self._last_log_seconds) / steps,  # of one step, mean of those since the last log
+                }
+            )
             self._last_log_seconds = now
         self._last_log_step = state.global_step
 

@@ -37,9 +37,7 @@ class SplitGroups:
     parents: tuple[int, ...]
 
 
-def split_param_groups(
-    param_groups: Sequence[ParamGroup], block_of: Mapping[nn.Parameter, int]
-) -> SplitGroups:
+def split_param_groups(param_groups: Sequence[ParamGroup], block_of: Mapping[nn.Parameter, int]) -> SplitGroups:
     """Each group divided by block, in the groups' order and, within one, in the blocks'.
 
     Parameters keep their order. Frozen and empty ones, which are in no block, are left out, as DeepSpeed does

@@ -11,22 +11,14 @@ and with a last line on stderr that starts with ``error:``.
 from __future__ import annotations
 
 import sys
-import traceback
+from pathlib import Path
 
-import options
-import train
+if not __package__:  # started by its path: `launch` is imported from the folder above (PEP 366)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "launch"
+    import launch  # noqa: F401
 
-
-def main() -> int:
-    """Returns the exit code, as launch/train.py does; a method may raise anything."""
-    try:
-        return train.main(options.parse_peer)
-    except Exception as error:
-        traceback.print_exc()
-        words = " ".join(str(error).split())
-        print(f"\nerror: {type(error).__name__}: {words}", file=sys.stderr, flush=True)
-        return train.FAILED
-
+from .training.peers import main
 
 if __name__ == "__main__":
     sys.exit(main())

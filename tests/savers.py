@@ -26,7 +26,7 @@ def prepare() -> None:
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
-    import ds_agsel.integration  # noqa: F401
+    import ds_agsel.entry.initialize  # noqa: F401
 
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     cpuinfo.get_cpu_info()

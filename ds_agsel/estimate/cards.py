@@ -27,9 +27,7 @@ class Card:
 
 
 def _card(name: str, source: str, peak_flops: float, peak_memory_bytes: float, peak_link_bytes: float) -> Card:
-    return Card(
-        name, source, peak_flops * MATMUL_SHARE, peak_memory_bytes * MEMORY_SHARE, peak_link_bytes * LINK_SHARE
-    )
+    return Card(name, source, peak_flops * MATMUL_SHARE, peak_memory_bytes * MEMORY_SHARE, peak_link_bytes * LINK_SHARE)
 
 
 # PCIe peaks: 16 lanes of 16 or 32 GT/s, 128 of 130 bits, one direction.

@@ -89,9 +89,7 @@ def selective_memory(
     ``stepping``: "host" is `offload_optimizer`; "accelerator" keeps masters and moments in pinned host memory and has
     the selected blocks' on the accelerator; "resident" keeps all of them there.
     """
-    return _Ledger(
-        model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features
-    ).memory()
+    return _Ledger(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features).memory()
 
 
 class _Ledger:

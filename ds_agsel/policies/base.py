@@ -136,8 +136,7 @@ def num_selected(select_percent: float, num_blocks: int) -> int:
     blocks = math.floor(select_percent * num_blocks / 100 + _FLOOR_TOLERANCE)
     if blocks < 1:
         logger.warning(
-            "%s.select_percent=%g is less than one of the %d blocks: each step updates one, which is"
-            " %.4g %%.",
+            "%s.select_percent=%g is less than one of the %d blocks: each step updates one, which is %.4g %%.",
             SECTION,
             select_percent,
             num_blocks,

@@ -197,7 +197,7 @@ def _read_selection(run: Run) -> bool:
         if not isinstance(blocks, list) or any(type(block) is not int or block < 0 for block in blocks):
             raise ValueError(f'"blocks" is {blocks!r}, not a list of indices')
         if type(line["step"]) is not int or line["phase"] not in ("explore", "exploit"):
-            raise ValueError(f'step {line["step"]!r} with phase {line["phase"]!r}')
+            raise ValueError(f"step {line['step']!r} with phase {line['phase']!r}")
         rate, traffic = _number(line.get("explore_rate")), line.get("traffic")
         state_bytes = _number(line.get("state_bytes"))
         by_step[line["step"]] = Step(

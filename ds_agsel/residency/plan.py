@@ -40,7 +40,7 @@ def check_budget(budget_bytes: int, block_bytes: Mapping[int, int], names: Seque
         raise ConfigError(
             f"adagrad_select.state_budget_bytes={budget_bytes} is less than the state of block "
             f'"{names[largest]}", which takes {block_bytes[largest]} bytes on each rank. Give at least that, null '
-            'for the largest selection and two blocks more, or name the block in never_select.'
+            "for the largest selection and two blocks more, or name the block in never_select."
         )
 
 

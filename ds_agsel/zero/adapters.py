@@ -8,10 +8,10 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.nvme import NvmeZero3Optimizer
 from ds_agsel.zero.selective import SelectiveStep
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+from ds_agsel.zero.states.nvme import NvmeZero3Optimizer
 
 
 def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:

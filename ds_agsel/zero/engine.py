@@ -50,9 +50,9 @@ class SelectiveEngine(CheckpointingEngine):
             scalars = metrics.scalars(self.selection)
             if self.steps_per_print() and self.global_steps % self.steps_per_print() == 0:  # it may be null
                 scalars.update(metrics.block_counts(self.selection))
-            self.monitor.write_events([
-                (f"{MONITOR_PREFIX}/{name}", value, self.global_samples) for name, value in scalars.items()
-            ])
+            self.monitor.write_events(
+                [(f"{MONITOR_PREFIX}/{name}", value, self.global_samples) for name, value in scalars.items()]
+            )
 
     def compile(
         self,

@@ -220,9 +220,7 @@ class UniversalFolder:
             )
         self._common = load_lazily(path)
         self._index = {
-            name: index
-            for index, shapes in enumerate(model_states(folder)[constants.PARAM_SHAPES])
-            for name in shapes
+            name: index for index, shapes in enumerate(model_states(folder)[constants.PARAM_SHAPES]) for name in shapes
         }
 
     @property

@@ -23,7 +23,7 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
-from ds_agsel.zero.visiting import VisitingStates
+from ds_agsel.zero.states.visiting import VisitingStates
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 

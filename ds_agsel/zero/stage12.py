@@ -49,9 +49,7 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
 
         With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
         """
-        self._group_of_param = {
-            self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group
-        }
+        self._group_of_param = {self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group}
         self._attach(selection, block_of_group, link, states_visit)
         self._states_linked: set[int] = set()
         self._holds_gradients = False  # gradients stay where they are until their block has been scored

@@ -65,9 +65,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
 
     def _flat_gradients(self, dtype: torch.dtype) -> FlatGradients:
         device = str(getattr(self.device, "value", self.device))
-        return FlatGradients(
-            self.fp16_partitioned_groups_flat_numel, dtype, device, self.offload_optimizer_pin_memory
-        )
+        return FlatGradients(self.fp16_partitioned_groups_flat_numel, dtype, device, self.offload_optimizer_pin_memory)
 
     def _free_stock_buffers(self) -> None:
         if self.offload_optimizer_pin_memory:

@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Sequence
 
 from ds_agsel.errors import ConfigError
-from methods.base import Method, Setting
+
+from .base import Method, Setting
 
 __all__ = ["NAMES", "Method", "Setting", "make"]
 
@@ -32,7 +33,7 @@ NAMES = tuple(_CLASSES)
 def make(name: str, words: Sequence[str] = ()) -> Method:
     """The method ``name`` with its options, each a word ``key=value``. Raises ConfigError for what it does not know."""
     module, _, class_name = _CLASSES[name].partition(":")
-    kind: type[Method] = getattr(importlib.import_module(f"methods.{module}"), class_name)
+    kind: type[Method] = getattr(importlib.import_module(f".{module}", __package__), class_name)
     values = dict(kind.OPTIONS)
     for word in words:
         key, _, text = word.partition("=")

@@ -11,10 +11,11 @@ from torch import nn
 from ds_agsel.blocks import find_blocks
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Option, Setting, package
-from methods.plain_torch import PlainTorch, adam_options
-from methods.tensors import held_by
-from methods.zero import Full
+
+from .base import Option, Setting, package
+from .plain_torch import PlainTorch, adam_options
+from .tensors import held_by
+from .zero import Full
 
 # 0: the paper's K = n / (B D), steps of an epoch over blocks.
 _BADAM: Mapping[str, Option] = {"every": 0, "mode": "random"}

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
 
-import settings
 import torch
 
 from ds_agsel.config import SECTION
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero import compat
+
+from ..training import settings
 
 Option = int | float | str
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from methods.base import Option, Setting, package
-from methods.plain_torch import PlainTorch, adam_options, projected_groups
+from .base import Option, Setting, package
+from .plain_torch import PlainTorch, adam_options, projected_groups
 
 
 class Galore(PlainTorch):

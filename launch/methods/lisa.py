@@ -15,9 +15,10 @@ from torch import nn
 
 from ds_agsel.blocks import find_blocks
 from ds_agsel.errors import ConfigError
-from methods.base import Option, Setting
-from methods.plain_torch import Masters, PlainTorch, adam_options
-from methods.zero import Full
+
+from .base import Option, Setting
+from .plain_torch import Masters, PlainTorch, adam_options
+from .zero import Full
 
 _LISA: Mapping[str, Option] = {"layers": 2, "every": 5}
 

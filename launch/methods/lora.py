@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from ds_agsel.errors import ConfigError
-from methods.base import Option, Setting, package
-from methods.zero import Full
+
+from .base import Option, Setting, package
+from .zero import Full
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _TARGETS += ["qkv_proj", "gate_up_proj"]  # the same, where a model has them in one (Phi-3, Phi-4-mini)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import settings
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -15,8 +14,10 @@ from torch import nn
 
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Method, Setting, without_section
-from methods.tensors import held_by
+
+from ..training import settings
+from .base import Method, Setting, without_section
+from .tensors import held_by
 
 _ADAM = {"lr", "betas", "eps", "weight_decay"}
 _PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}

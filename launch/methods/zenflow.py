@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import psutil
 
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Option
-from methods.tensors import held_by
-from methods.zero import Full, with_offload
+
+from .base import Option
+from .tensors import held_by
+from .zero import Full, with_offload
 
 
 class ZenFlow(Full):

@@ -10,8 +10,9 @@ from ds_agsel.config import SECTION
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.compat import ZeROOptimizer
 from ds_agsel.zero.selective import storage_bytes
-from methods.base import Method, Setting, without_section
-from methods.tensors import held_by
+
+from .base import Method, Setting, without_section
+from .tensors import held_by
 
 
 class Zero(Method):

@@ -22,9 +22,10 @@ from ds_agsel.estimate.shapes import ModelShape, read_shape
 from ds_agsel.estimate.table import Estimate, Row, estimate
 from ds_agsel.estimate.timeline import simulate
 from ds_agsel.policies import num_selected
-from reproduction import plan as plans
-from reproduction.plan import Cell, Cost, Method, Plan, Variation
-from reproduction.running import ROOT
+
+from . import plan as plans
+from .plan import Cell, Cost, Method, Plan, Variation
+from .running import ROOT
 
 _ADAM_BYTES = 28  # that AdamW reads and writes for each element
 _HOST_BYTES_PER_SECOND = 100e9  # what CPU Adam is taken to reach, as in docs/scaling.md

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from reproduction import results
-from reproduction.plan import Plan
-from reproduction.results import Measured, Point
+from . import results
+from .plan import Plan
+from .results import Measured, Point
 
 _CURVES: dict[str, tuple[str, Callable[[Point], float | None]]] = {
     "loss_by_step": ("step", lambda point: point.step),

@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from reproduction import plan as plans
-from reproduction.plan import Cell, Plan
-from reproduction.running import EVALUATIONS, RUN, Sweep
+from . import plan as plans
+from .plan import Cell, Plan
+from .running import EVALUATIONS, RUN, Sweep
 
 _Z_95 = statistics.NormalDist().inv_cdf(0.975)
 TEST = "the run's own test problems"

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_agsel.files import write_atomically
-from reproduction import plan as plans
-from reproduction.plan import Cell, Evaluation, Plan
+
+from . import plan as plans
+from .plan import Cell, Evaluation, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER, EVALUATOR = "launch/peers.py", "launch/evaluate.py"

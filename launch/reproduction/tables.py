@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from reproduction import results
-from reproduction.plan import Plan
-from reproduction.results import Accuracy, Measured, Spread
+from . import results
+from .plan import Plan
+from .results import Accuracy, Measured, Spread
 
 Losses = Mapping[tuple[str, str, int], float]
 Rates = Sequence[tuple[str, str, Mapping[float, float | None], float | None]]

@@ -59,9 +59,7 @@ def train_and_weigh(case: Case) -> tuple[dict[str, Any], list[str]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_bytes_on_the_accelerator_follow_the_formula(
-    case: Case, simulated_workers: Callable[[int], Workers]
-) -> None:
+def test_bytes_on_the_accelerator_follow_the_formula(case: Case, simulated_workers: Callable[[int], Workers]) -> None:
     ((run, hazards),) = simulated_workers(1).run(train_and_weigh, case)
     assert not hazards
     per_state = 3  # master weight and two moments, fp32

@@ -50,9 +50,7 @@ def test_visiting_states_are_those_that_stay(device_workers: Workers) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_training_follows_the_host(
-    case: Case, device_workers: Workers, workers: Callable[[int], Workers]
-) -> None:
+def test_training_follows_the_host(case: Case, device_workers: Workers, workers: Callable[[int], Workers]) -> None:
     [start], [host], [device] = (
         group.run(train, run)
         for group, run in ((workers(1), case.but(steps=1)), (workers(1), case), (device_workers, case))

@@ -82,6 +82,7 @@ def without_the_section(case: Case) -> str:
     import deepspeed
 
     if torch.distributed.get_rank() == 1:
+
         def stop(*args, **kwargs):
             raise RuntimeError("as plain DeepSpeed")
 
@@ -99,7 +100,7 @@ def test_a_rank_without_the_section_is_named(workers):
 
 
 def without_the_other(case: Case) -> str:
-    from ds_agsel import agreement
+    from ds_agsel.entry import agreement
 
     if torch.distributed.get_rank() == 1:
         agreement.next_call()

@@ -12,20 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import data
-import evaluate
-import grading
-import models
 import pytest
 import torch
-from batches import collate
-from encoding import Encoder
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import ConfigError, DataError
+from launch.data import sources
+from launch.data.batches import collate
+from launch.data.encoding import Encoder
+from launch.evaluation import command, grading
+from launch.training import models
 
 ROOT = Path(__file__).parents[2]
 # MATH's form, and what the model has learnt to answer.
@@ -57,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_key_value_heads=4, max_position_embeddings=128, eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
-    encoder = Encoder(tokenizer, data.TextColumns("problem", "learnt"), max_tokens=128, use_chat_template=False)
+    encoder = Encoder(tokenizer, sources.TextColumns("problem", "learnt"), max_tokens=128, use_chat_template=False)
     encoded = encoder({"problem": [p for p, _, _ in PROBLEMS], "learnt": [learnt for _, _, learnt in PROBLEMS]})
     rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
     batch = collate([[row] for row in rows], pad_token_id=0)
@@ -76,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(folder: Path, output: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     options = {"dataset": str(folder / "math.jsonl"), "batch_size": 4, "max_new_tokens": 40, **options}
-    accuracy = evaluate.evaluate(evaluate.Evaluation(model=str(folder), output=str(output), **options))
+    accuracy = command.evaluate(command.Evaluation(model=str(folder), output=str(output), **options))
     assert json.loads((output / "accuracy.json").read_text()) == accuracy
     return accuracy, lines_of(output)
 
@@ -128,8 +127,8 @@ def test_a_chat_template_is_given_no_system_turn_unless_asked(folder: Path, tmp_
         ({"chat_template": "never"}, "2+2?\n"),
     ):
         dataset = str(folder / "math.jsonl")
-        wanted = evaluate.Evaluation(model=str(folder), output=str(tmp_path), dataset=dataset, **options)
-        assert evaluate.load_problems(wanted, tokenizer)[1].prompt == prompt
+        wanted = command.Evaluation(model=str(folder), output=str(tmp_path), dataset=dataset, **options)
+        assert command.load_problems(wanted, tokenizer)[1].prompt == prompt
 
 
 def test_an_adapter_is_merged(folder: Path, tmp_path: Path) -> None:
@@ -221,7 +220,7 @@ def test_what_can_not_be_is_one_line_and_leaves_no_answers(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     given = ["--model", str(folder), "--output", str(tmp_path / "out"), "--dataset", str(folder / "math.jsonl")]
-    assert evaluate.main([*given, *words]) == 2
+    assert command.main([*given, *words]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "out" / "answers.jsonl").exists()
@@ -332,17 +331,17 @@ def test_lm_evaluation_harness_agrees(
     name: str, max_new_tokens: int, lm_eval: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Same model, same 50 problems. SmolLM2-135M solves next to none of GSM8K's, but writes as many answers to read."""
-    if name == "gsm8k" and not data._LOCAL_GSM8K.is_dir():
+    if name == "gsm8k" and not sources._LOCAL_GSM8K.is_dir():
         pytest.skip("needs ../shared/data/gsm8k")
     model = request.getfixturevalue("trained_model") if name == "builtin" else str(models.smollm2_folder())
-    accuracy = evaluate.evaluate(
-        evaluate.Evaluation(
+    accuracy = command.evaluate(
+        command.Evaluation(
             model=model, dataset=name, rows=50, batch_size=10, max_new_tokens=max_new_tokens, dtype="float32",
             builtin_level=1, output=str(tmp_path / "ours"),
         )
     )  # fmt: skip
     ours = lines_of(tmp_path / "ours")
-    part, columns = data.load_test(data.DataOptions(name, test_rows=50, train_rows=1, builtin_level=1))
+    part, columns = sources.load_test(sources.DataOptions(name, test_rows=50, train_rows=1, builtin_level=1))
     rows = [{"question": columns.prompt_of(row), "answer": columns.completion_of(row)} for row in part]
     theirs = judged_by_lm_eval(lm_eval, model, rows, tmp_path / "theirs", max_new_tokens)
     pairs = list(zip(ours, theirs, strict=True))

@@ -122,7 +122,7 @@ def sshd(directory: Path) -> Iterator[dict[str, str]]:
         bin_folder = directory / "bin"
         bin_folder.mkdir()
         wrapper = bin_folder / "ssh"  # for the launcher's own check, which knows no options but the port
-        wrapper.write_text(f"#!/bin/sh\nexec {_program('ssh')} -F {directory / 'ssh_config'} \"$@\"\n")
+        wrapper.write_text(f'#!/bin/sh\nexec {_program("ssh")} -F {directory / "ssh_config"} "$@"\n')
         wrapper.chmod(0o700)
         path = os.pathsep.join([str(bin_folder), os.environ["PATH"]])
         surroundings = {**environment(), "PATH": path, "PDSH_RCMD_TYPE": "ssh"}

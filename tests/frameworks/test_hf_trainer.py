@@ -50,9 +50,7 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(workers, tmp_path, offload, 
     # With transformers 4 a Trainer, plain as well, resumes any epoch but the first with other rows, and loses a step
     # of an epoch whose last accumulation window is not full.
     rows, at = (trainers.ROWS, 4) if int(transformers.__version__.split(".")[0]) >= 5 else (24, 2)
-    whole = workers(ranks).run(
-        trainers.train, tmp_path, config, num_rows=rows, save_strategy="steps", save_steps=at
-    )
+    whole = workers(ranks).run(trainers.train, tmp_path, config, num_rows=rows, save_strategy="steps", save_steps=at)
     lines = (tmp_path / "selection.jsonl").read_text()
     resumed = workers(ranks).run(
         trainers.train, tmp_path, config, num_rows=rows, resume=str(tmp_path / f"checkpoint-{at}")
@@ -114,9 +112,7 @@ def test_with_every_block_it_is_the_trainer_without_us(workers, tmp_path):
 
 def test_uninstalled_it_is_plain_deepspeed_again(workers, tmp_path):
     [with_section] = workers(1).run(trainers.train, tmp_path / "a", ds_config(), install=False, callback=False)
-    [without] = workers(1).run(
-        trainers.train, tmp_path / "b", ds_config(section=None), install=True, callback=False
-    )
+    [without] = workers(1).run(trainers.train, tmp_path / "b", ds_config(section=None), install=True, callback=False)
     assert with_section["history"] is None and without["history"] is None
     assert_identical(with_section["weights"], without["weights"])
 

@@ -131,9 +131,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         "logs": trainer.state.log_history,
         "global_step": trainer.state.global_step,
         "max_steps": trainer.state.max_steps,
-        "groups": [
-            {key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups
-        ],
+        "groups": [{key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups],
         "history": None,
     }
     if selection is not None:

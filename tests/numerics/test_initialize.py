@@ -91,9 +91,7 @@ def train_with_changes_by_hand(case: Case, kind: str) -> dict[str, Any]:
 
 
 def described(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [
-        {**group, "params": [id(parameter) for parameter in group["params"]]} for group in optimizer.param_groups
-    ]
+    return [{**group, "params": [id(parameter) for parameter in group["params"]]} for group in optimizer.param_groups]
 
 
 @pytest.mark.parametrize(

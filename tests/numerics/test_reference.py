@@ -67,16 +67,30 @@ VARIANTS = [
         )
         if (stage == 1) ^ (offload == "cpu") ^ overlap ^ contiguous ^ robin
     ),
-    *(Case(section={**SELECT, **visit}, stage=stage, decay_groups=True, clip=0.3, accumulation=accumulation)
-      for visit, stage, accumulation in ((VISIT, 1, 2), (VISIT, 2, 1), (NARROW, 2, 2),
-                                         ({**VISIT, "keep_master": "accelerator"}, 2, 1),
-                                         (VISIT, 3, 2))),
-    *(Case(section={**FIRST, **extra}, accumulation=3, clip=0.3, **more) for extra, more in (
-        ({}, {}), ({}, {"offload": "cpu"}), (VISIT, {"model": "net"}),
-        ({"policy": "gradient_topk", "always_select": ["final_norm"]},
-         {"offload": "cpu", "zero": {"overlap_comm": True}}),
-        (VISIT, {"stage": 3}), ({"always_select": ["final_norm"]}, {"stage": 3, "offload": "cpu"}),
-    )),
+    *(
+        Case(section={**SELECT, **visit}, stage=stage, decay_groups=True, clip=0.3, accumulation=accumulation)
+        for visit, stage, accumulation in (
+            (VISIT, 1, 2),
+            (VISIT, 2, 1),
+            (NARROW, 2, 2),
+            ({**VISIT, "keep_master": "accelerator"}, 2, 1),
+            (VISIT, 3, 2),
+        )
+    ),
+    *(
+        Case(section={**FIRST, **extra}, accumulation=3, clip=0.3, **more)
+        for extra, more in (
+            ({}, {}),
+            ({}, {"offload": "cpu"}),
+            (VISIT, {"model": "net"}),
+            (
+                {"policy": "gradient_topk", "always_select": ["final_norm"]},
+                {"offload": "cpu", "zero": {"overlap_comm": True}},
+            ),
+            (VISIT, {"stage": 3}),
+            ({"always_select": ["final_norm"]}, {"stage": 3, "offload": "cpu"}),
+        )
+    ),
     Case(zero={"reduce_scatter": False}, accumulation=2),
     Case(zero={"reduce_bucket_size": 10_000_000}),
     Case(offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}}),
@@ -112,10 +126,7 @@ def test_follows_the_reference_with(trained, case, ranks):
 @pytest.mark.parametrize(
     "case",
     [
-        *(
-            Case(dtype="bf16", stage=stage, offload=offload)
-            for stage, offload in product((1, 2, 3), ("none", "cpu"))
-        ),
+        *(Case(dtype="bf16", stage=stage, offload=offload) for stage, offload in product((1, 2, 3), ("none", "cpu"))),
         *(
             Case(
                 dtype="bf16",

@@ -282,9 +282,7 @@ def test_collectives_seen_from_outside_are_those_counted(watched, case):
             assert 0 <= small <= (1000 if phase == "explore" else 300)
 
 
-def without_gathers_of_forward_and_backward(
-    case: Case, seen: dict[tuple[str, str], int]
-) -> dict[tuple[str, str], int]:
+def without_gathers_of_forward_and_backward(case: Case, seen: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     """What stage 3 does not keep gathered is gathered there, whatever is selected; what it keeps never is."""
     gathers = {key for key in seen if key[0] == "start" and "allgather" in key[1]}
     assert bool(gathers) == (case.zero.get("stage3_param_persistence_threshold") == 0)

@@ -106,9 +106,14 @@ def train_checkpointed(case: Case, kind: str) -> dict[str, Any] | str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("case", [*CASES, *(
-    Case(model="net", stage=stage, offload=offload) for stage, offload in ((2, "none"), (2, "cpu"), (3, "none"))
-)], ids=case_id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        *(Case(model="net", stage=stage, offload=offload) for stage, offload in ((2, "none"), (2, "cpu"), (3, "none"))),
+    ],
+    ids=case_id,
+)
 def test_activation_checkpointing_trains_or_is_refused(workers, case, kind, ranks):
     runs = workers(ranks).run(train_checkpointed, case, kind)
     if kind == "reentrant" and case.model == "net":  # its segments have no input that requires a gradient

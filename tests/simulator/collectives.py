@@ -60,9 +60,7 @@ class SimulatedGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return NAME
 
-    def _queue(
-        self, name: str, read: Any, written: Any, collective: Callable[[Any, Any], dist.Work]
-    ) -> _Work:
+    def _queue(self, name: str, read: Any, written: Any, collective: Callable[[Any, Any], dist.Work]) -> _Work:
         """Queue ``collective(read, written)``, which gets host tensors over the same bytes, nested alike."""
         accesses: list[Access] = []
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 
-import arithmetic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_agsel.errors import ConfigError, DataError
+from launch.data import arithmetic
 
 
 def skeleton(row: dict[str, str]) -> tuple[str, ...]:

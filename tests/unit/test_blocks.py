@@ -67,9 +67,7 @@ def opt(projected: bool = False) -> Any:
 
 
 def gpt_neox() -> Any:
-    return transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(**ENCODER_LIKE, tie_word_embeddings=False)
-    )
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**ENCODER_LIKE, tie_word_embeddings=False))
 
 
 def bert() -> Any:
@@ -145,24 +143,19 @@ def test_what_stands_beside_the_layers_is_where_it_belongs() -> None:
         "model.decoder.final_layer_norm.bias",
     )
     assert set(parameters_of(opt(True), "embedding")) == {
-        f"model.decoder.{name}.weight"
-        for name in ("embed_tokens", "embed_positions", "project_in", "project_out")
+        f"model.decoder.{name}.weight" for name in ("embed_tokens", "embed_positions", "project_in", "project_out")
     }
     assert parameters_of(t5(), "encoder.final_norm") == ("encoder.final_layer_norm.weight",)
     assert parameters_of(t5(False), "head") == ("lm_head.weight",)
     assert "bert.embeddings.LayerNorm.weight" in parameters_of(bert(), "embedding")
     assert "cls.predictions.bias" in parameters_of(bert(), "embedding")  # of the tied head
     assert set(parameters_of(bert(), "head")) == {
-        f"cls.predictions.transform.{part}.{kind}"
-        for part in ("dense", "LayerNorm")
-        for kind in ("weight", "bias")
+        f"cls.predictions.transform.{part}.{kind}" for part in ("dense", "LayerNorm") for kind in ("weight", "bias")
     }
     assert "bert.pooler.dense.weight" in parameters_of(bert_classifier(), "head")
 
 
-@pytest.mark.parametrize(
-    ("name", "layer_count", "count"), [("Llama-3.2-1B", 16, 18), ("Qwen2.5-0.5B", 24, 26)]
-)
+@pytest.mark.parametrize(("name", "layer_count", "count"), [("Llama-3.2-1B", 16, 18), ("Qwen2.5-0.5B", 24, 26)])
 def test_the_papers_models_at_their_real_shapes(name: str, layer_count: int, count: int) -> None:
     shapes = {
         "Llama-3.2-1B": transformers.LlamaConfig(
@@ -416,8 +409,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), Tree(body=stack(1)), Tree(a=Layer(), b=Layer())])
 def test_a_model_without_repeated_layers_is_sent_to_blocks(model: nn.Module) -> None:
     assert (
-        refusal(model)
-        == f"{type(model).__name__} has no repeated layers: no ModuleList or Sequential in it holds two"
+        refusal(model) == f"{type(model).__name__} has no repeated layers: no ModuleList or Sequential in it holds two"
         " modules of one class. Name its blocks with adagrad_select.blocks, a map from block name to"
         " regular expressions over parameter names."
     )

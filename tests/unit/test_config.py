@@ -116,9 +116,7 @@ def test_every_field_is_read_and_the_users_dict_is_left_as_it_was() -> None:
         "fixed_blocks": ["final_norm"],
         "replay_file": None,
     }
-    before = {
-        key: value.copy() if isinstance(value, (dict, list)) else value for key, value in section.items()
-    }
+    before = {key: value.copy() if isinstance(value, (dict, list)) else value for key, value in section.items()}
     config = parse_section(section)
     assert section == before
     assert config.always_select == ("embedding",)
@@ -228,9 +226,7 @@ def test_the_config_can_not_be_changed() -> None:
         ("replay_file", "", '="" is not a path. Use the path of an earlier run\'s selection.jsonl.'),
     ],
 )
-def test_a_bad_value_is_refused_with_setting_value_range_and_remedy(
-    field: str, value: Any, message: str
-) -> None:
+def test_a_bad_value_is_refused_with_setting_value_range_and_remedy(field: str, value: Any, message: str) -> None:
     others = {"fixed_blocks": {"policy": "fixed"}, "replay_file": {"policy": "replay"}}.get(field, {})
     said = refusal(**others, **{field: value})
     assert said.startswith(f"{SECTION}.{field}{message}")
@@ -242,10 +238,7 @@ def test_a_bad_value_is_refused_with_setting_value_range_and_remedy(
     [("select_percentage", "select_percent"), ("Seed", "seed"), ("explorerate", "explore_rate")],
 )
 def test_an_unknown_field_is_refused_with_the_nearest(key: str, nearest: str) -> None:
-    assert (
-        refusal(**{key: 1})
-        == f'{SECTION} has no field "{key}". Did you mean "{nearest}"? Its fields: {FIELDS}.'
-    )
+    assert refusal(**{key: 1}) == f'{SECTION} has no field "{key}". Did you mean "{nearest}"? Its fields: {FIELDS}.'
 
 
 def test_an_unknown_field_that_is_near_to_none_lists_the_fields() -> None:
@@ -303,9 +296,7 @@ def test_the_constructor_refuses_as_the_parser_does() -> None:
         ),
     ],
 )
-def test_fields_that_contradict_each_other_are_refused_naming_both(
-    fields: dict[str, Any], message: str
-) -> None:
+def test_fields_that_contradict_each_other_are_refused_naming_both(fields: dict[str, Any], message: str) -> None:
     assert refusal(**fields).startswith(f"{SECTION}.{message}")
 
 
@@ -342,8 +333,7 @@ def test_the_section_is_found_unread_and_absence_is_none() -> None:
 )
 def test_a_misspelt_section_is_refused_with_the_right_spelling(key: str) -> None:
     expected = (
-        f'ds_config has the key "{key}", which nothing reads. Did you mean "adagrad_select"? Rename or'
-        " remove it."
+        f'ds_config has the key "{key}", which nothing reads. Did you mean "adagrad_select"? Rename or remove it.'
     )
     with pytest.raises(ConfigError, match=re.escape(expected)):
         find_section({"train_batch_size": 1, key: {}})

@@ -7,21 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import batches
-import data
-import encoding
 import numpy as np
-import objective
 import pytest
-import scoring
-import settings
 import torch
-from models import keeps_last_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import ConfigError, DataError
 from ds_agsel.report.log import JsonLines
+from launch.data import batches, encoding, sources
+from launch.evaluation import scoring
+from launch.training import objective, settings
+from launch.training.models import keeps_last_logits
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}[end]\n{% endfor %}"
@@ -48,8 +45,8 @@ def rows_of(count: int) -> list[dict[str, Any]]:
     return [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(count)]
 
 
-def load(dataset: str, **options: Any) -> data.Splits:
-    return data.load(data.DataOptions(dataset, **{"validation_rows": 2, "test_rows": 3, **options}))
+def load(dataset: str, **options: Any) -> sources.Splits:
+    return sources.load(sources.DataOptions(dataset, **{"validation_rows": 2, "test_rows": 3, **options}))
 
 
 # -- reading
@@ -133,7 +130,7 @@ def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -
     def not_found(*_: Any) -> None:
         raise FileNotFoundError("no such data set\nand a long story")
 
-    monkeypatch.setattr(data, "load_dataset", not_found)
+    monkeypatch.setattr(sources, "load_dataset", not_found)
     with pytest.raises(DataError, match=r"no such data set\. .*Known names: builtin, gsm8k, metamathqa"):
         load("gsm9k")
 
@@ -141,10 +138,10 @@ def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("template", ["no column", "{}", "{0}", "{question", "{question.x}"])
 def test_a_template_must_name_columns(template: str) -> None:
     with pytest.raises(ConfigError, match="--prompt-template="):
-        data.template_columns(template)
+        sources.template_columns(template)
 
 
-@pytest.mark.skipif(not data._LOCAL_GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
+@pytest.mark.skipif(not sources._LOCAL_GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
 def test_gsm8k_is_read_where_it_lies_without_the_calculator_s_notes() -> None:
     splits = load("gsm8k", train_rows=50)
     assert len(splits.train) == 50 and len(splits.test) == 3
@@ -160,7 +157,7 @@ def test_builtin_needs_no_file_and_gives_the_sizes_asked_for() -> None:
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, **options: Any) -> encoding.Encoder:
-    columns = data.TextColumns("question", "answer")
+    columns = sources.TextColumns("question", "answer")
     return encoding.Encoder(
         **{"tokenizer": tokenizer, "columns": columns, "max_tokens": 64, "use_chat_template": False, **options}
     )

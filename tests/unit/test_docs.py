@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import reproduce
-import scaling
-import simulate_transfers
+from launch.pages import scaling, transfers
+from launch.reproduction import command
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -16,14 +15,14 @@ def test_scaling_is_what_its_script_writes():
 
 
 def test_transfers_is_what_its_script_writes():
-    defaults = (simulate_transfers.MODELS, simulate_transfers.PERCENTAGES)
-    written = simulate_transfers.page(*defaults, simulate_transfers.BATCH, simulate_transfers.SEQUENCE)
+    defaults = (transfers.MODELS, transfers.PERCENTAGES)
+    written = transfers.page(*defaults, transfers.BATCH, transfers.SEQUENCE)
     assert (DOCS / "transfers.md").read_text(encoding="utf-8") == written, "run `make docs`"
     assert all("simulated" in line.lower() for line in written.splitlines()[:3:2])
 
 
 def test_the_cost_of_the_paper_s_experiments_is_what_its_script_writes(tmp_path: Path):
-    assert reproduce.main(["--scale", "full", "--cost", "--output", str(tmp_path / "reproduction.md")]) == 0
+    assert command.main(["--scale", "full", "--cost", "--output", str(tmp_path / "reproduction.md")]) == 0
     written = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
     assert (DOCS / "reproduction.md").read_text(encoding="utf-8") == written, "run `make docs`"
 

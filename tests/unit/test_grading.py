@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import grading
 import pytest
+
+from launch.evaluation import grading
 
 RIGHT = [
     # GSM8K's mark, MetaMathQA's words, MATH's box, and no mark at all

@@ -11,7 +11,8 @@ import deepspeed
 import pytest
 
 import ds_agsel
-from ds_agsel import installation, integration
+from ds_agsel.entry import initialize as entry
+from ds_agsel.entry import install as installation
 
 STOCK = deepspeed.initialize
 SECTION: dict[str, Any] = {"adagrad_select": {}, "optimizer": {"type": "AdamW"}}
@@ -31,7 +32,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return deepspeed.initialize(model="split")
 
     monkeypatch.setattr(deepspeed, "initialize", stock)
-    monkeypatch.setattr(integration, "_initialize_selective", ours)
+    monkeypatch.setattr(entry, "_initialize_selective", ours)
     yield calls
     ds_agsel.uninstall()
 

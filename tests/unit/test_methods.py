@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import methods
 import pytest
 import torch
-from faults import FaultWatch
-from methods.lisa import LayerDraw
-from methods.plain_torch import Masters, TorchEngine, cast_parameters, projected_groups
-from methods.tensors import held_by
 from support import Case, tiny_llama
 from torch import nn
 
 from ds_agsel.errors import ConfigError
+from launch import methods
+from launch.methods.lisa import LayerDraw
+from launch.methods.plain_torch import Masters, TorchEngine, cast_parameters, projected_groups
+from launch.methods.tensors import held_by
+from launch.training.faults import FaultWatch
 
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.1}
 RECORD = {"step": 0, "loss": 1.0, "lr": 0.1, "phase": "plain"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import models
 import pytest
 
 from ds_agsel.errors import ConfigError
+from launch.training import models
 
 
 @pytest.mark.parametrize("load", [models.load_tokenizer, models.load_model])

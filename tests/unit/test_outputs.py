@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import outputs
 import pytest
-import train
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import CheckpointError
+from launch.training import command, outputs
 
 
 @contextlib.contextmanager
@@ -52,16 +51,16 @@ def test_a_log_that_finds_no_room_ends_the_run_with_one_line(
         def __init__(self, *_: Any) -> None:
             raise OSError(number, "no room at all")
 
-    monkeypatch.setattr(train.options, "parse", lambda: argparse.Namespace(output="runs/full"))
+    monkeypatch.setattr(command.options, "parse", lambda: argparse.Namespace(output="runs/full"))
     for owner, name in (
-        (train, "_check_launched"),
-        (train.StopRequest, "listen"),
-        (train.deepspeed, "init_distributed"),
-        (train.dist, "destroy_process_group"),
+        (command, "_check_launched"),
+        (command.StopRequest, "listen"),
+        (command.deepspeed, "init_distributed"),
+        (command.dist, "destroy_process_group"),
     ):
         monkeypatch.setattr(owner, name, lambda *_, **__: None)
-    monkeypatch.setattr(train, "Job", Full)
-    assert train.main() == train.FAILED
+    monkeypatch.setattr(command, "Job", Full)
+    assert command.main() == command.FAILED
     assert capsys.readouterr().err == (
         "\nerror: --output='runs/full' can't be written to: no room at all. Make room, then go on with --resume.\n"
     )

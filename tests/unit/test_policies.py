@@ -37,9 +37,7 @@ BUILT_IN = ["adagrad_select", "all", "cyclic", "fixed", "gradient_topk", "random
 SIGMAS = 5
 
 
-def context(
-    num_blocks: int = 6, k: int = 2, steps_per_epoch: int | None = 100, **section: Any
-) -> PolicyContext:
+def context(num_blocks: int = 6, k: int = 2, steps_per_epoch: int | None = 100, **section: Any) -> PolicyContext:
     names = tuple(f"layers.{index}" for index in range(num_blocks))
     return PolicyContext(SelectionConfig(**section), num_blocks, k, names, steps_per_epoch)
 
@@ -92,8 +90,7 @@ def test_a_percentage_below_one_block_warns_with_what_one_block_is(caplog: pytes
     with caplog.at_level(logging.WARNING, logger="ds_agsel"):
         assert num_selected(5, 18) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "adagrad_select.select_percent=5 is less than one of the 18 blocks: each step updates one, which is"
-        " 5.556 %."
+        "adagrad_select.select_percent=5 is less than one of the 18 blocks: each step updates one, which is 5.556 %."
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="ds_agsel"):
@@ -103,9 +100,7 @@ def test_a_percentage_below_one_block_warns_with_what_one_block_is(caplog: pytes
 
 
 def test_a_lottery_without_blocks_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^adagrad_select.always_select and adagrad_select.never_select name every"
-    ):
+    with pytest.raises(ConfigError, match=r"^adagrad_select.always_select and adagrad_select.never_select name every"):
         num_selected(20, 0)
 
 
@@ -321,9 +316,7 @@ def test_an_explore_step_takes_the_highest_scores_and_ties_go_to_the_lower_index
 
 
 def test_scores_that_can_not_be_ordered_are_refused() -> None:
-    with pytest.raises(
-        TrainingError, match=r'^The gradient of block "layers.2" is NaN at step 9. Such a step must be'
-    ):
+    with pytest.raises(TrainingError, match=r'^The gradient of block "layers.2" is NaN at step 9. Such a step must be'):
         make().choose(9, [0, 0, math.nan, 0, 0, 0])
     with pytest.raises(ValueError, match=r"^7 scores for the 6 blocks that a policy chooses from"):
         make().choose(9, [0] * 7)
@@ -392,9 +385,7 @@ def test_replay_gives_back_an_earlier_runs_blocks(tmp_path: Path) -> None:
     )
     policy = make(policy="replay", replay_file=path, steps_per_epoch=None)
     assert [policy.plan(step, [0] * 6) for step in (0, 1)] == [(1, 4), (0, 5)]
-    expected = (
-        f"adagrad_select.replay_file={json.dumps(path)} has no step 2; its steps are 0 to 1. Train no further"
-    )
+    expected = f"adagrad_select.replay_file={json.dumps(path)} has no step 2; its steps are 0 to 1. Train no further"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
         policy.plan(2, [0] * 6)
 
@@ -435,16 +426,12 @@ def test_replay_reads_the_model_s_indices_where_blocks_stand_outside_the_lottery
 
 
 def test_replay_refuses_a_missing_a_binary_and_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"none.jsonl\" can't be read: .* Use the path of an earlier run's selection"
-    ):
+    with pytest.raises(ConfigError, match=r"none.jsonl\" can't be read: .* Use the path of an earlier run's selection"):
         make(policy="replay", replay_file=str(tmp_path / "none.jsonl"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="binary\" can't be read: "):
         make(policy="replay", replay_file=str(tmp_path / "binary"))
-    with pytest.raises(
-        ConfigError, match=r"selection.jsonl\" is empty. Use the selection.jsonl of a run that took"
-    ):
+    with pytest.raises(ConfigError, match=r"selection.jsonl\" is empty. Use the selection.jsonl of a run that took"):
         make(policy="replay", replay_file=selection_file(tmp_path, ""))
 
 
@@ -491,9 +478,7 @@ def test_a_name_belongs_to_one_class_which_may_be_defined_again() -> None:
 
 
 def test_what_is_no_policy_can_not_be_registered() -> None:
-    with pytest.raises(
-        TypeError, match='can\'t be registered as policy "mine": it is not a subclass of Policy'
-    ):
+    with pytest.raises(TypeError, match='can\'t be registered as policy "mine": it is not a subclass of Policy'):
         policies.register("mine", dict)  # type: ignore[type-var]
     with pytest.raises(TypeError, match=r"^A policy's name is a non-empty string, not ''"):
         policies.register("", Last)
@@ -501,10 +486,7 @@ def test_what_is_no_policy_can_not_be_registered() -> None:
 
 def test_an_unknown_policy_is_refused_with_the_nearest_and_all() -> None:
     names = ", ".join(f'"{name}"' for name in BUILT_IN)
-    expected = (
-        f'adagrad_select.policy="cyclc" is unknown. Did you mean "cyclic"? Policies: {names}; register'
-        " your own"
-    )
+    expected = f'adagrad_select.policy="cyclc" is unknown. Did you mean "cyclic"? Policies: {names}; register your own'
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
         make(policy="cyclc")
 
@@ -520,9 +502,7 @@ def test_the_built_in_policies_keep_no_state(name: str, tmp_path: Path) -> None:
     assert policy.needs_steps_per_epoch == (name == "adagrad_select")
     assert policy.state_dict() == {}
     policy.load_state_dict({})
-    with pytest.raises(
-        CheckpointError, match=f"^Policy \"{name}\" keeps no state, and the checkpoint has \\['x'\\]"
-    ):
+    with pytest.raises(CheckpointError, match=f"^Policy \"{name}\" keeps no state, and the checkpoint has \\['x'\\]"):
         policy.load_state_dict({"x": 1})
 
 

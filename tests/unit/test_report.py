@@ -181,7 +181,7 @@ def test_the_page_has_all_and_needs_nothing(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_names_from_outside_stay_text(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "<script>alert(1)<" )
+    folder = write_run(tmp_path / "<script>alert(1)<")
     described = json.loads((folder / "blocks.json").read_text())
     described["blocks"][0]["name"] = "<img src=x onerror=alert(2)>$\\frac"
     (folder / "blocks.json").write_text(json.dumps(described))

@@ -14,17 +14,16 @@ from typing import Any
 
 import peft
 import pytest
-import reproduce
 import yaml
-from methods import lora
-from reproduction import cost, figures, plan, results, running, tables
-from reproduction.results import Accuracy, Measured, Point
-from reproduction.running import Sweep
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.shapes import known_models
+from launch.methods import lora
+from launch.reproduction import command, cost, figures, plan, results, running, tables
+from launch.reproduction.results import Accuracy, Measured, Point
+from launch.reproduction.running import Sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 PUBLISHED = yaml.safe_load((CONFIGS / "published.yaml").read_text())
@@ -54,7 +53,7 @@ def small(**changes: Any) -> plan.Plan:
 # -- the plan
 
 
-@pytest.mark.parametrize("scale", reproduce.SCALES)
+@pytest.mark.parametrize("scale", command.SCALES)
 def test_every_scale_can_be_read(scale: str) -> None:
     read = plan.read(CONFIGS / f"{scale}.yaml")
     assert read.name == scale
@@ -134,10 +133,10 @@ def test_a_plan_that_can_t_be_is_refused(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_the_command_line_refuses_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert reproduce.main(["--file", "nowhere.yaml"]) == reproduce.REFUSED
+    assert command.main(["--file", "nowhere.yaml"]) == command.REFUSED
     assert capsys.readouterr().err == "error: nowhere.yaml can't be read: No such file or directory. " \
         "Give a YAML file of runs.\n"  # fmt: skip
-    assert reproduce.main(["--scale", "tiny", "--model", "nobody=here"]) == reproduce.REFUSED
+    assert command.main(["--scale", "tiny", "--model", "nobody=here"]) == command.REFUSED
     assert "is not NAME=PATH with a NAME of smollm2" in capsys.readouterr().err
 
 
@@ -240,15 +239,13 @@ def test_a_learning_rate_tried_later_reruns_what_it_changes(
     assert ran == [later.name, *finals]
 
 
-@pytest.mark.parametrize(("fails", "code"), [(None, reproduce.CELLS_FAILED), ("no such rank", 0), ("else", 1)])
-def test_a_failure_that_the_plan_foresees_is_none(
-    swept: Sweep, tmp_path: Path, fails: str | None, code: int
-) -> None:
+@pytest.mark.parametrize(("fails", "code"), [(None, command.CELLS_FAILED), ("no such rank", 0), ("else", 1)])
+def test_a_failure_that_the_plan_foresees_is_none(swept: Sweep, tmp_path: Path, fails: str | None, code: int) -> None:
     settings = copy.deepcopy({**SMALL, "seeds": [1]})
     settings["methods"]["lora"]["fails"] = fails
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
-    assert reproduce.main(["--file", str(file), "--output", str(tmp_path), "--report"]) == code
+    assert command.main(["--file", str(file), "--output", str(tmp_path), "--report"]) == code
 
 
 def test_cells_are_read(swept: Sweep) -> None:
@@ -397,5 +394,5 @@ def test_cost_of_full_scale() -> None:
 
 
 def test_a_plan_without_assumptions_has_no_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    assert reproduce.main(["--scale", "tiny", "--cost"]) == reproduce.REFUSED
+    assert command.main(["--scale", "tiny", "--cost"]) == command.REFUSED
     assert "tiny has no section cost" in capsys.readouterr().err

@@ -120,9 +120,7 @@ def test_memory_that_can_not_be_pinned_is_used_as_it_is_with_one_warning(caplog,
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(transfer, "_pageable_warned", False)
-    device = SimpleNamespace(
-        is_synchronized_device=lambda: False, is_pinned=lambda tensor: False, pin_memory=no_room
-    )
+    device = SimpleNamespace(is_synchronized_device=lambda: False, is_pinned=lambda tensor: False, pin_memory=no_room)
     tensors = [torch.arange(3.0), torch.arange(5.0)]
     assert all(transfer.pinned(tensor, device) is tensor for tensor in tensors)
     [record] = caplog.records

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ranks
-
 from ds_agsel import checkpoints
 from ds_agsel.errors import CheckpointError
+
+from . import ranks
 
 
 def tag_of(step: int) -> str:

@@ -13,17 +13,18 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
-import ranks
 import torch
-from batches import collate
-from data import TextColumns
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from encoding import Encoded
-from generation import greedy
-from objective import completion_loss_sum
-from stopping import StopRequest
 from transformers import PreTrainedTokenizerBase
+
+from ..data.batches import collate
+from ..data.encoding import Encoded
+from ..data.sources import TextColumns
+from ..training import ranks
+from ..training.objective import completion_loss_sum
+from ..training.stopping import StopRequest
+from .generation import greedy
 
 _MARKED_ANSWER = re.compile(r"####|the (?:final )?answer is:?", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -53,9 +53,9 @@ class _Installation:
         def initialize(*args: Any, **kwargs: Any) -> Any:
             if _inside.get() or not self.is_wanted:
                 return stock(*args, **kwargs)
-            from ds_agsel import integration
+            from ds_agsel.entry.initialize import initialize as selective
 
-            result = integration.initialize(*args, **kwargs)
+            result = selective(*args, **kwargs)
             with self.lock:
                 self.calls["selective" if hasattr(result[0], "selection") else "plain"] += 1
             return result

@@ -16,9 +16,10 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel import agreement, callers, installation, policies
+from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
+from ds_agsel.entry import agreement, callers, install
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
 from ds_agsel.selection import Lottery, Selection
@@ -44,7 +45,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     works. Without any optimizer (a DPO reference model) the engine only evaluates, and is DeepSpeed's own.
     Raises ConfigError, before DeepSpeed does anything, for what can't work.
     """
-    with installation.stock_initialize():
+    with install.stock_initialize():
         number = agreement.next_call()
         call = _SIGNATURE.bind(*args, **kwargs)
         ds_config = _read_config(call.arguments)
@@ -274,9 +275,7 @@ def _same_optimizer(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) 
             groups, adamw_mode=optimizer.adam_w_mode, fp32_optimizer_states=optimizer.fp32_optimizer_states
         )
     if isinstance(optimizer, compat.FusedAdam):
-        return compat.FusedAdam(
-            groups, adam_w_mode=bool(optimizer.adam_w_mode), set_grad_none=optimizer.set_grad_none
-        )
+        return compat.FusedAdam(groups, adam_w_mode=bool(optimizer.adam_w_mode), set_grad_none=optimizer.set_grad_none)
     adam: Any = type(optimizer)
     return adam(groups)
 

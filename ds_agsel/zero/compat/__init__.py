@@ -112,7 +112,6 @@ METHODS = (
 )
 
 
-
 # What a ZeRO-3 optimizer keeps per sub-group (stage3.py, _create_fp16_partitions_with_defragmentation and
 # _create_fp32_partitions): lists indexed by sub-group, dicts keyed by it.
 SUB_GROUP_LISTS = (
@@ -497,9 +496,7 @@ def place_in_partition(param: Any) -> tuple[int, int, int] | None:
 def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
     partition = optimizer.single_partition_of_fp32_groups[group]
-    lazy_init_hp_params_optimizer_state(
-        optimizer.bit16_groups[group], partition, optimizer.optimizer.state
-    )
+    lazy_init_hp_params_optimizer_state(optimizer.bit16_groups[group], partition, optimizer.optimizer.state)
 
 
 def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:

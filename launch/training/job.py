@@ -13,32 +13,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import batches
-import checkpoints
-import data
-import encoding
-import hardware
-import methods
-import models
 import numpy as np
-import options
-import outputs
-import ranks
-import scoring
-import settings
 import torch
-from costs import Costs
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from faults import FaultWatch
-from methods.zero import Zero
-from objective import completion_loss_sum
-from stopping import StopRequest
 from tqdm import tqdm
 
 from ds_agsel import processor
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
+
+from .. import methods
+from ..data import batches, encoding, sources
+from ..evaluation import scoring
+from ..methods.zero import Zero
+from . import checkpoints, hardware, models, options, outputs, ranks, settings
+from .costs import Costs
+from .faults import FaultWatch
+from .objective import completion_loss_sum
+from .stopping import StopRequest
 
 _STATE = "launch_train"  # our key in a checkpoint's client_state
 _SECONDS_BETWEEN_BARS = 10  # in a log file; a terminal gets tqdm's own
@@ -110,8 +103,8 @@ class Job:
             self.raw_config, dist.get_world_size(), wanted.micro_batch_size, wanted.accumulation
         )
 
-        def load() -> tuple[data.TextColumns, dict[str, encoding.Encoded]]:
-            splits = data.load(options.data_options(wanted))
+        def load() -> tuple[sources.TextColumns, dict[str, encoding.Encoded]]:
+            splits = sources.load(options.data_options(wanted))
             encoder = encoding.Encoder(
                 tokenizer=self.tokenizer,
                 columns=splits.columns,

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
-from costs import peak_resident_bytes, reset_peak_resident
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,8 +33,10 @@ from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks
 from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
-from ds_agsel.zero import visiting
 from ds_agsel.zero.adapters import adapter_for
+from ds_agsel.zero.states import visiting
+
+from ..training.costs import peak_resident_bytes, reset_peak_resident
 
 PERCENTAGES = (10, 20, 30)
 FLOOR_PERCENT = 20

@@ -7,11 +7,11 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-import methods
-from data import PRESETS, DataOptions
-from encoding import CHAT_TEMPLATE_CHOICES
-
 from ds_agsel.errors import ConfigError
+
+from .. import methods
+from ..data.encoding import CHAT_TEMPLATE_CHOICES
+from ..data.sources import PRESETS, DataOptions
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

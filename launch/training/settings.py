@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from batches import Batching
-from hardware import bf16_is_fast
-
 from ds_agsel.config import SECTION, find_section
 from ds_agsel.errors import ConfigError
+
+from ..data.batches import Batching
+from .hardware import bf16_is_fast
 
 AUTO = "auto"
 _DEFAULT_LR = 1e-4

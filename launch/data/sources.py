@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import arithmetic
 from datasets import Dataset, DatasetDict, load_dataset
 
 from ds_agsel.errors import ConfigError, DataError
 
+from . import arithmetic
+
 BUILTIN = "builtin"
-_LOCAL_GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
+_LOCAL_GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _SPLIT_ALIASES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _KNOWN_COLUMNS = (

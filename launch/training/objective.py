@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from batches import IGNORED
+
+from ..data.batches import IGNORED
 
 
 def completion_loss_sum(

@@ -23,7 +23,7 @@ from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traf
 from ds_agsel.policies import num_selected
 
 GIB = 2**30
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODELS = (
     "qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini", "llama-2-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b",
 )  # fmt: skip
@@ -106,26 +106,29 @@ def ways(name: str, stage: int, ranks: int, offload: Device = "cpu") -> dict[flo
 
 def page() -> str:
     """The page in Markdown."""
-    return "\n".join([
-        "# Scale on paper",
-        "",
-        "`launch/scaling.py` wrote this page from the estimator (`make docs`). Bytes are exact where",
-        "`ds_agsel/estimate/memory.py` says so; times are those bytes by **assumed** rates. Nothing here was measured.",
-        "",
-        "bf16 weights, fp32 master weights and moments, `offload_optimizer` cpu, one micro-step, a reduction bucket of "
-        f"{BUCKET_NUMEL // 10**6} M",
-        "elements, activations left out. ds_agsel: an exploit step on blocks drawn uniformly, expected bytes. Explore "
-        "steps reduce",
-        "the gradients of all blocks, as full fine-tuning does, copy as many at most, and write back the selected; "
-        "by default",
-        "they are about a fifth of epoch 1 and none after it.",
-        "",
-        *_memory_section(),
-        *_traffic_section(),
-        *_limit_section(),
-        *_nvme_section(),
-        *_seven_b_section(),
-    ])
+    return "\n".join(
+        [
+            "# Scale on paper",
+            "",
+            "`launch/pages/scaling.py` wrote this page from the estimator (`make docs`). Bytes are exact where",
+            "`ds_agsel/estimate/memory.py` says so; times are those bytes by **assumed** rates. Nothing here "
+            "was measured.",
+            "",
+            "bf16 weights, fp32 master weights and moments, `offload_optimizer` cpu, one micro-step, a reduction "
+            f"bucket of {BUCKET_NUMEL // 10**6} M",
+            "elements, activations left out. ds_agsel: an exploit step on blocks drawn uniformly, expected bytes. "
+            "Explore steps reduce",
+            "the gradients of all blocks, as full fine-tuning does, copy as many at most, and write back the selected; "
+            "by default",
+            "they are about a fifth of epoch 1 and none after it.",
+            "",
+            *_memory_section(),
+            *_traffic_section(),
+            *_limit_section(),
+            *_nvme_section(),
+            *_seven_b_section(),
+        ]
+    )
 
 
 def _cases(stage: int) -> Iterator[tuple[str, int, dict[float | None, Way]]]:

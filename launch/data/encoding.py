@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from data import TextColumns
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ds_agsel.errors import ConfigError, DataError
+
+from .sources import TextColumns
 
 _FORMAT_VERSION = 1  # part of the cache's key: raise it when an encoded row changes
 CHAT_TEMPLATE_CHOICES = ("auto", "always", "never")

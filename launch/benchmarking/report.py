@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from benchmark_rows import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, VISIT, Workload, exploit_row, explore_row
+from .processes import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, VISIT, Workload, exploit_row, explore_row
 
 PHASES = ("forward", "backward", "optimizer")
 ZERO_ALIGNMENT_NUMEL = 2  # DeepSpeed pads a rank's flat partition to 4 bytes of 2-byte elements (stage_1_and_2.py)

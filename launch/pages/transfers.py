@@ -41,7 +41,7 @@ def main() -> None:
 INTRODUCTION = """\
 # Transfers, simulated
 
-**Every time on this page is simulated; no GPU has run it.** `launch/simulate_transfers.py` wrote it (`make docs`).
+**Every time on this page is simulated; no GPU has run it.** `launch/pages/transfers.py` wrote it (`make docs`).
 
 With `step_device: "accelerator"` the states of newly selected blocks (12 bytes for each element: master weight and two
 moments) travel to the accelerator, and those of blocks no longer selected travel back. The model in
@@ -79,20 +79,22 @@ def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequen
         f"From: {card.source}."
         for card in CARDS
     ]
-    return "\n".join([
-        INTRODUCTION,
-        *rates,
-        f"- Of the data sheets' peaks {MATMUL_SHARE:.0%} is taken for matrix products, {MEMORY_SHARE:.0%} for memory, "
-        f"{LINK_SHARE:.0%} for PCIe.",
-        f"- bf16, one rank, {batch} × {sequence} = {tokens} tokens a step, no recomputation of activations.",
-        "",
-        "| model | card | select | k | moved in | exploit step | exposed | explore step | exposed | hidden from |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *map(_row, table),
-        "",
-        *_reading(table, tokens),
-        "",
-    ])
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *rates,
+            f"- Of the data sheets' peaks {MATMUL_SHARE:.0%} is taken for matrix products, {MEMORY_SHARE:.0%} for "
+            f"memory, {LINK_SHARE:.0%} for PCIe.",
+            f"- bf16, one rank, {batch} × {sequence} = {tokens} tokens a step, no recomputation of activations.",
+            "",
+            "| model | card | select | k | moved in | exploit step | exposed | explore step | exposed | hidden from |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *map(_row, table),
+            "",
+            *_reading(table, tokens),
+            "",
+        ]
+    )
 
 
 def _line(model: ModelShape, card: Card, percent: float, tokens: int) -> Line:

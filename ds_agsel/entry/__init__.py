@@ -1,0 +1,1 @@
+"""What a user enters through: `initialize`, `install`, `run` and `check`."""

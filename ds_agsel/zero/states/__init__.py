@@ -1,0 +1,1 @@
+"""Where the optimizer states of a block are."""

@@ -1,0 +1,296 @@
+"""Measure what ds_agsel saves and costs: against plain DeepSpeed, and against the least that any code must do.
+
+    python launch/benchmark.py                      # everything, SmolLM2-135M's shape, ZeRO-2 with and without offload
+    python launch/benchmark.py --stage 2 3          # and ZeRO-3
+    python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
+
+Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `visit-20`, exploit steps
+whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel with every block selected; `floor-20`, a
+hand-written PyTorch loop on the blocks that `exploit-20` drew. Each row lives in a process of its own, and all take
+their steps in turn, one at a time: a round is one step of each on the same batch. Ratios are taken within a round and
+their median over the rounds is reported, so that the machine's noise cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+import ds_agsel
+from ds_agsel import processor
+
+from ..training import hardware
+from . import processes, report
+from .processes import (
+    ALL,
+    FLOOR,
+    FLOOR_PERCENT,
+    PERCENTAGES,
+    PLAIN,
+    VISIT,
+    Shape,
+    Workload,
+    exploit_row,
+    explore_row,
+)
+
+FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this row draws
+# Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
+EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL)
+EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES), VISIT)
+ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP))
+WARMUP_STEPS = 2
+# Imported once, by the fork server: most of a row's start. The last two are imported late by those who use them.
+PRELOADED = (
+    processes.__name__,
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.llama.modeling_llama",
+)
+BARS_MISSED = 1
+FAILED = 2
+
+
+class RowFailed(Exception):
+    """A row's process raised or died."""
+
+
+class RowProcess:
+    """A row in a process of its own, which works only while `step` waits for it."""
+
+    def __init__(self, row: str, workload: Workload, log: Path) -> None:
+        self.row = row
+        self.planned_blocks: list[int] | None = None
+        self._log = log
+        self._connection, theirs = Pipe()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        self._process = context.Process(target=processes.serve, args=(theirs, row, workload, log), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.about = self._receive()
+
+    def step(self, batch: int, blocks: Sequence[int] | None) -> dict[str, Any]:
+        """One step on batch number ``batch``. ``blocks`` is what the floor updates; None: all."""
+        self._send((batch, blocks))
+        measured = self._receive()
+        self.planned_blocks = measured.get("planned_blocks")
+        return measured
+
+    def start_measuring(self) -> None:
+        self._send(processes.RESET)
+
+    def stop(self) -> None:
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise self._failure("its process is gone") from None
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            message: dict[str, Any] = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            raise self._failure(f"its process ended with code {code}, where -9 means too little memory") from None
+        if "error" in message:
+            raise self._failure(message["error"])
+        return message
+
+    def _failure(self, what: str) -> RowFailed:
+        return RowFailed(f"row {self.row}: {what}. Its output is in {self._log}.")
+
+
+@contextmanager
+def row_processes() -> Iterator[dict[str, RowProcess]]:
+    """A dict for rows' processes, which end with the block."""
+    processes: dict[str, RowProcess] = {}
+    try:
+        yield processes
+    finally:
+        for process in processes.values():
+            process.stop()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples by row and round, and the numel of each block."""
+
+    samples: dict[str, dict[int, dict[str, Any]]]
+    block_numels: list[int]
+
+
+def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> Measured:
+    """``steps`` rounds of each group of ``rows``."""
+    if workload.stage == 3 or workload.offload != "none":
+        rows = [row for row in rows if row != VISIT]
+    samples: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
+    first_round = 0
+    with row_processes() as processes:
+        for group in (EXPLOIT_GROUP, EXPLORE_GROUP):
+            names = [row for row in group if row in rows]
+            if names == [PLAIN] and len(rows) > 1:
+                continue
+            for row in [row for row in processes if row not in names]:
+                processes.pop(row).stop()
+            for row in names:
+                if row not in processes:
+                    _say(f"{workload.mode}: starting {row}")
+                    log = logs / f"zero{workload.stage}-{workload.offload}-{row}.log"
+                    processes[row] = RowProcess(row, workload, log)
+            for number in range(first_round - WARMUP_STEPS, first_round + steps):
+                measured = _round(processes, names, number)
+                if number == first_round - 1:
+                    for row in names:
+                        processes[row].start_measuring()
+                if number >= first_round:
+                    for row, sample in measured.items():
+                        samples[row][number] = sample
+                seconds = ", ".join(f"{row} {report.step_seconds(measured[row]):.2f}" for row in names)
+                kind = "warm-up" if number < first_round else f"round {number - first_round + 1}/{steps}"
+                _say(f"{workload.mode}: {kind}: {seconds}")
+            first_round += steps + WARMUP_STEPS
+        return Measured(samples, **processes[PLAIN].about)
+
+
+def _round(processes: Mapping[str, RowProcess], names: Sequence[str], number: int) -> dict[str, dict[str, Any]]:
+    """One step of each row, from first to last and back in turn, so that no row always follows the same one."""
+    followed = processes[FOLLOWED].planned_blocks if FLOOR in names else None
+    order = names if number % 2 == 0 else list(reversed(names))
+    batch = number + WARMUP_STEPS
+    return {row: processes[row].step(batch, followed if row == FLOOR else None) for row in order}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers hang on."""
+    modules = (ds_agsel, deepspeed, torch, transformers)
+    return {
+        "processor": processor.describe(),
+        "bf16_is_fast": hardware.bf16_is_fast(),
+        "accelerator": get_accelerator().device_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {module.__name__: module.__version__ for module in modules},
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", type=int, choices=(2, 3), default=[2], help="ZeRO's (default: 2)")
+    parser.add_argument("--offload", nargs="+", choices=("none", "cpu"), default=["none", "cpu"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="plain is always measured")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of each row (default: 8)")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"),
+        help="default: bf16, or fp32 on a CPU without instructions for bf16, where it measures an emulation",
+    )  # fmt: skip
+    parser.add_argument("--micro-batch", type=int, help="default: 4, or 2 on a CPU without bf16")
+    parser.add_argument("--sequence-length", type=int, help="default: 256, or 128 on a CPU without bf16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    for name, value in asdict(Shape()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help=f"exit with code {BARS_MISSED} where a bar is missed")
+    wanted = parser.parse_args(arguments)
+    wanted.rows = [row for row in ROWS if row in wanted.rows or row == PLAIN]
+    if FLOOR in wanted.rows and FOLLOWED not in wanted.rows:
+        parser.error(f"--rows {FLOOR} needs {FOLLOWED}, whose blocks it updates. Add {FOLLOWED}.")
+    small = not hardware.bf16_is_fast()
+    wanted.precision = wanted.precision or ("fp32" if small else "bf16")
+    wanted.micro_batch = wanted.micro_batch or (2 if small else 4)
+    wanted.sequence_length = wanted.sequence_length or (128 if small else 256)
+    for name in ("steps", "micro_batch", "sequence_length", "threads"):
+        if getattr(wanted, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}={getattr(wanted, name)} is not 1 or more.")
+    return wanted
+
+
+def run(wanted: argparse.Namespace) -> dict[str, Any]:
+    """Measure every stage and offload mode in turn and print as each ends; all numbers as one JSON-able dict."""
+    os.environ.update(OMP_NUM_THREADS=str(wanted.threads), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    logs = wanted.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    shape = Shape(**{name: getattr(wanted, name) for name in asdict(Shape())})
+    modes = {}
+    for stage, offload in itertools.product(wanted.stage, wanted.offload):
+        workload = Workload(
+            shape, wanted.micro_batch, wanted.sequence_length, wanted.precision, offload, wanted.seed, stage
+        )
+        measured = measure(workload, wanted.rows, wanted.steps, logs)
+        samples, numels = measured.samples, measured.block_numels
+        rows = report.summarize(samples, numels, wanted.micro_batch * wanted.sequence_length)
+        judged = report.bars(samples, numels, workload)
+        print(report.table(workload.mode, rows))
+        print(report.bar_table(workload.mode, judged), flush=True)
+        modes[offload if stage == 2 else f"zero3-{offload}"] = {
+            "rows": rows,
+            "bars": [bar.as_dict() for bar in judged],
+            "samples": {
+                row: [{"round": number, **sample} for number, sample in by_round.items()]
+                for row, by_round in samples.items()
+            },
+        }
+    return {
+        "machine": machine(wanted.threads),
+        "workload": {
+            "shape": asdict(shape),
+            "parameters": sum(numels),
+            "block_numels": numels,
+            "micro_batch": wanted.micro_batch,
+            "sequence_length": wanted.sequence_length,
+            "precision": wanted.precision,
+            "zero_stages": wanted.stage,
+            "gradient_clipping": processes.CLIPPING,
+            "warmup_steps": WARMUP_STEPS,
+            "steps": wanted.steps,
+        },
+        "offload": modes,
+    }
+
+
+def main() -> int:
+    """Returns 0; 1 with ``--check`` where a bar is missed; 2 where a row failed."""
+    wanted = parse()
+    if wanted.precision != "bf16":
+        _say(f"note: the bars were set for bf16; this run is in {wanted.precision}.")
+    elif not hardware.bf16_is_fast():
+        _say("note: this processor emulates bf16: forward and backward are many times slower than in fp32.")
+    try:
+        results = run(wanted)
+    except RowFailed as error:
+        _say(f"error: {error}")
+        return FAILED
+    path = wanted.output / "benchmark.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    described = results["machine"]["processor"]
+    print(f"\n{described['name']}, {described['simd']}, {wanted.threads} threads, {wanted.precision}, ", end="")
+    print(f"{wanted.micro_batch} x {wanted.sequence_length} tokens, {wanted.steps} rounds. All numbers: {path}")
+    missed = [bar for mode in results["offload"].values() for bar in mode["bars"] if not bar["met"]]
+    return BARS_MISSED if wanted.check and missed else 0
