@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import string
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ds_agsel.errors import ConfigError, DataError
 from . import arithmetic
 
 BUILTIN = "builtin"
-_LOCAL_GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
+DATA_VARIABLE = "DS_AGSEL_DATA"  # names a folder of local copies: gsm8k/train.jsonl, gsm8k/test.jsonl, …
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _SPLIT_ALIASES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _KNOWN_COLUMNS = (
@@ -134,6 +135,20 @@ def load_test(options: DataOptions) -> tuple[Dataset, TextColumns]:
     return part.select(range(min(options.test_rows, len(part)))), columns
 
 
+def local_copy(name: str) -> Path | None:
+    """The folder of the preset ``name`` below the one that DS_AGSEL_DATA names; None where there is none.
+
+    Raises DataError where the variable names no folder.
+    """
+    root = os.environ.get(DATA_VARIABLE)
+    if not root or name not in PRESETS:
+        return None
+    if not Path(root).expanduser().is_dir():
+        raise DataError(f"{DATA_VARIABLE}={root!r} is no folder. Name one that holds gsm8k/train.jsonl, or unset it.")
+    folder = Path(root).expanduser() / name
+    return folder if folder.is_dir() else None
+
+
 def template_columns(template: str) -> tuple[str, ...]:
     """The columns that a prompt template such as ``"Question: {question}"`` names. Raises ConfigError."""
     try:
@@ -167,9 +182,7 @@ def _builtin(options: DataOptions) -> Splits:
 
 def _load_parts(options: DataOptions, preset: Preset | None, *, needed: str) -> dict[str, Dataset]:
     """The parts that there are, by "train", "validation" and "test"; ``needed`` is always there."""
-    path = Path(options.dataset).expanduser()
-    if options.dataset == "gsm8k" and _LOCAL_GSM8K.is_dir():
-        path = _LOCAL_GSM8K
+    path = local_copy(options.dataset) or Path(options.dataset).expanduser()
     if path.is_dir():
         return {split: _read_file(file) for split, file in _files_in(path, needed).items()}
     if path.is_file():

@@ -141,7 +141,23 @@ def test_a_template_must_name_columns(template: str) -> None:
         sources.template_columns(template)
 
 
-@pytest.mark.skipif(not sources._LOCAL_GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
+def test_a_preset_is_read_from_the_folder_that_ds_agsel_data_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "2+2?", "answer": "<<2+2=4>>4"}\n' * 8)
+    monkeypatch.setenv(sources.DATA_VARIABLE, str(tmp_path))
+    splits = load("gsm8k", validation_rows=1, test_rows=1)
+    assert {splits.columns.completion_of(row) for row in splits.train} == {"4"}
+    assert sources.local_copy("metamathqa") is None and sources.local_copy("train.jsonl") is None
+    monkeypatch.setenv(sources.DATA_VARIABLE, str(tmp_path / "gone"))
+    with pytest.raises(DataError, match="DS_AGSEL_DATA='.*gone' is no folder"):
+        load("gsm8k")
+
+
+@pytest.mark.skipif(
+    sources.local_copy("gsm8k") is None, reason="DS_AGSEL_DATA names no folder with gsm8k/train.jsonl and test.jsonl"
+)
 def test_gsm8k_is_read_where_it_lies_without_the_calculator_s_notes() -> None:
     splits = load("gsm8k", train_rows=50)
     assert len(splits.train) == 50 and len(splits.test) == 3
