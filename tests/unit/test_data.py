@@ -151,7 +151,7 @@ def test_a_preset_is_read_from_the_folder_that_ds_agsel_data_names(
     assert {splits.columns.completion_of(row) for row in splits.train} == {"4"}
     assert sources.local_copy("metamathqa") is None and sources.local_copy("train.jsonl") is None
     monkeypatch.setenv(sources.DATA_VARIABLE, str(tmp_path / "gone"))
-    with pytest.raises(DataError, match="DS_AGSEL_DATA='.*gone' is no folder"):
+    with pytest.raises(DataError, match=r"DS_AGSEL_DATA='.*gone' is no folder"):
         load("gsm8k")
 
 
