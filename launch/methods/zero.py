@@ -7,8 +7,8 @@ from typing import Any
 
 import ds_agsel
 from ds_agsel.config import SECTION
+from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
-from ds_agsel.zero.compat import ZeROOptimizer
 from ds_agsel.zero.selective import storage_bytes
 
 from .base import Method, Setting, without_section
@@ -38,7 +38,7 @@ class Zero(Method):
 
     def gradient_bytes(self) -> int:
         optimizer = self.engine.optimizer
-        if not isinstance(optimizer, ZeROOptimizer):  # stage 0
+        if not isinstance(optimizer, compat.ZeROOptimizer):  # stage 0
             return storage_bytes([p.grad for p in self.engine.module.parameters()])
         return sum(adapter_for(optimizer).held_gradient_bytes(optimizer))
 

@@ -1,0 +1,56 @@
+"""DeepSpeed's Adam optimizers: their states, their compiled ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
+
+
+def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:
+    """A state for ``partition`` as ``optimizer`` makes it at its first update: zeros, step 0."""
+    return {
+        "step": adam_step(optimizer, 0),
+        "exp_avg": torch.zeros_like(partition, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(partition, requires_grad=False),
+    }
+
+
+def adam_step(
+    optimizer: torch.optim.Optimizer,
+    count: int,
+    param_group: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> int | torch.Tensor:
+    """A step count as ``optimizer`` keeps it: an int for DeepSpeed's, fp32 of no dimension for torch's.
+
+    On the host; on ``device`` where ``param_group`` is given and torch's fused or capturable form wants it there.
+    """
+    if isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam)):
+        return count
+    on_device = param_group is not None and (param_group.get("fused") or param_group.get("capturable"))
+    return torch.tensor(float(count), dtype=torch.float32, device=device if on_device else None)
+
+
+def has_fused_adam() -> bool:
+    """Whether DeepSpeed's FusedAdam can be made for this accelerator."""
+    builder = get_accelerator().create_op_builder("FusedAdamBuilder")
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":  # calls itself compatible (op_builder/cpu)
+        return False
+    return bool(builder.is_compatible(verbose=False))
+
+
+def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
+    """DeepSpeed's compiled `cpu_adam` module (csrc/adam/cpu_adam.cpp), built on first use."""
+    return optimizer.ds_opt_adam if isinstance(optimizer, DeepSpeedCPUAdam) else CPUAdamBuilder().load()
+
+
+def new_cpu_adam_id() -> int:
+    """A C++ optimizer id that no `DeepSpeedCPUAdam` of this process has (ops/adam/cpu_adam.py)."""
+    identifier = DeepSpeedCPUAdam.optimizer_id
+    DeepSpeedCPUAdam.optimizer_id += 1
+    return identifier

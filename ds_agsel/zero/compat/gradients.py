@@ -1,0 +1,39 @@
+"""Where DeepSpeed keeps gradients, and how it takes their norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.torch_autocast import sort_dtypes
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
+
+from ds_agsel.zero.compat.names import STAGE3_PRIVATE
+
+
+def gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> dict[int, torch.Tensor]:
+    """By parameter's ``ds_id``: where its reduced gradient is accumulated, a slice of a flat buffer."""
+    return getattr(optimizer, f"{STAGE3_PRIVATE}param_id_to_grad_partition")
+
+
+def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Reduce what waits in ZeRO-3's buckets and give each rank its partition. Collective."""
+    for dtype in sort_dtypes(optimizer.ipg_buckets.keys()):
+        getattr(optimizer, f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads")(dtype)
+
+
+def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
+    """Whether the caller is inside `engine.coalesce_grad_reduction()` (0.19.6 and newer)."""
+    return getattr(optimizer, "_coalesce_grad_reduction", False)
+
+
+def is_in_bucket(param: Any) -> bool:
+    """Whether ZeRO-3 took the gradient of ``param`` when it came; not one that tiles add to yet (stage3.py:1588)."""
+    return getattr(param, "ds_grad_is_ready", True)
+
+
+def norm_dtype() -> torch.dtype:
+    """The dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
+    return get_norm_dtype()

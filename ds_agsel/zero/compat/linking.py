@@ -1,0 +1,49 @@
+"""From a parameter to its slice of ZeRO-1/2's flat buffers, for `deepspeed.utils.safe_get_full_*`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
+
+
+def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Link every parameter to its slice of the flat buffer where `round_robin_gradients` has reordered them.
+
+    Stock code looks for them in their old order there, unless alignment padding happens to be in the way
+    (stage_1_and_2.py:834), so that `deepspeed.utils.safe_get_full_*` answers with other parameters' numbers.
+    """
+    for group, params in enumerate(optimizer.bit16_groups):
+        offsets = dict(
+            zip(map(id, optimizer.round_robin_bit16_groups[group]), optimizer.round_robin_bit16_offsets[group])
+        )
+        process_group = optimizer.real_dp_process_group[group]
+        partition_size = int(optimizer.partition_size[group])
+        link_hp_params(
+            lp_param_list=params,
+            flat_hp_partition=optimizer.single_partition_of_fp32_groups[group],
+            gradient_dict=optimizer.averaged_gradients,
+            offload_gradient_dict=optimizer.offload_gradient_dict,
+            use_offload=optimizer.cpu_offload,
+            param_group_index=group,
+            partition_start=dist.get_rank(group=process_group) * partition_size,
+            partition_size=partition_size,
+            dp_group=process_group,
+            param_offsets=[offsets[id(param)] for param in params],
+        )
+
+
+def place_in_partition(param: Any) -> tuple[int, int, int] | None:
+    """(first element of ``param`` in this rank's ZeRO-1/2 partition, where it lies there, how many); None: none is."""
+    mapping = param._hp_mapping
+    if mapping is None:
+        return None
+    return mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+
+def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
+    """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
+    partition = optimizer.single_partition_of_fp32_groups[group]
+    lazy_init_hp_params_optimizer_state(optimizer.bit16_groups[group], partition, optimizer.optimizer.state)

@@ -1,0 +1,138 @@
+"""The names of DeepSpeed's ZeRO optimizers that this package relies on."""
+
+# What a ZeRO-1/2 optimizer keeps per param group (stage_1_and_2.py, __init__ and
+# initialize_gradient_partitioning_data_structures): lists indexed by group, dicts keyed by group.
+GROUP_LISTS = (
+    "bit16_groups",
+    "bit16_groups_flat",
+    "parallel_partitioned_bit16_groups",
+    "single_partition_of_fp32_groups",
+    "params_in_partition",
+    "params_not_in_partition",
+    "first_offset",
+    "partition_size",
+    "real_dp_process_group",
+    "round_robin_bit16_groups",
+    "round_robin_bit16_indices",
+    "round_robin_bit16_meta",
+    "round_robin_bit16_padding",
+    "round_robin_bit16_offsets",
+)
+OFFLOAD_GROUP_LISTS = ("param_buffer_of_bit16_for_cpu_offload_groups",)
+GROUP_DICTS = (
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_start_offset",
+    "grad_partition_insertion_offset",
+)
+OTHER_ATTRIBUTES = (
+    "param_id",
+    "params_already_reduced",
+    "ready_for_gradients",
+    "micro_step_id",
+    "ipg_buckets",
+    "reduce_bucket_size",
+    "partition_gradients",
+    "cpu_offload",
+    "cpu_offload_pin_memory",
+    "check_grad_overflow",
+)
+OFFLOAD_ATTRIBUTES = (
+    "norm_for_param_grads",
+    "accumulated_grads_in_cpu",
+    "grad_position",
+    "offload_gradient_dict",
+    "temp_grad_buffer_for_gpu_offload",
+    "_offload_accumulated_param_ids",
+)
+METHODS = (
+    "process_gradients",
+    "setup_buckets",
+    "reduce_ready_partitions_and_remove_grads",
+    "reduce_ipg_grads",
+    "independent_gradient_partition_epilogue",
+    "copy_grads_in_partition",
+    "set_norm_for_param_grad_in_gpu",
+    "update_offload_overflow_tracker_for_param_grad",
+    "async_inplace_copy_grad_to_fp32_buffer_from_gpu",
+    "async_accumulate_grad_in_cpu_via_gpu",
+    "allreduce_bucket",
+    "gradient_reduction_w_predivide",
+    "has_overflow",
+    "step",
+    "_optimizer_step",
+    "_lazy_init_hp_params_optimizer_state",
+    "_link_all_hp_params",
+    "_get_offload_gradient_dict",
+    "_use_compact_grad_partition_buffer",
+    "_get_compact_grad_partition_slice",
+    "_restore_cpu_offload_grad_to_gpu",
+    "_get_preflattened_grad_partition",
+    "refresh_fp32_params",
+    "update_lp_params",
+)
+# What a ZeRO-3 optimizer keeps per sub-group (stage3.py, _create_fp16_partitions_with_defragmentation and
+# _create_fp32_partitions): lists indexed by sub-group, dicts keyed by it.
+SUB_GROUP_LISTS = (
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp16_partitioned_groups_flat_numel",
+    "fp16_partitioned_groups_flat_id",
+    "fp32_partitioned_groups_flat",
+    "groups_padding",
+    "sub_group_process_groups",
+    "sub_group_partition_counts",
+)
+SUB_GROUP_DICTS = ("averaged_gradients", "sub_group_to_group_id")
+STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
+STAGE3_ATTRIBUTES = (
+    "grad_position",
+    "micro_step_id",
+    "ipg_buckets",
+    "reduce_bucket_size",
+    "communication_data_type",
+    "gradient_accumulation_dtype",
+    "master_weights_and_grads_dtype",
+    "grad_partitions_flat_buffer",
+    "persistent_parameters",
+    "parameter_offload",
+    "offload_optimizer",
+    "offload_optimizer_pin_memory",
+    "offload_param",
+    "swap_optimizer",
+    "optimizer_swapper",
+    "parameter_offload",
+    "dp_process_group",
+    "reduce_and_partition_stream",
+    f"{STAGE3_PRIVATE}param_id_to_grad_partition",
+)
+STAGE3_OFFLOAD_ATTRIBUTES = ("subgroup_to_device", "norm_for_param_grads")
+STAGE3_METHODS = (
+    "reduce_ready_partitions_and_remove_grads",
+    "partition_grads",
+    "independent_gradient_partition_epilogue",
+    "has_overflow",
+    "step",
+    "_get_norm_groups",
+    "_prepare_sub_group",
+    "_optimizer_step",
+    "refresh_fp32_params",
+    "_release_sub_group",
+    "_restore_from_bit16_weights",
+    "_offload_grad_partition_at_boundary",
+    "_get_param_partition_rank",
+    "_get_param_partition_world_size",
+    "_partition_all_parameters",
+    "get_full_hp_param",
+    "set_full_hp_param",
+    "get_fp32_grad_for_param",
+    "set_fp32_grad_for_param",
+    "get_local_fp32_param",
+    "set_local_hp_param",
+    "get_local_fp32_grad_for_param",
+    "set_local_grad_for_param",
+    "update_fp32_grad_for_param_vectorized",
+    "get_hp_param_device",
+    f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads",
+)

@@ -1,0 +1,32 @@
+"""Model weights of ZeRO-3, wherever they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+
+def is_gathered(parameter: Any) -> bool:
+    """Whether a ZeRO-3 parameter is whole on this rank now."""
+    return parameter.ds_status is ZeroParamStatus.AVAILABLE
+
+
+def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat: torch.Tensor) -> None:
+    """Copy the sub-group's partition of the model weights, wherever it is, to ``flat``."""
+    held = optimizer.fp16_partitioned_groups_flat[sub_group]
+    if held is None:
+        optimizer._swap_in_sub_group_to_flat_buffer(flat, sub_group)
+    else:
+        flat.copy_(held)
+
+
+def write_weights(parameter: Any, value: torch.Tensor) -> None:
+    """Put ``value`` in the place of this rank's partition of a ZeRO-3 parameter, wherever it is."""
+    if parameter.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
+        parameter.nvme_swapper.swap_out_partitioned_params([parameter], [value.flatten()])
+    else:
+        parameter.ds_tensor.data.copy_(value.view(parameter.ds_tensor.shape))
