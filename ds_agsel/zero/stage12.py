@@ -13,9 +13,8 @@ Where states visit the accelerator, `visiting` has each group's there when DeepS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +25,14 @@ from torch import Tensor, nn
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.accessors import Zero12Accessors
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
 from ds_agsel.zero.repartition import Layout, Slice
-from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
+from ds_agsel.zero.selective import storage_bytes
 from ds_agsel.zero.staging import HostStaging
 
 
-class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
+class SelectiveZeroOptimizer(Zero12Accessors):
     """A `DeepSpeedZeroOptimizer` whose step updates the selected blocks' groups. Made by `adapters.restrict`."""
 
     ready_for_gradients: bool
@@ -51,14 +51,13 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """
         self._group_of_param = {self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group}
         self._attach(selection, block_of_group, link, states_visit)
-        self._states_linked: set[int] = set()
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
         if self.cpu_offload:
             numels = [partition.numel() for partition in self.single_partition_of_fp32_groups]
             self._staging = HostStaging(numels, self.dtype, self.cpu_offload_pin_memory)
             self._free_stock_staging()
-        self._link_all_hp_params()
+        self._link_accessors()
 
     def _free_stock_staging(self) -> None:
         buffers = self.param_buffer_of_bit16_for_cpu_offload_groups
@@ -431,78 +430,12 @@ class SelectiveZeroOptimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         """Bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
         return self._staging.held_bytes() if self.cpu_offload else 0
 
-    # --------------------------------------------------- states: accessors, checkpoints
-
-    def _lazy_init_hp_params_optimizer_state(self) -> None:
-        """Nothing: stock code links once, after the first group's first step (stage_1_and_2.py:2987)."""
-
-    def _has_state(self, group: int) -> bool:
-        return bool(self.optimizer.state.get(self.single_partition_of_fp32_groups[group]))
-
-    def _link_state(self, group: int) -> None:
-        if group not in self._states_linked and self._has_state(group):
-            compat.link_adam_state(self, group)
-            self._states_linked.add(group)
-
-    def _link_all_hp_params(self) -> None:
-        super()._link_all_hp_params()
-        if self.round_robin_gradients:
-            compat.link_reordered_params(self)
-            self._param_slice_mappings = self._create_param_mapping()  # what checkpoints say of it
-        self._states_linked.clear()
-        for group, params in enumerate(self.bit16_groups):
-            self._link_state(group)
-            for param in params:
-                param.get_full_hp_param = partial(self._get_full_hp_param, param, group, param.get_full_hp_param)
-                param.set_full_hp_param = partial(self._set_full_hp_param, param, group, param.set_full_hp_param)
-                param.get_full_hp_grad = partial(self._get_full_hp_grad, param, group, param.get_full_hp_grad)
-                param.set_full_hp_grad = partial(self._set_full_hp_grad, group, param.set_full_hp_grad)
-
-    def _get_full_hp_param(
-        self, param: nn.Parameter, group: int, stock: Callable[..., Tensor], optim_state_key: str | None = None
-    ) -> Tensor:
-        """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
-        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
-            return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        self.bring_states_home((self._block_of_group[group],))
-        return stock(optim_state_key)
-
-    def _set_full_hp_param(
-        self,
-        param: nn.Parameter,
-        group: int,
-        stock: Callable[..., None],
-        value: Tensor,
-        optim_state_key: str | None = None,
-    ) -> None:
-        """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
-        self._send_states_home()
-        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
-            partition = self.single_partition_of_fp32_groups[group]
-            self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
-            self._adopt_states()
-            self._link_state(group)
-        stock(value, optim_state_key)
-        if optim_state_key is None:
-            param.data.copy_(value)
-
-    def _get_full_hp_grad(self, param: nn.Parameter, group: int, stock: Callable[[], Tensor]) -> Tensor:
-        if self._block_of_group[group] not in self._blocks_to_keep():
-            return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        if self.is_gradient_accumulation_boundary():
-            self._complete_gradients((self._block_of_group[group],))
-        return stock()
-
-    def _set_full_hp_grad(self, group: int, stock: Callable[[Tensor], None], value: Tensor) -> None:
-        if self._block_of_group[group] in self._blocks_to_keep():
-            stock(value)
+    # --------------------------------------------------------------- states: checkpoints
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super().load_state_dict(*args, **kwargs)
         if self._visiting is not None:
-            self._states_linked.clear()
-            for group in range(len(self.bit16_groups)):
-                self._link_state(group)
+            self._relink_states()
 
     def layouts(self) -> list[Layout]:
         found = []

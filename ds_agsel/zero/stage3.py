@@ -25,14 +25,13 @@ from torch import Tensor
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.accessors import Zero3Accessors, ZeroParameter
 from ds_agsel.zero.gradient_buffers import FlatGradients
 from ds_agsel.zero.repartition import Layout, Slice
-from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep, storage_bytes
-
-ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 hangs on it: ds_id, ds_numel, ds_shape, ds_tensor, ...
+from ds_agsel.zero.selective import storage_bytes
 
 
-class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage3):
+class SelectiveZero3Optimizer(Zero3Accessors):
     """A `DeepSpeedZeroOptimizer_Stage3` whose step updates the selected blocks. Made by `adapters.restrict`."""
 
     reduce_bucket_size: int
@@ -78,12 +77,6 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
         for partition in self.fp32_partitioned_groups_flat:
             partition.grad = None
         self._free_buckets()
-
-    def _sub_group_of(self, param: ZeroParameter) -> int:
-        return self._group_of_param[self._number_of_param[param.ds_id]]
-
-    def _block_of(self, param: ZeroParameter) -> int:
-        return self._block_of_group[self._sub_group_of(param)]
 
     # ------------------------------------------------------------------ window
 
@@ -327,18 +320,7 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             partitions + [partition.grad for partition in self.fp32_partitioned_groups_flat]
         )
 
-    # ----------------------------------------------------------- states: accessors
-
-    def _has_state(self, group: int) -> bool:
-        return bool(self.optimizer.state.get(self.fp32_partitioned_groups_flat[group]))
-
-    def _make_state(self, group: int) -> None:
-        partition = self.fp32_partitioned_groups_flat[group]
-        self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
-        self._adopt_states()
-
-    def _bring_home(self, param: ZeroParameter) -> None:
-        self.bring_states_home((self._block_of(param),))
+    # ------------------------------------------------------------- states: checkpoints
 
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
         with compat.swapped_weights_follow(self):
@@ -361,87 +343,3 @@ class SelectiveZero3Optimizer(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage
             names = tuple(self.param_names[param] for param in params)
             found.append(Layout(names, self.fp16_partitioned_groups_flat_numel[group], tuple(slices)))
         return found
-
-    def _own_slice(self, value: Tensor, param: ZeroParameter) -> Tensor:
-        """This rank's part of ``value``, with zeros where it is padded: stock setters can't do uneven parts."""
-        numel = param.partition_numel()
-        padded = value.new_zeros(numel * self._get_param_partition_world_size(param))
-        padded[: value.numel()].copy_(value.flatten())
-        return padded.narrow(0, numel * self._get_param_partition_rank(param), numel)
-
-    def get_full_hp_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
-        """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
-        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
-            return torch.zeros(param.ds_shape, dtype=torch.float32, device=get_accelerator().current_device_name())
-        self._bring_home(param)
-        with _trainable(param):
-            return super().get_full_hp_param(param, optim_state_key)
-
-    def get_local_fp32_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
-        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
-            device = get_accelerator().current_device_name()
-            return torch.zeros(param.partition_numel(), dtype=torch.float32, device=device)
-        self._bring_home(param)
-        with _trainable(param):
-            return super().get_local_fp32_param(param, optim_state_key)
-
-    def get_hp_param_device(self, param: ZeroParameter, optim_state_key: str | None = None) -> torch.device:
-        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(self._sub_group_of(param)):
-            return torch.device(str(getattr(self.device, "value", self.device)))
-        with _trainable(param):
-            return super().get_hp_param_device(param, optim_state_key)
-
-    def set_full_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
-        """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
-        self.set_local_hp_param(self._own_slice(value, param), param, optim_state_key)
-        if optim_state_key is None and compat.is_gathered(param):
-            param.data.copy_(value.view(param.ds_shape))
-
-    def set_local_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
-        """As `deepspeed.utils.safe_set_local_*`; the partition of the model weight follows at once."""
-        group = self._sub_group_of(param)
-        self._send_states_home()
-        if optim_state_key in ADAM_STATE_KEYS and not self._has_state(group):
-            self._make_state(group)
-        with _trainable(param):
-            super().set_local_hp_param(value, param, optim_state_key)
-        if optim_state_key is None:
-            compat.write_weights(param, value)
-
-    def get_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor:
-        """As `deepspeed.utils.safe_get_full_grad`; zeros where this window brought no gradient. Collective."""
-        if param.ds_id not in self._received:
-            return torch.zeros(param.ds_shape, dtype=torch.float32, device=get_accelerator().current_device_name())
-        return super().get_fp32_grad_for_param(param)
-
-    def get_local_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor:
-        if param.ds_id not in self._received:
-            device = get_accelerator().current_device_name()
-            return torch.zeros(param.partition_numel(), dtype=torch.float32, device=device)
-        return super().get_local_fp32_grad_for_param(param)
-
-    def set_fp32_grad_for_param(self, value: Tensor, param: ZeroParameter) -> None:
-        """As `deepspeed.utils.safe_set_full_grad`; nothing for a block that this step does not need."""
-        self.set_local_grad_for_param(self._own_slice(value, param), param)
-
-    def set_local_grad_for_param(self, value: Tensor, param: ZeroParameter) -> None:
-        if param.ds_id in self._received:
-            super().set_local_grad_for_param(value, param)
-
-    def update_fp32_grad_for_param_vectorized(
-        self, update_func: Callable[[Tensor, ZeroParameter], Tensor], param_list: list[ZeroParameter]
-    ) -> None:
-        for param in param_list:
-            if param.ds_id in self._received:
-                self.set_fp32_grad_for_param(update_func(self.get_fp32_grad_for_param(param), param), param)
-
-
-@contextmanager
-def _trainable(param: ZeroParameter) -> Iterator[None]:
-    """``param`` requires gradients inside: stock accessors answer None for one that is frozen."""
-    required = param.requires_grad
-    param.requires_grad_(True)
-    try:
-        yield
-    finally:
-        param.requires_grad_(required)

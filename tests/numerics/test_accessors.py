@@ -24,6 +24,8 @@ from support import (
     where_it_runs,
 )
 
+from ds_agsel.errors import TrainingError
+
 CASES = [
     *(Case(stage=stage, offload=offload, steps=4) for stage, offload in product((1, 2), ("none", "cpu"))),
     Case(dtype="bf16", steps=4),
@@ -56,7 +58,8 @@ def get_all(event: str, engine: Any, step: int) -> dict[str, Any] | None:
         "exp_avg_sq": {name: safe_get_full_optimizer_state(p, "exp_avg_sq").clone() for name, p in parameters.items()},
     }
     if event == "backward":
-        return {"gradients": {name: safe_get_full_grad(p).float().clone() for name, p in parameters.items()}} | seen
+        gradients = {name: safe_get_full_grad(p) for name, p in parameters.items()}
+        return {"gradients": {name: None if g is None else g.float().clone() for name, g in gradients.items()}} | seen
     return {"expected": observe_state(event, engine, step)} | seen
 
 
@@ -74,8 +77,8 @@ def test_getters_tell_what_the_partitions_hold(workers, case, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
-def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
-    """At an exploit step an unselected block's gradient was never computed: zeros. A selected one's makes the norm.
+def test_gradient_getter_tells_the_mean_gradient_or_none(workers, case, ranks):
+    """At an exploit step an unselected block's gradient was never computed: None. A selected one's makes the norm.
 
     At an explore step that streams it is there for selected blocks too; what others have beaten has been given back.
     """
@@ -85,8 +88,13 @@ def test_gradient_getter_tells_the_mean_gradient_or_zeros(workers, case, ranks):
         for (_, phase, selected), norm, by_name in zip(run["history"], run["norms"], gradients, strict=True):
             squared = 0.0
             for index, names in enumerate(run["blocks"].values()):
+                is_there = {by_name[name] is not None for name in names}
+                if index not in selected and (phase == "exploit" or streams):
+                    assert is_there == {False}
+                    continue
+                assert is_there == {True}
                 block = sum(by_name[name].double().pow(2).sum().item() for name in names)
-                assert (block > 0) == (index in selected or (phase == "explore" and not streams))
+                assert block > 0
                 squared += block if index in selected else 0.0
             assert squared**0.5 == pytest.approx(norm, rel=1e-5 if case.dtype == "fp32" else 2e-2)
 
@@ -116,8 +124,17 @@ def set_all(case: Case) -> dict[str, Any]:
         "exp_avg_sq": {name: safe_get_full_optimizer_state(p, "exp_avg_sq").clone() for name, p in parameters.items()},
     }
     forward_backward(engine, case, 0, 0)
-    for parameter in parameters.values():
-        safe_set_full_grad(parameter, torch.zeros(shape_of(parameter)))
+    chosen = {
+        name for index in engine.selection.selected_blocks for name in engine.selection.blocks[index].parameter_names
+    }
+    refused = set()
+    for name, parameter in parameters.items():
+        try:
+            safe_set_full_grad(parameter, torch.zeros(shape_of(parameter)))
+        except TrainingError as error:
+            assert "step 0: a gradient of block" in str(error) and "safe_get_full_grad" in str(error)
+            refused.add(name)
+    assert refused == parameters.keys() - chosen
     engine.step()
     after = {name: safe_get_full_optimizer_state(p, "exp_avg").clone() for name, p in parameters.items()}
     (record,) = engine.selection.history
@@ -206,10 +223,15 @@ def get_and_set_locally(case: Case) -> dict[str, Any]:
     run_steps(engine, case, 0, 3)
     forward_backward(engine, case, 3, 0)
     result = {"before": (get(), raw())}
-    gradients = [safe_get_full_grad(p) for p in parameters]
+    with_gradient = [p for p in parameters if safe_get_full_grad(p) is not None]
+    gradients = [safe_get_full_grad(p) for p in with_gradient]
     safe_update_full_grad_vectorized(parameters, lambda gradient, _: gradient * 0.5)
-    result["gradients"] = ([g * 0.5 for g in gradients], [safe_get_full_grad(p) for p in parameters])
-    result["locally"] = [safe_get_local_grad(p).numel() == p.ds_tensor.numel() for p in parameters]
+    result["gradients"] = ([g * 0.5 for g in gradients], [safe_get_full_grad(p) for p in with_gradient])
+    local = [safe_get_local_grad(p) for p in parameters]
+    result["locally"] = [
+        (g is None) == (p not in set(with_gradient)) and (g is None or g.numel() == p.ds_tensor.numel())
+        for p, g in zip(parameters, local, strict=True)
+    ]
     for number, parameter in enumerate(parameters):
         value = torch.full((parameter.ds_tensor.numel(),), number + 0.25)
         safe_set_local_fp32_param(parameter, value)

@@ -26,8 +26,9 @@ from ds_agsel.residency.swap import MASTER, MOMENTS, SwappedStates
 from ds_agsel.residency.swap_plan import FileLayout, default_ring
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.accessors import ZeroParameter
 from ds_agsel.zero.repartition import sections, set_masters
-from ds_agsel.zero.stage3 import SelectiveZero3Optimizer, ZeroParameter
+from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 
 _ELEMENT_BYTES = 4  # fp32
 
@@ -136,11 +137,11 @@ class NvmeZero3Optimizer(SelectiveZero3Optimizer):
                     self._swapped.store(group, {MASTER: self._masters[group].detach(), **moments})
                 self._hide(group)
 
-    def get_full_hp_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
+    def get_full_hp_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor | None:
         with self.shown_states([self._sub_group_of(param)]):
             return super().get_full_hp_param(param, optim_state_key)
 
-    def get_local_fp32_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor:
+    def get_local_fp32_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor | None:
         with self.shown_states([self._sub_group_of(param)]):
             return super().get_local_fp32_param(param, optim_state_key)
 
