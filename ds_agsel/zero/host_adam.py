@@ -9,7 +9,8 @@ multiplications is what each of them sees: with every group stepped every time, 
 
 A product can't be set, only multiplied up, but it need not be for ever: it is read in ``1 - product`` alone, which is
 1 in fp32 from 2**-25 downwards. Once both products are below that, one call brings an object to any count. So the
-number of calls is bounded by the β and not by the count: 18,013 for β2 = 0.999 (15 ms on a laptop-sized CPU), 1 from there on.
+number of calls is bounded by the β and not by the count: at most 18,013 for β2 = 0.999 (15 ms on two CPU cores), and
+1 from there on.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
+
+logger = logging.getLogger("ds_agsel")
 
 
 def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:
@@ -37,11 +40,25 @@ def adam_step(
 
 
 def has_fused_adam() -> bool:
-    """Whether DeepSpeed's FusedAdam can be made for this accelerator."""
+    """Return whether DeepSpeed's FusedAdam can be made for this accelerator: its op loads, built now if need be.
+
+    Builders call themselves compatible without nvcc, without ninja and on a CPU that has no such op, so that only
+    loading tells. Logs a warning with the reason where that fails. Local to this rank.
+    """
     builder = get_accelerator().create_op_builder("FusedAdamBuilder")
-    if builder is None or type(builder).__name__ == "NotImplementedBuilder":  # calls itself compatible (op_builder/cpu)
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":
         return False
-    return bool(builder.is_compatible(verbose=False))
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # of its compiler, of ninja, of nvcc, of the loader: each raises another one
+        logger.warning(
+            "adagrad_select: DeepSpeed's FusedAdam can't be built here (%s: %s); torch's AdamW is used instead. "
+            "To have it, install the CUDA toolkit of torch.version.cuda, with nvcc, and ninja.",
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
 
 
 def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:

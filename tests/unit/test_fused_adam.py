@@ -1,0 +1,64 @@
+"""`compat.has_fused_adam`: only an op that loads counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ds_agsel.zero import compat
+from ds_agsel.zero.compat import adam
+
+
+class Builder:
+    """A builder that calls itself compatible, as DeepSpeed's CUDA builders do without nvcc."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        return True
+
+    def load(self, verbose: bool = True) -> object:
+        assert not verbose
+        if self._error is not None:
+            raise self._error
+        return object()
+
+
+class NotImplementedBuilder(Builder):
+    """DeepSpeed's stand-in (op_builder/cpu/no_impl.py) for an op that an accelerator does not have."""
+
+
+class Accelerator:
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+
+    def create_op_builder(self, name: str) -> Any:
+        assert name == "FusedAdamBuilder"
+        return self._builder
+
+
+@pytest.mark.parametrize(
+    ("builder", "expected"),
+    [
+        (Builder(None), True),
+        (None, False),
+        (NotImplementedBuilder(None), False),
+        (Builder(OSError("CUDA_HOME environment variable is not set")), False),  # torch, without nvcc
+        (Builder(RuntimeError("Unable to JIT load the fused_adam op due to ninja not being installed.")), False),
+        (Builder(ImportError("undefined symbol")), False),
+    ],
+)
+def test_only_an_op_that_loads_counts(
+    builder: Any, expected: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(adam, "get_accelerator", lambda: Accelerator(builder))
+    with caplog.at_level("WARNING", logger="ds_agsel"):
+        assert compat.has_fused_adam() is expected
+    reason = getattr(builder, "_error", None)
+    if reason is not None:
+        assert f"can't be built here ({type(reason).__name__}: {reason})" in caplog.text
+        assert "torch's AdamW is used instead" in caplog.text
+    else:
+        assert not caplog.records
