@@ -1,12 +1,15 @@
 """Process groups for tests that need DeepSpeed: one gloo rank a process, kept from test to test, killed as one.
 
 A test asks ``workers(2).run(function, *args)`` and gets what ``function`` returned on each rank. Functions are
-passed by name, so they stand at the top level of a module. The start of torch and DeepSpeed (6 s) is paid once a
-group; a group whose rank failed, died or hung is killed, since its other ranks may wait in a collective for ever.
+passed by name, so they stand at the top level of a module. A server process imports torch, DeepSpeed and ds_agsel
+once and forks the ranks, so that a fresh group costs some tenths of a second. A group whose rank failed, died or hung
+is killed, since its other ranks may wait in a collective for ever.
 """
 
 from __future__ import annotations
 
+import array
+import atexit
 import contextlib
 import faulthandler
 import functools
@@ -20,10 +23,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,90 @@ NVME = os.environ.get("DS_AGSEL_TEST_NVME", os.path.join(tempfile.gettempdir(), 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_SECONDS = 600  # DeepSpeed's first build of its Adam takes minutes
 GRACE_SECONDS = 5  # for the other ranks, once one has failed
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "sim": "simccl"}
+# What nearly every job imports; DeepSpeed imports the last three at the first `initialize`, with half of torch.compile.
+PRELOADED = (
+    "support", "ds_agsel.entry.initialize", "transformers.models.llama.modeling_llama",
+    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+)  # fmt: skip
 
 
 class WorkerError(AssertionError):
     """A rank raised, died or did not answer in time."""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+class Server:
+    """The parent's side of a process that has loaded what the ranks on ``accelerator`` need, and forks them."""
+
+    def __init__(self, accelerator: str):
+        ours, theirs = socket.socketpair()
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cuda" if accelerator == "cuda" else "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            # DeepSpeed's builds call the ninja they find first, and another version's build is not reused.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        }
+        self.output = Path(tempfile.mkdtemp(prefix="ds_agsel_workers_"), "server.log")
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), accelerator],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        theirs.close()
+        self._socket = ours
+        self._answers = Connection(os.dup(ours.fileno()))
+
+    def fork(self, environment: dict[str, str], log: Path, connection: socket.socket) -> int:
+        """The process id of a new rank that serves ``connection``, its output appended to ``log``."""
+        file = array.array("i", [connection.fileno()])
+        self._socket.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, file)])
+        return self._ask("fork", environment, str(log))
+
+    def kill(self, processes: Iterable[int]) -> None:
+        """End these ranks, and what they have started, and wait for the end."""
+        if self.process.poll() is None:
+            self._socket.send(b"-")
+            self._ask("kill", list(processes))
+
+    def _ask(self, *request: Any) -> Any:
+        try:
+            self._answers.send(request)
+            if not wait([self._answers], START_TIMEOUT_SECONDS):
+                raise WorkerError(f"the server said nothing for {START_TIMEOUT_SECONDS} s")
+            return self._answers.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"the server died: {error}\n{self.output.read_text(errors='replace')[-6000:]}") from None
+
+    def stop(self) -> None:
+        """End the server, and every rank with it."""
+        self._answers.close()
+        self._socket.close()  # which it sees
+        self.process.wait()
+        shutil.rmtree(self.output.parent, ignore_errors=True)
+
+
+@functools.cache
+def server(accelerator: str) -> Server:
+    """This process's server for ``accelerator``, started when first used."""
+    started = Server(accelerator)
+    atexit.register(started.stop)
+    return started
 
 
 class Workers:
@@ -53,7 +129,7 @@ class Workers:
         self.world_size = world_size
         self.accelerator = accelerator
         self._directory = directory
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[int] = []
         self._port = 0
         self._connections: list[Connection] = []
 
@@ -73,10 +149,8 @@ class Workers:
 
     def stop(self) -> None:
         """Kill every rank and whatever it started."""
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if self._processes:
+            server(self.accelerator).kill(self._processes)
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
@@ -90,36 +164,19 @@ class Workers:
         return [self._directory / f"{name}_rank{rank}.log" for rank in range(self.world_size)]
 
     def _start(self) -> None:
-        port = self._port = _free_port()
+        self._port = free_port()
         for rank, log in enumerate(self._logs()):
+            log.touch()
             ours, theirs = socket.socketpair()
             environment = {
-                **os.environ,
-                "DS_ACCELERATOR": "cuda" if self.accelerator == "cuda" else "cpu",
-                "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(self._port),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.world_size),
-                # DeepSpeed's builds call the ninja they find first, and another version's build is not reused.
-                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-                "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             }
-            with log.open("ab") as output:
-                command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid()), self.accelerator]
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+            self._processes.append(server(self.accelerator).fork(environment, log, theirs))
             theirs.close()
-            self._processes.append(process)
             self._connections.append(Connection(ours.detach()))
         self._collect("start", START_TIMEOUT_SECONDS, [0] * self.world_size)
 
@@ -137,7 +194,7 @@ class Workers:
                 rank = pending.pop(connection)
                 try:
                     ok, results[rank] = pickle.loads(connection.recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, results[rank] = False, "the process died"
                 if not ok:
                     failures[rank] = results[rank]
@@ -145,10 +202,11 @@ class Workers:
         if not failures and not pending:
             return results
         for rank in pending.values():
-            self._processes[rank].send_signal(signal.SIGUSR1)  # its stack goes to its log
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank], signal.SIGUSR1)  # its stack goes to its log
             failures[rank] = f"no answer within {timeout_seconds} s, or after another rank failed"
         if pending:
-            time.sleep(1)
+            time.sleep(1)  # for the stacks to be written
         self.stop()
         report = [f"{what} failed on {len(failures)} of {self.world_size} ranks"]
         for rank, failure in sorted(failures.items()):
@@ -157,34 +215,91 @@ class Workers:
         raise WorkerError("\n".join(report))
 
 
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.killpg(0, signal.SIGKILL)  # compilers too
+# ------------------------------------------------------------------ in the server and in the ranks
 
 
-def _serve(connection: Connection, parent: int, accelerator: str) -> None:
-    """Be one rank: run jobs until the test session goes away."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
+def _load(accelerator: str) -> None:
+    """Import what a rank needs, whatever its job, and load the operators that DeepSpeed compiles."""
     import cpuinfo
-
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # DeepSpeedCPUAdam asks each time, for 1 s
-    import deepspeed
     import torch
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+    from deepspeed.utils import numa
 
+    # Both start a program that answers the same each time: for each CPU Adam, and for each gradient bucket of ZeRO-3
+    # (cpu_accelerator.py:79, by `device_count`).
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     torch.set_num_threads(1)
     CPUAdamBuilder().load()
     if accelerator != "cuda":
+        from deepspeed.comm.torch import build_shm_op
+
+        cpuinfo.get_cpu_info()
         FusedAdamBuilder().load()
+        build_shm_op()
     if accelerator == "sim":
         from simulator import simulated
 
         simulated()
-    deepspeed.init_distributed({"cpu": "gloo", "cuda": "nccl", "sim": "simccl"}[accelerator])
-    connection.send_bytes(pickle.dumps((True, None)))
+
+
+def _serve(control: socket.socket, accelerator: str) -> None:
+    """Fork ranks and end them, as asked, until the test session goes away."""
+    if accelerator != "cuda":  # which no process survives that is forked from one that has looked at it
+        _load(accelerator)
+        gc.collect()
+        gc.freeze()
+    requests = Connection(os.dup(control.fileno()))
+    ranks: set[int] = set()
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 1, 1)
+        try:
+            action, *arguments = requests.recv() if message else ("end",)
+        except EOFError:
+            action = "end"
+        if action == "fork":
+            process = os.fork()
+            if process == 0:
+                requests.close()
+                control.close()
+                _be_rank(Connection(files[0]), accelerator, *arguments)
+                os._exit(0)
+            os.close(files[0])
+            ranks.add(process)
+            requests.send(process)
+        else:
+            gone = ranks if action == "end" else set(arguments[0])
+            for process in gone:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)  # compilers too
+            for process in gone:
+                os.waitpid(process, 0)
+            if action == "end":
+                return
+            ranks -= gone
+            requests.send(None)
+
+
+def _be_rank(connection: Connection, accelerator: str, environment: dict[str, str], log: str) -> None:
+    """Join the process group and run jobs until the connection ends."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    try:
+        import deepspeed
+
+        _load(accelerator)
+        deepspeed.init_distributed(BACKENDS[accelerator])
+        answer: tuple[bool, Any] = (True, None)
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    connection.send_bytes(pickle.dumps(answer))
     while True:
         try:
             sys.path[:] = connection.recv()
@@ -203,4 +318,4 @@ def _serve(connection: Connection, parent: int, accelerator: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
