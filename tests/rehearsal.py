@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ds_agsel.residency import plan_moves, update_order
-from ds_agsel.residency.transfer import MASTER, MOMENTS, HostState, StateTransfer
+from ds_agsel.residency.states import MASTER, MOMENTS
+from ds_agsel.residency.transfer import HostState, StateTransfer
 
 
 class Twin:

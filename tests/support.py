@@ -359,10 +359,11 @@ def partitions(engine: Any) -> list[dict[str, Any]]:
     With stage 3 of each parameter. A group without Adam state answers as one that was never updated: zeros, step 0.
     """
     zero = engine.optimizer
-    getattr(zero, "bring_states_home", lambda: None)()  # where they visit the accelerator
-    if hasattr(zero, "fp16_groups"):
-        with getattr(zero, "shown_states", contextlib.nullcontext)():  # where they are on NVMe
-            return stage3_partitions(zero)
+    with zero.home.readable() if hasattr(zero, "home") else contextlib.nullcontext():
+        return stage3_partitions(zero) if hasattr(zero, "fp16_groups") else stage12_partitions(zero)
+
+
+def stage12_partitions(zero: Any) -> list[dict[str, Any]]:
     found = []
     for members, master in zip(zero.round_robin_bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         state = zero.optimizer.state.get(master, {})

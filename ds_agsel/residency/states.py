@@ -1,4 +1,4 @@
-"""Where a block's optimizer state is, and which changes of place there are."""
+"""The parts of an optimizer state, where a block's state is, and which transitions between places are allowed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import enum
 from dataclasses import dataclass
 
 from ds_agsel.errors import TrainingError
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = (MASTER, *MOMENTS)
 
 
 class Residency(enum.Enum):
@@ -44,7 +48,7 @@ class BlockResidency:
     host_is_stale: bool = False
 
     def become(self, place: Residency) -> None:
-        """Change place. Raises TrainingError for a change that there is none of."""
+        """Change place. Raises TrainingError if the transition is not allowed."""
         if place not in _NEXT[self.place]:
             raise TrainingError(f"block {self.block} can't become {place.value}: it is {self.place.value}.")
         if place is Residency.ON_HOST and self.host_is_stale:

@@ -27,11 +27,9 @@ import torch
 from torch import Tensor
 
 from ds_agsel.errors import TrainingError
+from ds_agsel.residency.states import KEYS, MASTER, MOMENTS
 from ds_agsel.residency.swap_plan import FileLayout, Read, plan_reads
 
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KEYS = (MASTER, *MOMENTS)
 _ELEMENT_BYTES = 4  # fp32
 
 

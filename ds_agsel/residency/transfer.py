@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_agsel.errors import TrainingError
 from ds_agsel.residency.plan import Move
-from ds_agsel.residency.states import BlockResidency, Residency
+from ds_agsel.residency.states import MASTER, MOMENTS, BlockResidency, Residency
 
 logger = logging.getLogger("ds_agsel")
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class StateTransfer:
         count: Callable[[str, int], None],
     ) -> None:
         self._device = device
-        self._states = states
+        self._states = list(states)
         self._groups_of_block = groups_of_block
         self._keys = tuple(keys)
         self._count = count
@@ -217,6 +215,17 @@ class StateTransfer:
             if block in self.resident:
                 self._leave(block)
         self.bring_home(blocks)
+
+    def adopt(self, group: int, state: HostState) -> None:
+        """Take ``state`` as what the host has of ``group`` from now on. Streams and allocated memory are kept.
+
+        Raises TrainingError unless the group's block is on the host alone.
+        """
+        block = next(block for block, groups in self._groups_of_block.items() if group in groups)
+        place = self._blocks[block].place
+        if place is not Residency.ON_HOST:
+            raise TrainingError(f"the state of block {block} can't be replaced: it is {place.value}, not on host.")
+        self._states[group] = state
 
     # ---------------------------------------------------------------------- streams
 

@@ -23,8 +23,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_agsel.errors import TrainingError
+from ds_agsel.residency.states import MOMENTS
 from ds_agsel.zero import compat
-from ds_agsel.zero.selective import ADAM_STATE_KEYS, SelectiveStep
+from ds_agsel.zero.selective import SelectiveStep
 
 ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 hangs on it: ds_id, ds_numel, ds_shape, ds_tensor, ...
 
@@ -37,12 +38,12 @@ class AccessibleStep(SelectiveStep):
 
     def _lacks_moment(self, group: int, optim_state_key: str | None) -> bool:
         """Whether ``optim_state_key`` names a moment, and ``group`` has none yet."""
-        return optim_state_key in ADAM_STATE_KEYS and not self._has_state(group)
+        return optim_state_key in MOMENTS and not self._has_state(group)
 
     def _make_state(self, group: int) -> None:
+        """Give ``group`` moments of 0 at step 0. Inside `StateHome.writable`."""
         partition = compat.masters(self)[group]
         self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
-        self._adopt_states()
 
     def _refuse_gradient_of(self, block: int) -> None:
         """Raise TrainingError: there is no gradient of ``block`` that a step would apply."""
@@ -94,8 +95,8 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if self._lacks_moment(group, optim_state_key):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        self.bring_states_home((self._block_of_group[group],))
-        return stock(optim_state_key)
+        with self.home.readable((group,)):
+            return stock(optim_state_key)
 
     def _set_full_hp_param(
         self,
@@ -106,11 +107,12 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         optim_state_key: str | None = None,
     ) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
-        self._send_states_home()
         if self._lacks_moment(group, optim_state_key):
-            self._make_state(group)
-            self._link_state(group)
-        stock(value, optim_state_key)
+            with self.home.writable((group,)):
+                self._make_state(group)
+            self._link_state(group)  # only now: the home may have put other tensors in place of the new ones
+        with self.home.writable((group,)):
+            stock(value, optim_state_key)
         if optim_state_key is None:
             param.data.copy_(value)
 
@@ -150,9 +152,6 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
     def _block_of(self, param: ZeroParameter) -> int:
         return self._block_of_group[self._sub_group_of(param)]
 
-    def _bring_home(self, param: ZeroParameter) -> None:
-        self.bring_states_home((self._block_of(param),))
-
     def _own_slice(self, value: Tensor, param: ZeroParameter) -> Tensor:
         """This rank's part of ``value``, with zeros where it is padded: stock setters can't do uneven parts."""
         numel = param.partition_numel()
@@ -168,8 +167,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
             return None
         if self._lacks_moment(self._sub_group_of(param), optim_state_key):
             return _zeros(param.ds_shape)
-        self._bring_home(param)
-        with _trainable(param):
+        with self.home.readable((self._sub_group_of(param),)), _trainable(param):
             return super().get_full_hp_param(param, optim_state_key)
 
     def get_local_fp32_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor | None:
@@ -178,8 +176,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
             return None
         if self._lacks_moment(self._sub_group_of(param), optim_state_key):
             return _zeros(param.partition_numel())
-        self._bring_home(param)
-        with _trainable(param):
+        with self.home.readable((self._sub_group_of(param),)), _trainable(param):
             return super().get_local_fp32_param(param, optim_state_key)
 
     def get_hp_param_device(self, param: ZeroParameter, optim_state_key: str | None = None) -> torch.device | None:
@@ -204,10 +201,9 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         if not self._is_optimized(param):
             return
         group = self._sub_group_of(param)
-        self._send_states_home()
-        if self._lacks_moment(group, optim_state_key):
-            self._make_state(group)
-        with _trainable(param):
+        with self.home.writable((group,)), _trainable(param):
+            if self._lacks_moment(group, optim_state_key):
+                self._make_state(group)
             super().set_local_hp_param(value, param, optim_state_key)
         if optim_state_key is None:
             compat.write_weights(param, value)

@@ -1,4 +1,4 @@
-"""Which restricted optimizer answers to which of DeepSpeed's."""
+"""Which restricted optimizer, and which home for its states, answers to an optimizer of DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -11,18 +11,38 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.selective import SelectiveStep
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
-from ds_agsel.zero.states.nvme import NvmeZero3Optimizer
+from ds_agsel.zero.states.home import StateHome
+from ds_agsel.zero.states.in_place import StatesInPlace
+from ds_agsel.zero.states.nvme import StatesOnNvme
+from ds_agsel.zero.states.visiting import VisitingStates
 
 
 def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:
     """The restricted class for DeepSpeed's ``optimizer``."""
+    if isinstance(optimizer, compat.DeepSpeedZeroOptimizer_Stage3):
+        return SelectiveZero3Optimizer
+    return SelectiveZeroOptimizer
+
+
+def home_for(
+    optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int], selection: Selection, states_visit: bool
+) -> StateHome:
+    """The home that the states of DeepSpeed's ``optimizer`` move into now. The only place that chooses one."""
     match optimizer:
         case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True):
-            return NvmeZero3Optimizer
-        case compat.DeepSpeedZeroOptimizer_Stage3():
-            return SelectiveZero3Optimizer
+            return StatesOnNvme(optimizer, block_of_group, selection)
+        case _ if states_visit:
+            return VisitingStates(optimizer, block_of_group, selection)
         case _:
-            return SelectiveZeroOptimizer
+            return StatesInPlace(optimizer, block_of_group)
+
+
+def blocks_of_groups(optimizer: compat.ZeROOptimizer, block_of_param_group: Sequence[int]) -> tuple[int, ...]:
+    """The block of each group that DeepSpeed steps: of each param group, with stage 3 of each sub-group."""
+    if isinstance(optimizer, compat.DeepSpeedZeroOptimizer_Stage3):
+        sub_groups = range(len(optimizer.fp16_groups))
+        return tuple(block_of_param_group[optimizer.sub_group_to_group_id[index]] for index in sub_groups)
+    return tuple(block_of_param_group)
 
 
 def restrict(
@@ -45,5 +65,6 @@ def restrict(
             "given, one per block and hyperparameter set. Give it no param group that it drops or merges."
         )
     compat.swap_class(optimizer, adapter_for(optimizer))
-    optimizer.attach(selection, block_of_group, link, states_visit)
+    blocks = blocks_of_groups(optimizer, block_of_group)
+    optimizer.attach(selection, blocks, link, home_for(optimizer, blocks, selection, states_visit))
     return optimizer

@@ -23,10 +23,10 @@ from deepspeed.checkpoint import constants
 from torch import Tensor
 
 from ds_agsel.errors import CheckpointError
+from ds_agsel.residency.states import MOMENTS
 from ds_agsel.zero import compat
 
 MASTER = constants.FP32_WEIGHT_KEY
-ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 _OF_THE_RUN = (constants.LOSS_SCALER, "dynamic_loss_scale", "overflow", constants.CLIP_GRAD, constants.DS_VERSION)
 
 
@@ -90,7 +90,7 @@ def add_empty_states(state_dict: Mapping[str, Any]) -> None:
     for index, (master, padding) in enumerate(zip(masters, paddings)):
         if not base["state"].get(index):
             nothing = torch.zeros(1, dtype=master.dtype, device=master.device).expand(master.numel() + padding)
-            base["state"][index] = {"step": 0, **{key: nothing for key in ADAM_STATE_KEYS}}
+            base["state"][index] = {"step": 0, **{key: nothing for key in MOMENTS}}
 
 
 def drop_empty_states(state_dict: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ def state_dict_for(
         steps = _steps(layout, saved)
         if steps > 0:
             state = compat.new_adam_state(optimizer, master)
-            for key in ADAM_STATE_KEYS:
+            for key in MOMENTS:
                 _fill(state[key], layout, saved, key)
             state["step"] += steps
             states[index] = state

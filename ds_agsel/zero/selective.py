@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +23,7 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
-from ds_agsel.zero.states.visiting import VisitingStates
-
-ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
+from ds_agsel.zero.states.home import StateHome
 
 
 class SelectiveStep(compat.ZeROOptimizer):
@@ -37,13 +35,14 @@ class SelectiveStep(compat.ZeROOptimizer):
     """
 
     selection: Selection
-    states_are_on_disk = False
+    home: StateHome
     _group_of_param: Mapping[int, int]
 
     def _attach(
-        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, states_visit: bool
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, home: StateHome
     ) -> None:
         self.selection = selection
+        self.home = home
         self._link = link
         self._block_of_group = tuple(block_of_group)
         self._shown_groups: Sequence[int] = range(len(block_of_group))
@@ -51,7 +50,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         self._overflow_is_known = False
         self._stream: ExploreStream | None = None
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
-        self._visiting = self._visiting_states() if states_visit else None
+        self._entered: tuple[int, int] | None = None  # index in DeepSpeed's lists, group; whose state is being updated
 
     def _steps_with_hidden_state(self) -> bool:
         on_cpu = get_accelerator().device_name() == "cpu"
@@ -81,9 +80,8 @@ class SelectiveStep(compat.ZeROOptimizer):
         """Forget the gradients of ``blocks``, which the choice has left out."""
         raise NotImplementedError
 
-    def _begin_update(self, blocks: Sequence[int]) -> list[int]:
-        """The groups of ``blocks`` in the order of their update, which begins now."""
-        return self._groups_of(blocks) if self._visiting is None else self._visiting.begin(blocks)
+    def _before_update(self, groups: Sequence[int]) -> None:
+        """Make room for what the update of ``groups`` writes."""
 
     def _hold_gradient_buffers(self) -> None:
         """Make the blocks whose gradients are needed now the only ones that buffers are held for."""
@@ -122,14 +120,14 @@ class SelectiveStep(compat.ZeROOptimizer):
                 return
             selection.choose(scores.tolist())
             self._drop_gradients(set(active) - set(selection.selected_blocks))
-        groups = self._begin_update(selection.selected_blocks)
+        groups = self.home.begin(selection.selected_blocks)
+        self._before_update(groups)
         self._shown_groups = groups
         with self._only(groups):
             try:
                 super().step()
             finally:
-                if self._visiting is not None:
-                    self._visiting.leave_entered()
+                self._leave()
         if self.overflow:
             selection.skip()
             return
@@ -180,7 +178,10 @@ class SelectiveStep(compat.ZeROOptimizer):
         self.selection.skip()
 
     def _require_gradients(self, planned: Sequence[int]) -> None:
-        """Refuse to step on silence: reentrant checkpointing drops gradients where no input requires any."""
+        """Raise TrainingError if a block of ``planned`` received no gradient.
+
+        Reentrant activation checkpointing drops the gradients of a segment none of whose inputs requires any.
+        """
         silent = [self.selection.blocks[block].name for block in planned if block not in self._blocks_with_gradient]
         if silent:
             raise TrainingError(
@@ -224,51 +225,40 @@ class SelectiveStep(compat.ZeROOptimizer):
             self._hold_gradient_buffers()
             self.selection.narrow_window()
 
-    # ------------------------------------------------------------- states that visit
-
-    def _visiting_states(self) -> VisitingStates:
-        selection, config = self.selection, self.selection.config
-
-        def count(direction: str, num_bytes: int) -> None:
-            name, traffic = f"{direction}_bytes", selection.current_traffic
-            setattr(traffic, name, getattr(traffic, name) + num_bytes)
-
-        return VisitingStates(
-            self, self._block_of_group, [block.name for block in selection.blocks], selection.max_selected,
-            config.state_budget_bytes, config.keep_master, count,
-        )  # fmt: skip
+    # ------------------------------------------------------------------------ states
 
     def _prefetch(self) -> None:
-        """Let the states of the planned blocks travel, under all of forward and backward. Idempotent."""
-        if self._visiting is not None:
-            self._visiting.prefetch(self.selection.planned_blocks)
+        """Start to bring the states of the planned blocks, during all of forward and backward. Idempotent."""
+        self.home.prefetch(self.selection.planned_blocks)
 
     def _enter(self, shown: int) -> None:
-        """The state of group ``shown`` of DeepSpeed's view must be there from here on."""
-        if self._visiting is not None:
-            self._visiting.enter(shown, self._shown_groups[shown])
+        """Make the state of the group at index ``shown`` of DeepSpeed's lists ready for its update."""
+        self._leave()
+        group = self._shown_groups[shown]
+        self.home.enter(shown, group)
+        self._entered = shown, group
+
+    def _leave(self) -> None:
+        """Put the state of the group that was entered last back, if it has not been yet."""
+        if self._entered is not None:
+            entered, self._entered = self._entered, None
+            self.home.leave(*entered)
+
+    @property
+    def states_are_on_disk(self) -> bool:
+        """Whether a load must leave the states of a file on disk until they are read."""
+        return self.home.is_on_disk
 
     def resident_state_bytes(self) -> int:
         """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
 
         0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
         """
-        return 0 if self._visiting is None else self._visiting.transfer.resident_bytes()
+        return self.home.bytes().visiting
 
-    def bring_states_home(self, blocks: Sequence[int] | None = None) -> None:
-        """Make the host's copies of ``blocks``' states (None: of all) current, for who reads them. Host waits."""
-        if self._visiting is not None:
-            self._visiting.bring_home(blocks)
-
-    def _send_states_home(self) -> None:
-        """Leave the host's copies alone there are, which may then change. Host waits."""
-        if self._visiting is not None:
-            self._visiting.send_home()
-
-    def _adopt_states(self) -> None:
-        """Take up states that are new on the host. `_send_states_home` comes before."""
-        if self._visiting is not None:
-            self._visiting.adopt_loaded()
+    def state_bytes(self) -> int:
+        """Bytes of the Adam moments that exist on this rank."""
+        return self.home.bytes().moments
 
     # ------------------------------------------------------ hyperparameters, states
 
@@ -286,23 +276,27 @@ class SelectiveStep(compat.ZeROOptimizer):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        self.bring_states_home()
-        state_dict = super().state_dict()
+        with self.home.readable():
+            state_dict = super().state_dict()
+            self.home.keep_readable(state_dict)
         add_empty_states(state_dict)
         return state_dict
+
+    def _weights_follow(self) -> AbstractContextManager[None]:
+        """Inside, a load of master weights reaches the model weights wherever they are."""
+        return nullcontext()
 
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
         for state_dict in state_dict_list:
             if state_dict is not None:
                 drop_empty_states(state_dict)
-        self._send_states_home()
-        super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
-        self._adopt_states()
+        with self.home.writable(), self._weights_follow():
+            super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
         self._link.pull(self.optimizer.param_groups)
 
     def refresh_fp32_params(self) -> None:
-        self._send_states_home()
-        super().refresh_fp32_params()
+        with self.home.writable():
+            super().refresh_fp32_params()
 
     def load_by_name(self, saved: SavedStates, **kwargs: Any) -> None:
         """Load what any number of ranks saved, [Note: By name] in `repartition`. Collective."""
@@ -313,18 +307,3 @@ class SelectiveStep(compat.ZeROOptimizer):
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError
-
-    def state_bytes(self) -> int:
-        """Bytes of the Adam moments that exist on this rank."""
-        states = self.optimizer.state.values()
-        return storage_bytes([state[key] for state in states for key in ADAM_STATE_KEYS if key in state])
-
-
-def storage_bytes(tensors: Sequence[Tensor | None]) -> int:
-    """Bytes of the storages behind ``tensors``, each counted once."""
-    storages = {}
-    for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

@@ -8,7 +8,7 @@ shown goes through DeepSpeed's own arithmetic, so that with every block selected
 [Note: One rank] Where a gradient has nobody to be averaged with, the trip through the reduction bucket (a copy in,
 a division by 1, a collective of one, a copy out) changes no bit and is left out.
 
-Where states visit the accelerator, `visiting` has each group's there when DeepSpeed's loop comes to it.
+Each group's state is where the update runs when DeepSpeed's loop comes to it: see `states.home`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero12Accessors
 from ds_agsel.zero.gradient_buffers import HostGradientBuffers
 from ds_agsel.zero.repartition import Layout, Slice
-from ds_agsel.zero.selective import storage_bytes
 from ds_agsel.zero.staging import HostStaging
+from ds_agsel.zero.states.home import StateHome
+from ds_agsel.zero.storage import storage_bytes
 
 
 class SelectiveZeroOptimizer(Zero12Accessors):
@@ -43,14 +44,11 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         selection: Selection,
         block_of_group: Sequence[int],
         link: HyperparameterLink,
-        states_visit: bool = False,
+        home: StateHome,
     ) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
-
-        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
-        """
+        """Take the controller and the states' home on. ``block_of_group[i]`` is the block of param group i."""
         self._group_of_param = {self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group}
-        self._attach(selection, block_of_group, link, states_visit)
+        self._attach(selection, block_of_group, link, home)
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradient_buffers = HostGradientBuffers(self.single_partition_of_fp32_groups, self.cpu_offload_pin_memory)
         if self.cpu_offload:
@@ -339,12 +337,10 @@ class SelectiveZeroOptimizer(Zero12Accessors):
     def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
         return compat.only_groups(self, groups)
 
-    def _begin_update(self, blocks: Sequence[int]) -> list[int]:
-        groups = super()._begin_update(blocks)
+    def _before_update(self, groups: Sequence[int]) -> None:
         if self.cpu_offload:
             for group, buffer in self._staging.slices(groups).items():
                 self.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
-        return groups
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
@@ -432,10 +428,9 @@ class SelectiveZeroOptimizer(Zero12Accessors):
 
     # --------------------------------------------------------------- states: checkpoints
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super().load_state_dict(*args, **kwargs)
-        if self._visiting is not None:
-            self._relink_states()
+    def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
+        super().load_state_dict(state_dict_list, **kwargs)
+        self._relink_states()  # to what the home has put in place of the loaded tensors
 
     def layouts(self) -> list[Layout]:
         found = []
@@ -447,5 +442,5 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         return found
 
     def update_lp_params(self) -> None:
-        self.bring_states_home()
-        super().update_lp_params()
+        with self.home.readable():
+            super().update_lp_params()

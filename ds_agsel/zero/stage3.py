@@ -28,7 +28,8 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero3Accessors, ZeroParameter
 from ds_agsel.zero.gradient_buffers import FlatGradients
 from ds_agsel.zero.repartition import Layout, Slice
-from ds_agsel.zero.selective import storage_bytes
+from ds_agsel.zero.states.home import StateHome
+from ds_agsel.zero.storage import storage_bytes
 
 
 class SelectiveZero3Optimizer(Zero3Accessors):
@@ -43,17 +44,13 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         selection: Selection,
         block_of_group: Sequence[int],
         link: HyperparameterLink,
-        states_visit: bool = False,
+        home: StateHome,
     ) -> None:
-        """Take the controller on. ``block_of_group[i]`` is the block of param group i, on every rank alike.
-
-        With ``states_visit``, master weights and moments live on the host and AdamW runs on the accelerator.
-        """
+        """Take the controller and the states' home on. ``block_of_group[i]`` is the block of sub-group i."""
         members = [(param, sub_group) for sub_group, params in enumerate(self.fp16_groups) for param in params]
         self._number_of_param = {param.ds_id: number for number, (param, _) in enumerate(members)}
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
-        blocks = [block_of_group[self.sub_group_to_group_id[i]] for i in range(len(self.fp16_groups))]
-        self._attach(selection, blocks, link, states_visit)
+        self._attach(selection, block_of_group, link, home)
         self._all_parameters = compat.ParameterList(self.parameter_offload.module)
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
@@ -277,8 +274,12 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         return [norm for _, norm in sorted(zip(self._shown_groups, super()._get_norm_groups(), strict=True))]
 
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
-        self._enter(sub_group_id)
+        self._enter(sub_group_id)  # first: the gradient is hung on the tensor that will be updated
         super()._prepare_sub_group(sub_group_id, timer_names)
+
+    def _release_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        super()._release_sub_group(sub_group_id, timer_names)  # takes the gradient off the tensor that was updated
+        self._leave()
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         partition = self.fp32_partitioned_groups_flat[sub_group_id]
@@ -304,7 +305,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         written = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups) * self.dtype.itemsize
         if self.offload_optimizer and not self.offload_param:
             traffic.h2d_bytes += written
-        elif self._visiting is not None and self.offload_param:
+        elif self.offload_param and not self.offload_optimizer:
             traffic.d2h_bytes += written
 
     # ------------------------------------------------------------------ memory
@@ -322,9 +323,8 @@ class SelectiveZero3Optimizer(Zero3Accessors):
 
     # ------------------------------------------------------------- states: checkpoints
 
-    def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
-        with compat.swapped_weights_follow(self):
-            super().load_state_dict(state_dict_list, **kwargs)
+    def _weights_follow(self) -> AbstractContextManager[None]:
+        return compat.swapped_weights_follow(self)
 
     def _restore_from_bit16_weights(self) -> None:
         for group, partition in enumerate(self.fp32_partitioned_groups_flat):

@@ -246,7 +246,7 @@ class DeepSpeedTrainer:
         with watch.phase("backward"):
             engine.backward(loss)
         accelerator_bytes, host_bytes = self._adapter.held_gradient_bytes(self._optimizer)
-        resident_bytes = self._optimizer.resident_state_bytes() if hasattr(self._optimizer, "bring_states_home") else 0
+        resident_bytes = self._optimizer.resident_state_bytes() if hasattr(self._optimizer, "home") else 0
         with watch.phase("optimizer"):
             engine.step()
         measured = {

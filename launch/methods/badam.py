@@ -10,7 +10,7 @@ from torch import nn
 
 from ds_agsel.blocks import find_blocks
 from ds_agsel.errors import ConfigError
-from ds_agsel.zero.selective import storage_bytes
+from ds_agsel.zero.storage import storage_bytes
 
 from .base import Option, Setting, package
 from .plain_torch import PlainTorch, adam_options

@@ -13,7 +13,7 @@ from deepspeed.runtime import lr_schedules
 from torch import nn
 
 from ds_agsel.errors import ConfigError
-from ds_agsel.zero.selective import storage_bytes
+from ds_agsel.zero.storage import storage_bytes
 
 from ..training import settings
 from .base import Method, Setting, without_section

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import psutil
 
-from ds_agsel.zero.selective import storage_bytes
+from ds_agsel.zero.storage import storage_bytes
 
 from .base import Option
 from .tensors import held_by

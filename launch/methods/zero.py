@@ -9,7 +9,7 @@ import ds_agsel
 from ds_agsel.config import SECTION
 from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
-from ds_agsel.zero.selective import storage_bytes
+from ds_agsel.zero.storage import storage_bytes
 
 from .base import Method, Setting, without_section
 from .tensors import held_by

@@ -23,7 +23,7 @@ CASES = [
 
 def weight_bytes(zero: Any) -> int:
     """With stage 3 of this rank's partitions, and of the parameters that are gathered now."""
-    from ds_agsel.zero.selective import storage_bytes
+    from ds_agsel.zero.storage import storage_bytes
 
     if not hasattr(zero, "fp16_groups"):
         return sum(flat.nbytes for flat in zero.bit16_groups_flat)

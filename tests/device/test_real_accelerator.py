@@ -12,7 +12,8 @@ from support import NARROW, SELECT, TOPK, VISIT, Case, case_id, relative_error, 
 from workers import Workers
 
 from ds_agsel.residency import Move
-from ds_agsel.residency.transfer import MASTER, MOMENTS, HostState, StateTransfer
+from ds_agsel.residency.states import MASTER, MOMENTS
+from ds_agsel.residency.transfer import HostState, StateTransfer
 
 pytestmark = [
     pytest.mark.device,

@@ -65,6 +65,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
     from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+    from ds_agsel.zero.states.home import moment_bytes
 
     zero = engine.optimizer
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
@@ -82,7 +83,7 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
         masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
         seen = {
             "masters": sum(master.nbytes for master in masters),
-            "states": SelectiveZeroOptimizer.state_bytes(zero),
+            "states": moment_bytes(zero),
         }
         if hasattr(engine, "selection"):
             seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already

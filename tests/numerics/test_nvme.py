@@ -109,7 +109,7 @@ def watch_file(case: Case) -> dict[str, Any]:
     log: list[tuple[str, int, int]] = []
 
     def observe(event: str, engine: Any, step: int) -> Any:
-        swapped = engine.optimizer._swapped
+        swapped = engine.optimizer.home.swapped
         if (event, step) == ("start", 0):
             new_handle = swapped._new_handle
             swapped._new_handle = lambda: Recorder(new_handle(), log)

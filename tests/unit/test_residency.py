@@ -14,7 +14,7 @@ from rehearsal import Twin, rehearse
 from ds_agsel.errors import ConfigError, TrainingError
 from ds_agsel.residency import BlockResidency, Move, Residency, default_budget_bytes, plan_moves, transfer, update_order
 from ds_agsel.residency.plan import check_budget
-from ds_agsel.residency.transfer import MASTER, MOMENTS
+from ds_agsel.residency.states import MASTER, MOMENTS
 
 SIZES = {0: 50, 1: 10, 2: 20, 3: 30}
 HOST = SimpleNamespace(is_synchronized_device=lambda: True, current_device_name=lambda: "cpu")

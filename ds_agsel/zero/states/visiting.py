@@ -7,124 +7,125 @@ instead. Nothing that outlives a step (links for the accessors, checkpoints, sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from deepspeed.accelerator import get_accelerator
 
 from ds_agsel.residency import Move, default_budget_bytes, plan_moves, update_order
 from ds_agsel.residency.plan import check_budget
-from ds_agsel.residency.transfer import MASTER, MOMENTS, HostState, StateTransfer, pinned
+from ds_agsel.residency.states import MASTER, MOMENTS
+from ds_agsel.residency.transfer import HostState, StateTransfer, pinned
+from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
+from ds_agsel.zero.states.home import StateBytes, StateHome, moment_bytes
 
 
-class VisitingStates:
+class VisitingStates(StateHome):
     """The states of a ZeRO optimizer that steps on the accelerator, and the moves that its steps need.
 
-    Args:
-        budget_bytes: what states may take on the accelerator, on this rank; None: [Note: Budget] in residency/plan.
-        keep_master: "host", or "accelerator" where the master weights of all blocks stay there.
-        num_selected: blocks of a step, at most.
-    Raises ConfigError where a block does not fit the budget.
+    The section's ``state_budget_bytes`` is what states may take on the accelerator, on this rank; None: [Note: Budget]
+    in residency/plan. With ``keep_master`` "accelerator" the master weights of all blocks stay there.
+
+    Raises ConfigError if a block does not fit the budget.
     """
 
-    def __init__(
-        self,
-        optimizer: compat.ZeROOptimizer,
-        block_of_group: Sequence[int],
-        block_names: Sequence[str],
-        num_selected: int,
-        budget_bytes: int | None,
-        keep_master: str,
-        count: Callable[[str, int], None],
-    ) -> None:
-        self._optimizer = optimizer
-        self._block_of_group = tuple(block_of_group)
-        self._groups_of_block: dict[int, list[int]] = {}
-        for group, block in enumerate(block_of_group):
-            self._groups_of_block.setdefault(block, []).append(group)
-        self._keys = (MASTER, *MOMENTS) if keep_master == "host" else MOMENTS
-        self._count = count
-        if keep_master == "host":
+    def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int], selection: Selection) -> None:
+        super().__init__(optimizer, block_of_group)
+        self._selection = selection
+        moves_masters = selection.config.keep_master == "host"
+        if moves_masters:
             compat.replace_masters(optimizer, lambda master: pinned(master.detach().cpu(), get_accelerator()))
-        self.transfer = self._new_transfer()
+        states = [self._host_state(group) for group in range(len(self.block_of_group))]
+        keys = (MASTER, *MOMENTS) if moves_masters else MOMENTS
+        self.transfer = StateTransfer(get_accelerator(), states, self.groups_of_block, keys, self._count)
         self._block_bytes = self.transfer.block_bytes()
-        self.budget_bytes = budget_bytes or default_budget_bytes(self._block_bytes, num_selected)
-        check_budget(self.budget_bytes, self._block_bytes, block_names)
+        budget = selection.config.state_budget_bytes
+        self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.max_selected)
+        check_budget(self.budget_bytes, self._block_bytes, [block.name for block in selection.blocks])
         self._moves: tuple[Move, ...] = ()
-        self._entered: tuple[int, int] | None = None  # index in DeepSpeed's view, group
 
-    def _new_transfer(self) -> StateTransfer:
-        base = self._optimizer.optimizer
-        states = []
-        for partition in compat.masters(self._optimizer):
-            state = base.state.get(partition, {})
-            for key in MOMENTS:
-                if key in state:
-                    state[key] = pinned(state[key].cpu(), get_accelerator())
-            states.append(HostState(partition, state))
-        return StateTransfer(get_accelerator(), states, self._groups_of_block, self._keys, self._count)
+    def _host_state(self, group: int) -> HostState:
+        """The state that stands in DeepSpeed's place for ``group``, its moments moved to page-locked memory."""
+        master = compat.masters(self.optimizer)[group]
+        state = self.optimizer.optimizer.state.get(master, {})
+        for key in MOMENTS:
+            if key in state:
+                state[key] = pinned(state[key].cpu(), get_accelerator())
+        return HostState(master, state)
+
+    def _count(self, direction: str, num_bytes: int) -> None:
+        name, traffic = f"{direction}_bytes", self._selection.current_traffic
+        setattr(traffic, name, getattr(traffic, name) + num_bytes)
 
     # ------------------------------------------------------------------------- step
 
     def prefetch(self, blocks: Sequence[int] | None) -> None:
-        """Start what the planned ``blocks`` need; None, before an explore step: nothing moves."""
-        if blocks is not None:
-            moves = plan_moves(self.transfer.resident, blocks, self._block_bytes, self.budget_bytes)
-            self.transfer.carry_out(move for move in moves if move.after is None)
+        if blocks is None:
+            return  # an explore step may choose any block: nothing moves before it has chosen
+        moves = plan_moves(self.transfer.resident, blocks, self._block_bytes, self.budget_bytes)
+        # What arrives after an update of this step waits for it; `begin` plans it again.
+        self.transfer.carry_out(move for move in moves if move.after is None)
 
     def begin(self, blocks: Sequence[int]) -> list[int]:
-        """Start the moves of the step on ``blocks`` as far as can be; returns its groups in the order of update."""
         resident = self.transfer.resident
         self._moves = plan_moves(resident, blocks, self._block_bytes, self.budget_bytes)
         self._carry_out_after(None)
-        return [group for block in update_order(resident, blocks) for group in self._groups_of_block[block]]
+        # ``resident`` is what it was before these moves: blocks that were there then have had longest to arrive.
+        return [group for block in update_order(resident, blocks) for group in self.groups_of_block[block]]
 
     def _carry_out_after(self, block: int | None) -> None:
         self.transfer.carry_out(move for move in self._moves if move.after == block)
 
     def enter(self, shown: int, group: int) -> None:
-        """Put the accelerator's tensors of ``group`` in its place, index ``shown`` of DeepSpeed's view."""
-        self.leave_entered(next_block=self._block_of_group[group])
-        self.transfer.wait_for(self._block_of_group[group])
+        self.transfer.wait_for(self.block_of_group[group])
         tensors = self.transfer.on_device(group)
-        master = tensors.get(MASTER, compat.masters(self._optimizer)[shown])
-        base = self._optimizer.optimizer
-        param_group = compat.param_group_of(self._optimizer, shown)
+        master = tensors.get(MASTER, compat.masters(self.optimizer)[shown])
+        base = self.optimizer.optimizer
+        param_group = compat.param_group_of(self.optimizer, shown)
         step = compat.adam_step(base, self._count_of(group), param_group, master.device)
-        compat.set_master(self._optimizer, shown, master)
+        compat.set_master(self.optimizer, shown, master)
         base.state[master] = {"step": step, **{key: tensors[key] for key in MOMENTS}}
-        self._entered = (shown, group)
 
-    def leave_entered(self, next_block: int | None = None) -> None:
-        """Put the host's tensors of the group that was entered last back; with its block's last, what follows moves."""
-        if self._entered is None:
-            return
-        shown, group = self._entered
-        self._entered = None
-        block = self._block_of_group[group]
-        base = self._optimizer.optimizer
+    def leave(self, shown: int, group: int) -> None:
+        block = self.block_of_group[group]
+        base = self.optimizer.optimizer
         host = self.transfer.on_host(group)
         host.state["step"] = compat.adam_step(base, self._count_of(group) + 1)
-        base.state.pop(compat.masters(self._optimizer)[shown])
-        compat.set_master(self._optimizer, shown, host.master)
+        # The host's tensors stand in their place again before anything else can look.
+        base.state.pop(compat.masters(self.optimizer)[shown])
+        compat.set_master(self.optimizer, shown, host.master)
         base.state[host.master] = host.state
-        if block != next_block:
-            self.transfer.updated(block)
+        # For each group, not once a block: an exception may end the step between two groups of one block.
+        self.transfer.updated(block)
+        if group == self.groups_of_block[block][-1]:
             self._carry_out_after(block)
-
-    # -------------------------------------------------------- accessors, checkpoints
-
-    def bring_home(self, blocks: Iterable[int] | None = None) -> None:
-        """Make the host's states of ``blocks`` (None: of all) current. They stay where they are. The host waits."""
-        self.transfer.bring_home(self._groups_of_block if blocks is None else blocks)
-
-    def send_home(self, blocks: Iterable[int] | None = None) -> None:
-        """Bring the states of ``blocks`` (None: of all) back to the host alone, which may then change them."""
-        self.transfer.send_home(self._groups_of_block if blocks is None else blocks)
-
-    def adopt_loaded(self) -> None:
-        """Take up the states that a checkpoint has put into the optimizer. All must be at home."""
-        self.transfer = self._new_transfer()
 
     def _count_of(self, group: int) -> int:
         return int(self.transfer.on_host(group).state.get("step", 0))
+
+    # -------------------------------------------------------- accessors, checkpoints
+
+    @contextmanager
+    def readable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
+        self.transfer.bring_home(self._blocks_of(groups))
+        yield
+
+    @contextmanager
+    def writable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
+        # A copy on the accelerator would go stale here, and overwrite the host's when it left.
+        self.transfer.send_home(self._blocks_of(groups))
+        try:
+            yield
+        finally:
+            self.adopt(groups)
+
+    def adopt(self, groups: Sequence[int] | None = None) -> None:
+        for group in range(len(self.block_of_group)) if groups is None else groups:
+            self.transfer.adopt(group, self._host_state(group))
+
+    def _blocks_of(self, groups: Sequence[int] | None) -> list[int]:
+        return sorted(self.groups_of_block if groups is None else {self.block_of_group[group] for group in groups})
+
+    def bytes(self) -> StateBytes:
+        return StateBytes(moments=moment_bytes(self.optimizer), visiting=self.transfer.resident_bytes())

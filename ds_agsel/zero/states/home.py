@@ -1,0 +1,134 @@
+"""The one interface to optimizer states, wherever they are kept.
+
+The *state* of a group is its master weights, one flat partition on this rank, fp32, (numel,), and, from the group's
+first update on, Adam's ``exp_avg`` and ``exp_avg_sq``, fp32, (numel,), and step count. DeepSpeed looks for them in its
+lists of partitions and in the base optimizer's ``state``. A home decides what stands there, and when:
+
+==============  =======================  ============================================================
+home            between steps            during a group's update
+==============  =======================  ============================================================
+`in_place`      where the update runs    the same tensors
+`visiting`      in page-locked memory    copies on the accelerator, kept there while a budget allows
+`nvme`          in a file on NVMe        a buffer in page-locked memory
+==============  =======================  ============================================================
+
+[Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
+explore step; `begin` when its blocks are final; then for each group, in the order that `begin` returned, `enter` before
+DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time. Between
+steps, whoever reads or writes states does so inside `readable` or `writable`. A home is chosen in `adapters.home_for`
+alone; a new place or form of states is a new subclass there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ds_agsel.residency.states import MOMENTS
+from ds_agsel.zero import compat
+from ds_agsel.zero.storage import storage_bytes
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What states take on this rank.
+
+    Attributes:
+        moments: bytes of the Adam moments that exist, wherever they are.
+        visiting: bytes on the accelerator of states that visit it, master weights included; 0 for other homes.
+    """
+
+    moments: int
+    visiting: int = 0
+
+
+class StateHome(ABC):
+    """Where the states of one ZeRO optimizer are kept. [Note: Order of calls]
+
+    Groups are numbered as DeepSpeed steps them: param groups with stages 1 and 2, sub-groups with stage 3.
+
+    Args:
+        optimizer: DeepSpeed's, whose states this home takes charge of, before any accessor is linked to them.
+        block_of_group: block of each group.
+    """
+
+    is_on_disk: ClassVar[bool] = False
+    """Whether all states together may be larger than the host's memory, so that a load must read them lazily."""
+
+    def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int]) -> None:
+        self.optimizer = optimizer
+        self.block_of_group = tuple(block_of_group)
+        self.groups_of_block: dict[int, list[int]] = {}
+        for group, block in enumerate(self.block_of_group):
+            self.groups_of_block.setdefault(block, []).append(group)
+
+    def groups_of(self, blocks: Iterable[int]) -> list[int]:
+        """Groups of ``blocks``, ascending."""
+        wanted = set(blocks)
+        return [group for group, block in enumerate(self.block_of_group) if block in wanted]
+
+    # -------------------------------------------------------------------------- a step
+
+    @abstractmethod
+    def prefetch(self, blocks: Sequence[int] | None) -> None:
+        """Start to bring the states of ``blocks``, which the next step will update; None before an explore step.
+
+        Returns at once: the transfers run during forward and backward. Idempotent.
+        """
+
+    @abstractmethod
+    def begin(self, blocks: Sequence[int]) -> list[int]:
+        """Begin the update of ``blocks``; return their groups in the order in which they must be updated."""
+
+    @abstractmethod
+    def enter(self, shown: int, group: int) -> None:
+        """Let DeepSpeed find the state of ``group`` where its update runs.
+
+        ``shown`` is the group's index in DeepSpeed's lists now, which hold the step's groups alone. The current stream,
+        or with NVMe the host, waits for the state's arrival.
+        """
+
+    @abstractmethod
+    def leave(self, shown: int, group: int) -> None:
+        """Take the updated state of ``group``, which was entered last, back. Also called after an exception."""
+
+    # ------------------------------------------------------------------- between steps
+
+    @abstractmethod
+    def readable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Inside, DeepSpeed's lists and the base optimizer hold the current states of ``groups`` (None: of all).
+
+        The host waits for what is under way. The tensors are valid inside alone; see `keep_readable`.
+        """
+
+    @abstractmethod
+    def writable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """As `readable`, and what is changed there is kept: in place, or by new tensors, or by moments that are new.
+
+        No copy of the states of ``groups`` elsewhere outlives this.
+        """
+
+    @abstractmethod
+    def adopt(self, groups: Sequence[int] | None = None) -> None:
+        """Take charge of the states of ``groups`` (None: of all) that stand in DeepSpeed's place for them now.
+
+        `writable` does it at its end; a caller needs it only for states that were put there in another way.
+        """
+
+    def keep_readable(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most homes have nothing to do)
+        """Change ``state_dict``, which the optimizer made inside `readable`, so that it stays valid outside."""
+
+    # ------------------------------------------------------------------------- memory
+
+    def bytes(self) -> StateBytes:
+        """What states take on this rank now, in the order of what has been issued."""
+        return StateBytes(moments=moment_bytes(self.optimizer))
+
+
+def moment_bytes(optimizer: compat.ZeROOptimizer) -> int:
+    """Bytes of the Adam moments that a ZeRO optimizer holds on this rank, plain DeepSpeed's too."""
+    states = optimizer.optimizer.state.values()
+    return storage_bytes(state[key] for state in states for key in MOMENTS if key in state)

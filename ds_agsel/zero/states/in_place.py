@@ -1,0 +1,33 @@
+"""States that stay where AdamW runs: on the accelerator, or with ZeRO-Offload on the host. Nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from ds_agsel.zero.states.home import StateHome
+
+
+class StatesInPlace(StateHome):
+    """The tensors that DeepSpeed made are those that it steps, reads and writes."""
+
+    def prefetch(self, blocks: Sequence[int] | None) -> None:
+        """Nothing: all states are there."""
+
+    def begin(self, blocks: Sequence[int]) -> list[int]:
+        return self.groups_of(blocks)
+
+    def enter(self, shown: int, group: int) -> None:
+        """Nothing: the state is there."""
+
+    def leave(self, shown: int, group: int) -> None:
+        """Nothing: the state stays."""
+
+    def readable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def writable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def adopt(self, groups: Sequence[int] | None = None) -> None:
+        """Nothing: what DeepSpeed holds is the state."""
