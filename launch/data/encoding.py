@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,14 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ds_agsel.errors import ConfigError, DataError
+from ds_agsel.errors import DataError
 
-from .sources import TextColumns
+from . import files
+from .chat import Example, Turn, UnusableRow, user_turn
+from .columns import TextColumns
+from .templates import ChatTemplate
 
-_FORMAT_VERSION = 1  # part of the cache's key: raise it when an encoded row changes
+_FORMAT_VERSION = 2  # part of the cache's key: raise it when an encoded row changes
 CHAT_TEMPLATE_CHOICES = ("auto", "always", "never")
 _ROWS_PER_WORKER = 1000  # below that a process costs more to start than it saves
 
@@ -32,8 +36,9 @@ class Encoder:
 
     Attributes:
         use_chat_template: render a prompt as a user's turn and a completion as the assistant's.
-        system: text of the system turn; None leaves it to the template.
+        system: text of the system turn of rows without one; None leaves it to the template.
         max_tokens: longest row; a completion is cut there, a prompt must be shorter.
+        every_answer: of a conversation make a row of tokens for each of the assistant's turns, not for the last alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,63 +46,77 @@ class Encoder:
     max_tokens: int
     use_chat_template: bool
     system: str | None = None
+    every_answer: bool = True
 
     def __post_init__(self) -> None:
-        if self.use_chat_template and self.tokenizer.chat_template is None:
-            raise ConfigError("--chat-template=always, but the tokenizer has no chat template. Use auto or never.")
+        if self.use_chat_template:
+            _ = self._template  # raises what is wrong with it now, not in a worker
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Columns of text to ``input_ids``, ``prompt_numel``, ``cut_numel`` and ``problem``.
+        """Columns of text to ``input_ids``, ``prompt_numel``, ``cut_numel``, ``prompt``, ``completion``, ``problem``.
 
-        ``problem`` says why a row can't be used, "" where it can: an error raised here would be lost in a
-        worker.
+        A row of a conversation can become several. ``problem`` says why a row can't be used, "" where it can: an
+        error raised here would be lost in a worker.
         """
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        encoded: dict[str, list[Any]] = {"input_ids": [], "prompt_numel": [], "cut_numel": [], "problem": []}
+        encoded: dict[str, list[Any]] = {name: [] for name in (*_unusable(""), files.PLACE)}
         for row in rows:
-            for name, value in self._encode(row).items():
-                encoded[name].append(value)
+            for values in self._encode(row):
+                for name, value in {**values, files.PLACE: row[files.PLACE]}.items():
+                    encoded[name].append(value)
         return encoded
 
-    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        empty = [name for name in self.columns.used if row[name] is None or not str(row[name]).strip()]
-        if empty:
-            return _unusable(f"its column {empty[0]!r} is empty. Fill or remove it")
-        prompt, completion = self.render(self.columns.prompt_of(row), self.columns.completion_of(row))
+    def _encode(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        try:
+            examples = self.columns.examples_of(row)
+            return [self._encode_example(example) for example in (examples if self.every_answer else examples[-1:])]
+        except UnusableRow as problem:
+            return [_unusable(str(problem))]
+
+    def _encode_example(self, example: Example) -> dict[str, Any]:
+        prompt, completion = self.render(example.turns, example.completion)
         prompt_ids = self._ids_of(prompt)
         completion_ids = self.tokenizer(completion, add_special_tokens=False).input_ids
         if len(prompt_ids) >= self.max_tokens:
             return _unusable(
                 f"its prompt has {len(prompt_ids)} tokens and --sequence-length={self.max_tokens} leaves "
-                f"no room for a "
-                "completion. Use a larger one, or --long-prompts=drop"
+                f"no room for a completion. Use a larger one, or --long-prompts=drop"
             )
         ids = prompt_ids + completion_ids
         return {
             "input_ids": ids[: self.max_tokens],
             "prompt_numel": len(prompt_ids),
             "cut_numel": max(0, len(ids) - self.max_tokens),
+            "prompt": example.prompt,
+            "completion": example.completion,
             "problem": "",
         }
 
-    def render(self, prompt: str, completion: str) -> tuple[str, str]:
-        """The texts as the model sees them. The completion ends in the end-of-text token."""
-        end = self.tokenizer.eos_token
-        if not self.use_chat_template:
-            return f"{prompt}\n", f"{completion}{end}"
-        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        turns.append({"role": "user", "content": prompt})
-        opened = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        turns.append({"role": "assistant", "content": completion})
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        if not whole.startswith(opened):  # a template that rewrites earlier turns
-            return opened, f"{completion}{end}"
-        return opened, whole[len(opened) :].split(end)[0].rstrip("\n") + end
+    def render(self, prompt: str | Sequence[Turn], completion: str) -> tuple[str, str]:
+        """The texts as the model sees them. The completion ends in the end-of-text token. Raises UnusableRow."""
+        turns = [user_turn(prompt)] if isinstance(prompt, str) else list(prompt)
+        if self.use_chat_template:
+            return self._template.render(turns, completion)
+        return self._opened(turns), f"{completion}{self.tokenizer.eos_token}"
 
-    def prompt(self, text: str) -> tuple[str, list[int]]:
-        """A prompt as the model sees it, and its tokens."""
-        prompt, _ = self.render(text, "")
-        return prompt, self._ids_of(prompt)
+    def prompt(self, prompt: str | Sequence[Turn]) -> tuple[str, list[int]]:
+        """A prompt as the model sees it, and its tokens. Raises UnusableRow."""
+        opened = self._opened([user_turn(prompt)] if isinstance(prompt, str) else list(prompt))
+        return opened, self._ids_of(opened)
+
+    def _opened(self, turns: Sequence[Turn]) -> str:
+        if self.use_chat_template:
+            return self._template.opened(turns)
+        if [turn["role"] for turn in turns] != ["user"]:
+            raise UnusableRow(
+                f"it is a conversation of {len(turns) + 1} turns, which only a chat template can write. Use a model "
+                "with one, and no --chat-template=never"
+            )
+        return f"{turns[0]['content']}\n"
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.system)
 
     def _ids_of(self, prompt: str) -> list[int]:
         # A chat template writes the special tokens itself; without one the tokenizer adds them, the last of
@@ -124,6 +143,7 @@ class Encoder:
             self.max_tokens,
             self.use_chat_template,
             self.system,
+            self.every_answer,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -133,7 +153,7 @@ class Encoded:
     """A tokenised split.
 
     Attributes:
-        rows: columns ``input_ids`` and ``prompt_numel``, with the text columns beside them.
+        rows: columns ``input_ids`` and ``prompt_numel``, with the texts ``prompt`` and ``completion`` beside them.
         lengths: tokens of each row, int64, (num_rows,).
         label_numel: tokens of each row that the loss is on, int64, (num_rows,).
         cut_rows: rows whose completion was cut; cut_numel: tokens lost that way; dropped_rows: rows left out.
@@ -156,10 +176,12 @@ def encode(split: str, part: Dataset, encoder: Encoder, *, workers: int, drop_lo
     if len(part) == 0:
         nothing = np.zeros(0, dtype=np.int64)
         return Encoded(part, nothing, nothing, cut_rows=0, cut_numel=0, dropped_rows=0)
+    part = files.numbered(part).select_columns([*encoder.columns.used, files.PLACE])
     processes = min(workers, len(part) // _ROWS_PER_WORKER)
     rows = part.map(
         encoder,
         batched=True,
+        remove_columns=part.column_names,
         num_proc=processes if processes > 1 else None,
         new_fingerprint=hashlib.sha256(f"{part._fingerprint}{encoder.fingerprint}".encode()).hexdigest()[:32],
         desc=f"tokenising {split}",
@@ -168,7 +190,7 @@ def encode(split: str, part: Dataset, encoder: Encoder, *, workers: int, drop_lo
     usable = np.flatnonzero(problems == "")
     for index in np.flatnonzero(problems != ""):
         if not (drop_long_prompts and "--long-prompts" in problems[index]):
-            raise DataError(f"Row {index + 1} of the {split} split can't be used: {problems[index]}.")
+            raise DataError(f"{_where(rows[int(index)][files.PLACE], split)} can't be used: {problems[index]}.")
     if len(usable) < len(problems):
         rows = rows.select(usable)
     if len(rows) == 0:
@@ -185,5 +207,17 @@ def encode(split: str, part: Dataset, encoder: Encoder, *, workers: int, drop_lo
     )
 
 
+def _where(place: int | str, split: str) -> str:
+    """The place of a row as a sentence begins with it: a file's line, else the row's number in its split."""
+    return place[:1].upper() + place[1:] if isinstance(place, str) else f"Row {place} of the {split} split"
+
+
 def _unusable(problem: str) -> dict[str, Any]:
-    return {"input_ids": [], "prompt_numel": 0, "cut_numel": 0, "problem": problem}
+    return {
+        "input_ids": [],
+        "prompt_numel": 0,
+        "cut_numel": 0,
+        "prompt": "",
+        "completion": "",
+        "problem": problem,
+    }

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from ds_agsel.errors import ConfigError, DataError
+from ds_agsel.errors import DataError
 
-from . import arithmetic
+from . import arithmetic, chat, files, folders
+from .columns import TextColumns, unused_text
 
 BUILTIN = "builtin"
 DATA_VARIABLE = "DS_AGSEL_DATA"  # names a folder of local copies: gsm8k/train.jsonl, gsm8k/test.jsonl, …
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_SPLIT_ALIASES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Columns that are prompt and completion by custom, and one that belongs before or after the prompt."""
+
+    prompt: str
+    completion: str
+    before: str | None = None
+    after: str | None = None
+
+
 _KNOWN_COLUMNS = (
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("query", "response"),
-    ("problem", "solution"),
+    _Known("prompt", "completion"),
+    _Known("question", "answer", before="context"),
+    _Known("instruction", "output", after="input"),  # Alpaca
+    _Known("instruction", "response", after="context"),  # Dolly
+    _Known("query", "response"),
+    _Known("problem", "solution"),
 )
 
 
@@ -69,38 +78,14 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class TextColumns:
-    """Where a row's prompt and completion are. Picklable: tokenisation workers get it."""
-
-    prompt: str | None
-    completion: str
-    template: str | None = None
-    remove_pattern: str | None = None
-
-    def prompt_of(self, row: dict[str, Any]) -> str:
-        """The row's prompt, or the template filled with its columns."""
-        return str(row[str(self.prompt)]) if self.template is None else self.template.format_map(row)
-
-    def completion_of(self, row: dict[str, Any]) -> str:
-        """The row's completion, without what the preset removes."""
-        text = str(row[self.completion])
-        return re.sub(self.remove_pattern, "", text) if self.remove_pattern else text
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """Every column that is read."""
-        prompts = (self.prompt,) if self.template is None else template_columns(self.template)
-        return tuple(dict.fromkeys([*(name for name in prompts if name), self.completion]))
-
-
-@dataclass(frozen=True)
 class Splits:
-    """The three parts of the data, and which columns of theirs are the text."""
+    """The three parts of the data, which columns of theirs are the text, and what a user should know of them."""
 
     train: Dataset
     validation: Dataset
     test: Dataset
     columns: TextColumns = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def load(options: DataOptions) -> Splits:
@@ -149,22 +134,6 @@ def local_copy(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a prompt template such as ``"Question: {question}"`` names. Raises ConfigError."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(
-            f"--prompt-template={template!r}: {error}. Name columns in braces, write {{{{ for a brace."
-        ) from None
-    if not names or not all(name.isidentifier() for name in names):
-        raise ConfigError(
-            f"--prompt-template={template!r} must name columns in braces, such as {{question}}, and "
-            f"nothing else in them."
-        )
-    return tuple(dict.fromkeys(names))
-
-
 def _builtin(options: DataOptions) -> Splits:
     sizes = {
         "train": options.train_rows or 4000,
@@ -184,63 +153,14 @@ def _load_parts(options: DataOptions, preset: Preset | None, *, needed: str) -> 
     """The parts that there are, by "train", "validation" and "test"; ``needed`` is always there."""
     path = local_copy(options.dataset) or Path(options.dataset).expanduser()
     if path.is_dir():
-        return {split: _read_file(file) for split, file in _files_in(path, needed).items()}
-    if path.is_file():
-        return {needed: _read_file(path)}
-    if path.suffix in _READERS or options.dataset.startswith((".", "/", "~")):
+        found = _chosen(folders.read(path, needed, options.dataset_config), options, str(path), needed)
+    elif path.is_file():
+        found = {needed: files.read([path])}
+    elif path.suffix in files.SUFFIXES or options.dataset.startswith((".", "/", "~")):
         raise DataError(f"dataset={options.dataset!r} is not there. Give an existing file or folder.")
-    return _load_from_hub(options, preset, needed)
-
-
-def _files_in(folder: Path, needed: str) -> dict[str, Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in _READERS)
-    found: dict[str, Path] = {}
-    for split, aliases in _SPLIT_ALIASES.items():
-        matches = [path for path in files if path.stem in aliases]
-        if len(matches) > 1:
-            raise DataError(f"{folder} has more than one {split} file: {_listed(matches)}. Keep one of them.")
-        if matches:
-            found[split] = matches[0]
-    if needed not in found:
-        raise DataError(
-            f"{folder} has no {needed} file; it holds {_listed(files) or 'no data file'}. "
-            f"Name one {', '.join(f'{needed}{suffix}' for suffix in _READERS)}, or give the file itself."
-        )
-    return found
-
-
-def _read_file(file: Path) -> Dataset:
-    reader = _READERS.get(file.suffix)
-    if reader is None:
-        raise DataError(f"{file} is of an unknown kind. Use one of {', '.join(_READERS)}.")
-    empty = DataError(f"{file} is empty. Put at least one example into it.")
-    if file.stat().st_size == 0:
-        raise empty
-    try:
-        part = load_dataset(reader, data_files=str(file), split="train")
-    except Exception as error:  # datasets wraps its readers' errors in many classes of its own
-        if "corresponds to no data" in str(error):  # blank lines, or a header alone
-            raise empty from error
-        problem = _malformed_json_line(file) if reader == "json" else None
-        raise DataError(f"{file} can't be read: {problem or _reason(error)}") from error
-    if len(part) == 0:
-        raise empty
-    return part
-
-
-def _malformed_json_line(file: Path) -> str | None:
-    """Which line of a JSON Lines file is no JSON object, and why; None where the trouble is elsewhere."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"line {number} is no valid JSON ({error.msg}, column {error.colno}). Mend it."
-            if not isinstance(value, dict):
-                return f"line {number} is {type(value).__name__}, not an object with columns. Mend or remove it."
-    return None
+    else:
+        found = _load_from_hub(options, preset, needed)
+    return {split: files.numbered(part) for split, part in found.items()}
 
 
 def _load_from_hub(options: DataOptions, preset: Preset | None, needed: str) -> dict[str, Dataset]:
@@ -250,12 +170,16 @@ def _load_from_hub(options: DataOptions, preset: Preset | None, needed: str) -> 
         loaded = load_dataset(name, config)
     except Exception as error:  # from "no such name" to "no network", each with a class of its own
         raise DataError(
-            f"dataset={options.dataset!r} can't be loaded from the hub: {_reason(error)} It is no local "
-            f"file or folder "
-            f"either. Known names: {BUILTIN}, {', '.join(PRESETS)}."
+            f"dataset={options.dataset!r} can't be loaded from the hub: {files.reason(error)} It is no local "
+            f"file or folder either. Known names: {BUILTIN}, {', '.join(PRESETS)}."
         ) from error
     if not isinstance(loaded, DatasetDict):
         return {needed: loaded}
+    return _chosen(loaded, options, name, needed)
+
+
+def _chosen(there: Mapping[str, Dataset], options: DataOptions, name: str, needed: str) -> dict[str, Dataset]:
+    """The splits that the options name, else those with the usual names."""
     asked = {
         "train": options.train_split,
         "validation": options.validation_split,
@@ -263,33 +187,45 @@ def _load_from_hub(options: DataOptions, preset: Preset | None, needed: str) -> 
     }
     found: dict[str, Dataset] = {}
     for split, split_name in asked.items():
-        if split_name is not None and split_name not in loaded:
-            raise DataError(f"--{split}-split={split_name!r} is not in {name}. Its splits: {', '.join(loaded)}.")
-        candidates = (split_name,) if split_name else _SPLIT_ALIASES[split]
-        candidate = next((name for name in candidates if name in loaded), None)
+        if split_name is not None and split_name not in there:
+            raise DataError(f"--{split}-split={split_name!r} is not in {name}. Its splits: {', '.join(there)}.")
+        candidates = (split_name,) if split_name else folders.SPLIT_ALIASES[split]
+        candidate = next((name for name in candidates if name in there), None)
         if candidate is not None:
-            found[split] = loaded[candidate]
+            found[split] = there[candidate]
     if needed not in found:
-        raise DataError(f"{name} has no split {needed!r}. Choose --{needed}-split among {', '.join(loaded)}.")
+        raise DataError(f"{name} has no split {needed!r}. Choose --{needed}-split among {', '.join(there)}.")
     return found
 
 
 def _columns(options: DataOptions, preset: Preset | None, part: Dataset) -> TextColumns:
-    present = part.column_names
-    known: tuple[str | None, str | None] = (None, None)
+    present = files.column_names(part)
+    remove_pattern = preset.remove_pattern if preset else None
     if preset is not None:
-        known = (preset.prompt_column, preset.completion_column)
+        known: _Known | None = _Known(preset.prompt_column, preset.completion_column)
     else:
-        known = next((pair for pair in _KNOWN_COLUMNS if set(pair) <= set(present)), known)
-    prompt = options.prompt_column or known[0]
-    completion = options.completion_column or known[1]
+        known = next((one for one in _KNOWN_COLUMNS if {one.prompt, one.completion} <= set(present)), None)
+    prompt = options.prompt_column or (known.prompt if known else None)
+    completion = options.completion_column or (known.completion if known else None)
+    if prompt is None and options.prompt_template is None:
+        candidates = (completion,) if completion else chat.COLUMNS
+        talk = next((name for name in candidates if name in present and _holds_conversation(part, name)), None)
+        if talk is not None:
+            return TextColumns(None, talk, remove_pattern=remove_pattern)
     if completion is None or (prompt is None and options.prompt_template is None):
         raise DataError(
             f"dataset={options.dataset!r} has the columns {', '.join(present)}: which are prompt and "
-            f"completion can't "
-            "be told. Name them with --prompt-column or --prompt-template, and --completion-column."
+            f"completion can't be told. Name them with --prompt-column or --prompt-template, and --completion-column."
         )
-    columns = TextColumns(prompt, completion, options.prompt_template, preset.remove_pattern if preset else None)
+    around = known if known and options.prompt_column is None and options.prompt_template is None else None
+    columns = TextColumns(
+        prompt,
+        completion,
+        options.prompt_template,
+        remove_pattern,
+        before=around.before if around and around.before in present else None,
+        after=around.after if around and around.after in present else None,
+    )
     missing = [name for name in columns.used if name not in present]
     if missing:
         raise DataError(
@@ -298,17 +234,33 @@ def _columns(options: DataOptions, preset: Preset | None, part: Dataset) -> Text
     return columns
 
 
+def _holds_conversation(part: Dataset, column: str) -> bool:
+    """Whether the first row that has something in ``column`` has a list of messages there."""
+    values = (files.value_of(row[column]) for row in part.select_columns([column]))
+    return chat.is_conversation(next((value for value in values if value is not None), None))
+
+
+def _notes(part: Dataset, columns: TextColumns) -> tuple[str, ...]:
+    unused = unused_text(part, columns.used)
+    if not unused:
+        return ()
+    return (
+        f"warning: not used, though it holds text: {_listed(unused)}. Write {{{unused[0]}}} into --prompt-template "
+        "where it belongs to the prompt.",
+    )
+
+
 def _check_part(name: str, part: Dataset, columns: TextColumns) -> None:
-    missing = [column for column in columns.used if column not in part.column_names]
+    present = files.column_names(part)
+    missing = [column for column in columns.used if column not in present]
     if missing:
-        raise DataError(
-            f"The {name} split has no column {_listed(missing)}. Its columns: {', '.join(part.column_names)}."
-        )
+        raise DataError(f"The {name} split has no column {_listed(missing)}. Its columns: {', '.join(present)}.")
     if len(part) == 0:
         raise DataError(f"The {name} split is empty. Put at least one example into it.")
 
 
 def _split(found: dict[str, Dataset], options: DataOptions, columns: TextColumns) -> Splits:
+    notes = _notes(found["train"], columns)
     train = found["train"].shuffle(seed=options.seed)
     wanted = {"validation": options.validation_rows, "test": options.test_rows}
     parts: dict[str, Dataset] = {}
@@ -320,21 +272,12 @@ def _split(found: dict[str, Dataset], options: DataOptions, columns: TextColumns
         else:
             raise DataError(
                 f"The data has no {split} split, and --{split}-rows={rows} of its {len(train)} remaining "
-                f"train rows "
-                "would leave none to train on. Ask for fewer."
+                f"train rows would leave none to train on. Ask for fewer."
             )
     if options.train_rows is not None:
         train = train.select(range(min(options.train_rows, len(train))))
-    return Splits(train, parts["validation"], parts["test"], columns)
+    return Splits(train, parts["validation"], parts["test"], columns, notes)
 
 
-def _listed(names: list[Any]) -> str:
-    return ", ".join(repr(name.name if isinstance(name, Path) else name) for name in names)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost error: it says what happened, the outer ones only that it did."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__).rstrip(".") + "."
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

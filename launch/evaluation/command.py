@@ -28,6 +28,7 @@ from ds_agsel.errors import AgselError, ConfigError, DataError
 from ds_agsel.report.log import JsonLines
 
 from ..data import encoding, sources
+from ..data.chat import UnusableRow
 from ..training import models, outputs
 from . import grading
 from .generation import greedy
@@ -148,8 +149,12 @@ def load_problems(wanted: Evaluation, tokenizer: PreTrainedTokenizerBase) -> lis
     )
     problems = []
     for number, row in enumerate(part, start=1):
-        reference = columns.completion_of(row)
-        prompt, prompt_ids = encoder.prompt(columns.prompt_of(row))
+        try:
+            example = columns.last_example_of(row)
+            reference = example.completion
+            prompt, prompt_ids = encoder.prompt(example.turns)
+        except UnusableRow as problem:
+            raise DataError(f"Row {number} of {wanted.dataset} can't be used: {problem}.") from None
         answer = grading.Parsed(reference)
         if not prompt_ids or answer.text is None:
             what = "prompt" if not prompt_ids else f"answer in {reference[-80:]!r}"

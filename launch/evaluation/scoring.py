@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.batches import collate
 from ..data.encoding import Encoded
-from ..data.sources import TextColumns
 from ..training import ranks
 from ..training.objective import completion_loss_sum
 from ..training.stopping import StopRequest
@@ -129,7 +128,6 @@ def exact_match(
     engine: Any,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
-    columns: TextColumns,
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -153,9 +151,9 @@ def exact_match(
             if not counts:
                 continue
             for index, row, answer in zip(indices, rows, answers):
-                expected = columns.completion_of(row)
+                expected = row["completion"]
                 correct = final_answer(answer.text) == final_answer(expected)
-                found.append((int(index), Generation(columns.prompt_of(row), expected, answer.text, correct)))
+                found.append((int(index), Generation(row["prompt"], expected, answer.text, correct)))
     everything = ranks.gather(found)
     if stop.agreed():
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -24,7 +25,7 @@ from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
 
 from .. import methods
-from ..data import batches, encoding, sources
+from ..data import batches, encoding, packing, sources
 from ..evaluation import scoring
 from ..methods.zero import Zero
 from . import checkpoints, hardware, models, options, outputs, ranks, settings
@@ -103,7 +104,7 @@ class Job:
             self.raw_config, dist.get_world_size(), wanted.micro_batch_size, wanted.accumulation
         )
 
-        def load() -> tuple[sources.TextColumns, dict[str, encoding.Encoded]]:
+        def load() -> tuple[tuple[str, ...], dict[str, encoding.Encoded]]:
             splits = sources.load(options.data_options(wanted))
             encoder = encoding.Encoder(
                 tokenizer=self.tokenizer,
@@ -114,12 +115,21 @@ class Job:
             )
             parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
             drop = wanted.long_prompts == "drop"
-            return splits.columns, {
-                name: encoding.encode(name, part, encoder, workers=wanted.workers, drop_long_prompts=drop)
+            last_only = dataclasses.replace(encoder, every_answer=False)  # exact match asks one question a row
+            return splits.notes, {
+                name: encoding.encode(
+                    name,
+                    part,
+                    last_only if name == "test" else encoder,
+                    workers=wanted.workers,
+                    drop_long_prompts=drop,
+                )
                 for name, part in parts.items()
             }
 
-        self.columns, self.encoded = ranks.main_first(load)
+        notes, self.encoded = ranks.main_first(load)
+        for note in notes:
+            self._say(note)
         train = self.encoded["train"]
         self.rows: list[tuple[int, ...]] = [(index,) for index in range(len(train.rows))]
         lengths = train.lengths
@@ -180,12 +190,8 @@ class Job:
                     f"that "
                     f"{self.options.model} takes. Use {longest} or less."
                 )
-        if self.options.packing and getattr(model.config, "_attn_implementation", None) != "sdpa":
-            raise ConfigError(
-                f"--packing needs a model with sdpa attention, to keep the examples of a row apart; "
-                f"{self.options.model} has {getattr(model.config, '_attn_implementation', None)!r}. Leave "
-                f"it out."
-            )
+        if self.options.packing:
+            packing.check(model, self.options.model, int(self.encoded["train"].lengths.max()))
 
     def _warn_of_slow_arithmetic(self, config: dict[str, Any]) -> None:
         on_host = get_accelerator().device_name() == "cpu"
@@ -374,7 +380,6 @@ class Job:
             self.engine,
             self.tokenizer,
             self.encoded["test"],
-            self.columns,
             batch_size=self.options.evaluation_batch_size,
             max_new_tokens=self.options.max_new_tokens,
             stop=self.stop,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from data_support import byte_tokenizer, encode, encoder, load, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import ConfigError, DataError
 from ds_agsel.report.log import JsonLines
-from launch.data import batches, encoding, sources
+from launch.data import batches, columns, encoding, sources
 from launch.evaluation import scoring
 from launch.training import objective, settings
 from launch.training.models import keeps_last_logits
@@ -28,25 +28,11 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["[end]", *alphabet])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[end]", pad_token="[end]")
-
-
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return byte_tokenizer()
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
     return [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(count)]
-
-
-def load(dataset: str, **options: Any) -> sources.Splits:
-    return sources.load(sources.DataOptions(dataset, **{"validation_rows": 2, "test_rows": 3, **options}))
 
 
 # -- reading
@@ -135,10 +121,12 @@ def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -
         load("gsm9k")
 
 
-@pytest.mark.parametrize("template", ["no column", "{}", "{0}", "{question", "{question.x}"])
+@pytest.mark.parametrize(
+    "template", ["no column", "{}", "{0}", "{question", "{question.x}", "{question:d}", "{question!r}"]
+)
 def test_a_template_must_name_columns(template: str) -> None:
     with pytest.raises(ConfigError, match="--prompt-template="):
-        sources.template_columns(template)
+        columns.template_columns(template)
 
 
 def test_a_preset_is_read_from_the_folder_that_ds_agsel_data_names(
@@ -170,20 +158,6 @@ def test_builtin_needs_no_file_and_gives_the_sizes_asked_for() -> None:
 
 
 # -- encoding
-
-
-def encoder(tokenizer: PreTrainedTokenizerFast, **options: Any) -> encoding.Encoder:
-    columns = sources.TextColumns("question", "answer")
-    return encoding.Encoder(
-        **{"tokenizer": tokenizer, "columns": columns, "max_tokens": 64, "use_chat_template": False, **options}
-    )
-
-
-def encode(part: list[dict[str, Any]], with_encoder: encoding.Encoder, **options: Any) -> encoding.Encoded:
-    from datasets import Dataset
-
-    options = {"workers": 1, "drop_long_prompts": False, **options}
-    return encoding.encode("train", Dataset.from_list(part), with_encoder, **options)
 
 
 def test_labels_are_the_completion_and_the_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
