@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ds_agsel.config import find_section, parse_section, read_ds_config
+from ds_agsel.config import find_section, parse_section
+from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import AgselError, DataError
 from ds_agsel.report.runs import Run, read_run
 

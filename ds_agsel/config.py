@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,7 +21,7 @@ _SIMILAR = 0.8  # difflib ratio: two letters of "adagradselect" may be wrong, "a
 
 
 class SelectionConfig(BaseModel):
-    """The checked section. DESIGN.md section 5 has the fields' meaning.
+    """The checked section. docs/design.md has the fields' meaning.
 
     ``None`` and ``"auto"`` stand for "not set" and give the default. Raises ConfigError for anything else
     that a field does not take; types are not converted, except an integer where a number is asked for.
@@ -139,25 +137,6 @@ def section_problems(section: Mapping[str, Any]) -> list[str]:
     except _SectionError as error:
         problems += error.problems
     return problems
-
-
-def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The ds_config in the JSON file ``path``. Raises ConfigError where there is none, or a key stands twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"the key {quoted(twice)} stands in it twice")
-        return dict(pairs)
-
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path} can't be read as a ds_config: {reason}. Give a JSON file.") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds {_shown(config)[:40]} and not an object. Give a ds_config in JSON.")
-    return config
 
 
 def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -169,10 +169,11 @@ def nvme_path() -> str:
 @functools.cache
 def nvme_lacks() -> str:
     """Why offload to NVMe can't be tested here; empty where it can."""
+    from ds_agsel.ds_config import DsConfig
     from ds_agsel.zero.support import missing_for_nvme
 
     section = {"offload_optimizer": {"device": "nvme", "nvme_path": nvme_path()}}
-    return " ".join(missing_for_nvme({"zero_optimization": section}))
+    return " ".join(missing_for_nvme(DsConfig.of({"zero_optimization": section})))
 
 
 def needs_nvme() -> pytest.MarkDecorator:

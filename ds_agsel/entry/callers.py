@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ds_agsel.ds_config import DsConfig
+
 logger = logging.getLogger("ds_agsel")
 
 
@@ -26,7 +28,7 @@ def steps_per_epoch(ds_config: Mapping[str, Any]) -> int | None:
     A Trainer's number is its own. An Accelerator's is that of the data loader that stands first in the running
     ``prepare``, else of the only one prepared before; two of different lengths are ambiguous: None.
     """
-    accumulation = ds_config.get("gradient_accumulation_steps", 1)
+    accumulation = DsConfig.of(ds_config).accumulation_steps or 1
     for frame in _frames():
         owner = frame.f_locals.get("self")
         if _is_a(owner, "transformers.trainer", "Trainer"):
@@ -92,9 +94,9 @@ def _training_loader(accelerator: Any, prepared_now: tuple[Any, ...]) -> Any:
     return loaders[0] if len(lengths) == 1 else None
 
 
-def _steps(loader: Any, accumulation: Any) -> int | None:
+def _steps(loader: Any, accumulation: int) -> int | None:
     length = _length(loader)
-    if length is None or not isinstance(accumulation, int):
+    if length is None:
         return None
     return max(1, math.ceil(length / accumulation))
 

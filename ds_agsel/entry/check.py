@@ -9,10 +9,11 @@ import torch
 
 from ds_agsel.blocks import block_names, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, section_problems
+from ds_agsel.ds_config import DsConfig, zero_section
 from ds_agsel.errors import ConfigError
 from ds_agsel.policies import PolicyContext, create, num_selected
 from ds_agsel.policies.registry import policy_class
-from ds_agsel.zero import compat, step_device
+from ds_agsel.zero import compat
 from ds_agsel.zero.support import optimizer_problem, unsupported
 
 
@@ -37,31 +38,13 @@ def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = No
             wrong = section_problems(section)
             problems += wrong
             config = config if wrong else SelectionConfig(**section)
-    filled = _without_auto(ds_config)
-    problems += compat.zero_section_problems(_section(filled, "zero_optimization"))
-    problems += unsupported(filled, config, model)
-    problems += _step_device_problems(filled, config)
-    wrong_optimizer = optimizer_problem(filled) if filled.get("optimizer") else None  # else an object is to come
+    settings = DsConfig.of(ds_config)
+    problems += compat.zero_section_problems(zero_section(ds_config))
+    problems += unsupported(settings, config, model)
+    wrong_optimizer = optimizer_problem(settings) if settings.has_optimizer else None  # else an object is to come
     problems += [wrong_optimizer] if wrong_optimizer else []
     problems += _policy_problems(config) if model is None else _model_problems(config, model)
     return problems
-
-
-def _step_device_problems(ds_config: Mapping[str, Any], config: SelectionConfig) -> list[str]:
-    """Contradictions that hold on every machine: it is taken to have an accelerator, with room."""
-    zero = _section(ds_config, "zero_optimization")
-    anywhere = step_device.Situation(
-        offloads=_section(zero, "offload_optimizer").get("device") == "cpu",
-        can_offload=True,
-        has_own_memory=True,
-        needed_bytes=0,
-        available_bytes=0,
-    )
-    try:
-        step_device.decide(config.step_device, anywhere)
-    except ConfigError as error:
-        return [str(error)]
-    return []
 
 
 def _policy_problems(config: SelectionConfig) -> list[str]:
@@ -98,16 +81,3 @@ def _model_problems(config: SelectionConfig, model: torch.nn.Module) -> list[str
     except ConfigError as error:
         problems.append(str(error))
     return problems
-
-
-def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in section.items()
-        if value != "auto"
-    }
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    return section if isinstance(section, Mapping) else {}

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
+from ds_agsel.ds_config import DsConfig, with_offload_to_cpu, with_torch_adam, without_pipelined_swapping
 from ds_agsel.entry import agreement, callers, install
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup, SplitGroups, as_param_groups, split_param_groups
@@ -58,7 +59,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         if ds_config is None or config is None or not config.enabled:
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
-        has_optimizer = call.arguments.get("optimizer") is not None or bool(ds_config.get("optimizer"))
+        has_optimizer = call.arguments.get("optimizer") is not None or DsConfig.of(ds_config).has_optimizer
         if not has_optimizer or callers.only_evaluates():
             logger.warning("adagrad_select: this engine only evaluates, so it is left to DeepSpeed.")
             agreement.post_plain(number)
@@ -123,7 +124,7 @@ class _Prepared:
 
 def _prepare(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig) -> _Prepared:
     model = arguments["model"]
-    refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
+    refuse_unsupported(DsConfig.of(ds_config), model, arguments.get("mpu"), config)
     callers.warn_of_unseen_ranks()
     callers.warn_of_replaced_optimizer(arguments.get("optimizer"))
     user_optimizer = _user_optimizer(arguments, ds_config)
@@ -179,7 +180,7 @@ def _user_optimizer(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) 
     """The optimizer object the caller gave, or made by the callable that he gave; None: the ds_config names one."""
     optimizer = arguments.get("optimizer")
     if optimizer is None:
-        problem = optimizer_problem(ds_config)
+        problem = optimizer_problem(DsConfig.of(ds_config))
         if problem is not None:
             raise ConfigError(problem)
         return None
@@ -230,7 +231,7 @@ def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared
     choice, reason = step_device.decide(
         config.step_device,
         step_device.situation(
-            ds_config,
+            DsConfig.of(ds_config),
             config,
             prepared.blocks,
             lottery.drawn + lottery.always,
@@ -243,18 +244,11 @@ def _step_device(ds_config: Mapping[str, Any], config: SelectionConfig, prepared
 
 
 def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping[str, Any]:
-    """``ds_config``, or a copy in which DeepSpeed makes the optimizer that ``choice`` needs."""
-    zero = ds_config["zero_optimization"]
-    offloads = step_device.offloads_optimizer(ds_config)
-    if choice is StepDevice.HOST and not offloads:
-        offload = {**(zero.get("offload_optimizer") or {}), "device": "cpu", "pin_memory": True}
-        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
-    if choice is StepDevice.HOST and (zero["offload_optimizer"] or {}).get("device") == "nvme":
-        offload = {**zero["offload_optimizer"], "pipeline_read": False, "pipeline_write": False}  # ours does both
-        return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": offload}}
-    if choice is StepDevice.VISIT and "optimizer" in ds_config and not compat.has_fused_adam():
-        section = ds_config["optimizer"]
-        return {**ds_config, "optimizer": {**section, "params": {**section.get("params", {}), "torch_adam": True}}}
+    """Return a ds_config with which DeepSpeed makes the optimizer that ``choice`` needs."""
+    if choice is StepDevice.HOST:
+        return without_pipelined_swapping(with_offload_to_cpu(ds_config))  # reads and writes overlap in `residency`
+    if choice is StepDevice.VISIT and not compat.has_fused_adam():
+        return with_torch_adam(ds_config)
     return ds_config
 
 
@@ -327,13 +321,13 @@ def _steps_per_epoch(training_data: Any, ds_config: Mapping[str, Any]) -> int | 
     """Optimizer steps that one pass over ``training_data`` takes; None where its length can't be known."""
     if not isinstance(training_data, Sized):
         return None
-    batch = ds_config.get("train_batch_size")
+    sizes = DsConfig.of(ds_config)
+    batch = sizes.train_batch_size
     if batch is None:
-        micro = ds_config.get("train_micro_batch_size_per_gpu")
-        if micro is None:
+        if sizes.micro_batch_size is None:
             return None
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-        batch = micro * ds_config.get("gradient_accumulation_steps", 1) * deepspeed.comm.get_world_size()
+        batch = sizes.micro_batch_size * (sizes.accumulation_steps or 1) * deepspeed.comm.get_world_size()
     return max(1, math.ceil(len(training_data) / batch))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from ds_agsel.ds_config import DsConfig, Offload
 from ds_agsel.errors import ConfigError
 
 Device = Literal["none", "cpu", "nvme"]
@@ -64,71 +65,67 @@ class Setup:
         return replace(self, **changes)
 
 
-def read_setup(ds_config: Mapping[str, Any], ranks: int = 1) -> Setup:
-    """The setup of ``ds_config`` on ``ranks`` accelerators; DeepSpeed's defaults where it says nothing or "auto".
+def read_setup(raw: Mapping[str, Any], ranks: int = 1) -> Setup:
+    """Return the setup of the ds_config ``raw`` on ``ranks`` accelerators; DeepSpeed's defaults where it says nothing
+    or "auto".
 
     Raises ConfigError for values that no estimate can be made of.
     """
     if ranks < 1:
         raise ConfigError(f"--ranks={ranks} is not a number of accelerators. Use 1 or more.")
-    assumed: list[str] = []
-
-    def get(section: Mapping[str, Any], path: str, default: Any, kind: type = int) -> Any:
-        value = section.get(path.rpartition(".")[2], default)
-        if value == "auto":
-            assumed.append(f'{path}="auto" is taken as {str(default).lower()}')
-            return default
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
-            return int(value)
-        raise ConfigError(f"{path}={value!r} is not {'true or false' if kind is bool else 'a number of 0 or more'}.")
-
-    zero = _section(ds_config, "zero_optimization")
-    stage = zero.get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage={stage!r} can't be estimated. Stages 1, 2 and 3 are allowed.")
-    offload = _section(zero, "offload_optimizer")
-    dtype = "fp32"
-    for name, key in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
-        if get(_section(ds_config, key), f"{key}.enabled", key != "fp16" and key in ds_config, bool):
-            dtype = name
-    z = "zero_optimization."
-    return Setup(
-        stage=stage,
+    ds_config = DsConfig.of(raw)
+    ds_config.require_readable()
+    if ds_config.stage not in (1, 2, 3):
+        raise ConfigError(
+            f"zero_optimization.stage={ds_config.stage!r} can't be estimated. Stages 1, 2 and 3 are allowed."
+        )
+    dtype = "bf16" if ds_config.bf16_is_auto and not ds_config.is_half else ds_config.precision
+    setup = Setup(
+        stage=ds_config.stage,
         ranks=ranks,
         dtype=dtype,
-        accumulation_dtype=_dtype(_section(ds_config, "data_types").get("grad_accum_dtype"), dtype),
-        accumulation_steps=max(1, get(ds_config, "gradient_accumulation_steps", 1)),
-        offload_optimizer=_device(offload, "offload_optimizer"),
-        offload_param=_device(_section(zero, "offload_param"), "offload_param"),
-        reduce_bucket_numel=get(zero, z + "reduce_bucket_size", 500_000_000),
-        overlap_comm=get(zero, z + "overlap_comm", stage == 3, bool),
-        contiguous_gradients=get(zero, z + "contiguous_gradients", True, bool),
-        round_robin_gradients=get(zero, z + "round_robin_gradients", False, bool),
-        parameter_alignment=get(zero, z + "parameter_alignment", False, bool),
-        sub_group_numel=get(zero, z + "sub_group_size", 1_000_000_000),
-        persistence_threshold_numel=get(zero, z + "stage3_param_persistence_threshold", 100_000),
-        max_live_numel=get(zero, z + "stage3_max_live_parameters", 1_000_000_000),
-        nvme_buffer_count=get(offload, z + "offload_optimizer.buffer_count", 4),
-        assumed=tuple(assumed),
+        accumulation_dtype=_dtype(ds_config.accumulation_dtype, dtype),
+        accumulation_steps=ds_config.accumulation_steps or 1,
+        offload_optimizer=_device(ds_config.offload_optimizer),
+        offload_param=_device(ds_config.offload_param),
+        reduce_bucket_numel=ds_config.reduce_bucket_numel,
+        overlap_comm=ds_config.overlap_comm,
+        contiguous_gradients=ds_config.contiguous_gradients,
+        round_robin_gradients=ds_config.round_robin_gradients,
+        parameter_alignment=ds_config.parameter_alignment,
+        sub_group_numel=ds_config.sub_group_numel,
+        persistence_threshold_numel=ds_config.persistence_threshold_numel,
+        max_live_numel=ds_config.max_live_numel,
+        nvme_buffer_count=ds_config.offload_optimizer.buffer_count,
     )
+    return setup.but(assumed=tuple(_assumed(ds_config, setup)))
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    return section if isinstance(section, Mapping) else {}
+_ASSUMED = {  # the settings here that may be "auto": by the end of their path
+    "bf16.enabled": "dtype", "bfloat16.enabled": "dtype", "gradient_accumulation_steps": "accumulation_steps",
+    "reduce_bucket_size": "reduce_bucket_numel", "overlap_comm": "overlap_comm",
+    "contiguous_gradients": "contiguous_gradients", "sub_group_size": "sub_group_numel",
+    "param_persistence_threshold": "persistence_threshold_numel", "max_live_parameters": "max_live_numel",
+    "offload_optimizer.buffer_count": "nvme_buffer_count", "fp16.enabled": "dtype",
+}  # fmt: skip
 
 
-def _device(section: Mapping[str, Any], name: str) -> Device:
-    device = section.get("device", "none")
-    if device not in ("none", "cpu", "nvme"):
-        raise ConfigError(f"zero_optimization.{name}.device={device!r} is unknown. Use none, cpu or nvme.")
-    return device
+def _assumed(ds_config: DsConfig, setup: Setup) -> Iterator[str]:
+    for path in ds_config.autos:
+        field = next((field for end, field in _ASSUMED.items() if path.endswith(end)), None)
+        if field is not None:
+            value = getattr(setup, field)
+            if field == "dtype":
+                value = value == ("fp16" if path.startswith("fp16") else "bf16")
+            yield f'{path}="auto" is taken as {str(value).lower()}'
 
 
-def _dtype(value: Any, default: str) -> str:
-    names = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", None: default, "auto": default}
+def _device(offload: Offload) -> Device:
+    return cast(Device, offload.device)  # readable: one of the three
+
+
+def _dtype(value: str | None, default: str) -> str:
+    names = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", None: default}
     dtype = names.get(value, value)
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"data_types.grad_accum_dtype={value!r} is unknown. Use one of {', '.join(DTYPE_BYTES)}.")

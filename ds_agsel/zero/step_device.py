@@ -5,9 +5,8 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -16,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_agsel import processor
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import DsConfig
 from ds_agsel.residency import default_budget_bytes
 
 logger = logging.getLogger("ds_agsel")
@@ -73,14 +73,8 @@ def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
     )
 
 
-def offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
-    """Whether the ds_config keeps the optimizer on the host, or on NVMe behind it."""
-    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return str(offload.get("device", "none")) != "none"
-
-
 def situation(
-    ds_config: Mapping[str, Any],
+    ds_config: DsConfig,
     config: SelectionConfig,
     blocks: Sequence[Block],
     selectable: Sequence[int],
@@ -98,7 +92,7 @@ def situation(
     accelerator = get_accelerator()
     own_memory = accelerator.device_name() != "cpu"
     return Situation(
-        offloads=offloads_optimizer(ds_config),
+        offloads=ds_config.offload_optimizer.is_on,
         can_offload=not optimizer_is_given,
         has_own_memory=own_memory,
         needed_bytes=needed,
@@ -106,17 +100,14 @@ def situation(
     )
 
 
-def _weight_and_gradient_bytes(ds_config: Mapping[str, Any], numel: int, ranks: int) -> int:
-    """What a model of ``numel`` elements takes at an explore step that does not stream, without its states."""
-    zero = ds_config.get("zero_optimization", {})
-    half = any((ds_config.get(name) or {}).get("enabled") is True for name in ("bf16", "bfloat16", "fp16"))
+def _weight_and_gradient_bytes(ds_config: DsConfig, numel: int, ranks: int) -> int:
+    """Return what a model of ``numel`` elements takes at an explore step that does not stream, without its states."""
     held = 2 * numel  # weights and gradients
-    if zero.get("stage") == 3:
-        gathered = min(numel, int(zero.get("stage3_max_live_parameters", 1e9)))
+    if ds_config.stage == 3:
+        gathered = min(numel, ds_config.max_live_numel)
         partition = numel // ranks
-        offloads = str((zero.get("offload_param") or {}).get("device", "none")) != "none"
-        held = gathered + (partition if offloads else 2 * partition)
-    return held * (2 if half else 4)
+        held = gathered + (partition if ds_config.offload_param.is_on else 2 * partition)
+    return held * (2 if ds_config.is_half else 4)
 
 
 def _least_available_bytes() -> int:

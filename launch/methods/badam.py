@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ds_agsel.blocks import find_blocks
+from ds_agsel.ds_config import with_zero, without_optimizer
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.storage import storage_bytes
 
@@ -77,10 +78,9 @@ class _BadamZero(Full):
     STAGE: ClassVar[int]
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        zero = {**config.get("zero_optimization", {}), "stage": self.STAGE}
         # The optimizer is an object, so that DeepSpeed is to take what it does not know.
         free = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        return {**super().edit(config), "zero_optimization": zero, **free}
+        return {**with_zero(super().edit(config), stage=self.STAGE), **free}
 
     def start(self, model: Any, setting: Setting) -> Any:
         from transformers.integrations import HfDeepSpeedConfig
@@ -90,8 +90,7 @@ class _BadamZero(Full):
         self._seen_by_badam = HfDeepSpeedConfig(config)
         base = torch.optim.AdamW(model.parameters(), **adam_options(config))
         self._optimizer = block_optimizer(model, base, self.options, setting)
-        without = {name: value for name, value in config.items() if name != "optimizer"}
-        super().start(model, Setting(without, setting.steps_per_epoch, setting.seed))
+        super().start(model, Setting(without_optimizer(config), setting.steps_per_epoch, setting.seed))
         self._optimizer.ds_optimizer = self.engine.optimizer
         return self.engine
 

@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import torch
 
 from ds_agsel.config import SECTION
+from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero import compat
-
-from ..training import settings
 
 Option = int | float | str
 
@@ -88,7 +87,7 @@ class Method:
 
     def precision(self, config: Mapping[str, Any]) -> str:
         """In which numbers it computes, and keeps weights where that is not as ZeRO does."""
-        return settings.precision(config)
+        return DsConfig.of(config).arithmetic
 
     def faults(self) -> list[str]:
         """Sentences on what this method does not do as it was told."""

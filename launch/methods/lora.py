@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 
 from .base import Option, Setting, package
@@ -22,7 +23,7 @@ class Lora(Full):
     OPTIONS: ClassVar[Mapping[str, Option]] = {"rank": 256, "alpha": 512.0, "dropout": 0.0}
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        if config.get("zero_optimization", {}).get("stage") == 3:
+        if DsConfig.of(config).stage == 3:
             raise ConfigError("--method lora merges its adapters, which ZeRO stage=3 has in parts. Use stage 1 or 2.")
         return super().edit(config)
 

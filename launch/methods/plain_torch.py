@@ -12,10 +12,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 from torch import nn
 
+from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.storage import storage_bytes
 
-from ..training import settings
 from .base import Method, Setting, without_section
 from .tensors import held_by
 
@@ -34,12 +34,13 @@ class TorchEngine:
         self.device = torch.device(get_accelerator().current_device_name())
         self.monitor = SimpleNamespace(enabled=False)
         self.global_rank = self.global_samples = 0
-        self._accumulation: int = config["gradient_accumulation_steps"]
-        self._clipping: float = config.get("gradient_clipping", 0.0)
+        read = DsConfig.of(config)
+        self._accumulation = read.accumulation_steps or 1
+        self._clipping = read.gradient_clipping
         self._micro_steps = 0
         self._norm: float | None = None
-        scheduler = config.get("scheduler")
-        self._scheduler = scheduler and getattr(lr_schedules, scheduler["type"])(optimizer, **scheduler["params"])
+        kind = read.scheduler_type
+        self._scheduler = getattr(lr_schedules, kind)(optimizer, **read.scheduler_params) if kind else None
 
     def __call__(self, **batch: Any) -> Any:
         return self.module(**batch)
@@ -90,7 +91,7 @@ class PlainTorch(Method):
         if dist.get_world_size() > 1:
             raise ConfigError(f"--method {self.name} is plain PyTorch on one process. Use --num_accelerators 1.")
         model.to(get_accelerator().current_device_name())
-        cast_parameters(model, _PRECISIONS[settings.precision(setting.config)])
+        cast_parameters(model, _PRECISIONS[DsConfig.of(setting.config).arithmetic])
         self.engine = TorchEngine(model, self.optimizer(model, setting), setting.config)
         return self.engine
 
@@ -105,7 +106,7 @@ class PlainTorch(Method):
         return storage_bytes(held_by(self.engine.optimizer.state.values()))
 
     def precision(self, config: Mapping[str, Any]) -> str:
-        computed = settings.precision(config)
+        computed = DsConfig.of(config).arithmetic
         if computed not in _PRECISIONS:
             raise ConfigError(f"--method {self.name} computes in bf16 or fp32, not {computed}. Change the ds_config.")
         return computed if computed == "fp32" else f"{computed}, {self.MASTERS}"
@@ -119,7 +120,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def adam_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """lr, betas, eps and weight_decay of the ds_config's optimizer, as torch's AdamW takes them."""
-    kind, given = config["optimizer"]["type"], config["optimizer"].get("params", {})
+    read = DsConfig.of(config)
+    kind, given = read.optimizer_type, read.optimizer_params
     unknown = sorted(set(given) - _ADAM)
     if kind != "AdamW" or unknown:
         raise ConfigError(

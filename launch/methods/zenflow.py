@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import psutil
 
+from ds_agsel.ds_config import with_offload_to_cpu, with_zero
 from ds_agsel.zero.storage import storage_bytes
 
 from .base import Option
 from .tensors import held_by
-from .zero import Full, with_offload
+from .zero import Full
 
 
 class ZenFlow(Full):
@@ -24,7 +25,7 @@ class ZenFlow(Full):
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         section = {**self.options, "select_strategy": "step", "overlap_step": bool(self.options["overlap_step"])}
-        return with_offload(super().edit(config), zenflow=section)
+        return with_zero(with_offload_to_cpu(super().edit(config)), zenflow=section)
 
     def state_bytes(self) -> int:
         selective = self.engine.optimizer.selective_optimizer

@@ -7,6 +7,7 @@ from typing import Any
 
 import ds_agsel
 from ds_agsel.config import SECTION
+from ds_agsel.ds_config import DsConfig, with_offload_to_cpu
 from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.storage import storage_bytes
@@ -21,7 +22,7 @@ class Zero(Method):
     def start(self, model: Any, setting: Setting) -> Any:
         self.engine = self._initialize(model, setting.config)
         self.selection = getattr(self.engine, "selection", None)
-        self._wanted_accumulation = setting.config["gradient_accumulation_steps"]
+        self._wanted_accumulation = DsConfig.of(setting.config).accumulation_steps
         return self.engine
 
     def _initialize(self, model: Any, config: dict[str, Any], **more: Any) -> Any:
@@ -78,13 +79,4 @@ class Offload(Full):
     """Plain ZeRO-Offload: optimizer states on the host, which does AdamW."""
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return with_offload(super().edit(config))
-
-
-def with_offload(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """``config`` with ``offload_optimizer`` on the CPU, and ``more`` in its ``zero_optimization``."""
-    zero = config.get("zero_optimization", {})
-    offload = {"device": "cpu", "pin_memory": True, **zero.get("offload_optimizer", {})}
-    if offload["device"] == "none":
-        offload["device"] = "cpu"
-    return {**config, "zero_optimization": {**zero, "offload_optimizer": offload, **more}}
+        return with_offload_to_cpu(super().edit(config))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ds_agsel.config import SelectionConfig, read_ds_config
+from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import DsConfig, read_ds_config
 from ds_agsel.estimate.activations import checkpointed_activation_bytes
 from ds_agsel.estimate.cards import H100, NETWORK_BYTES_PER_SECOND, NVME_BYTES_PER_SECOND
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
@@ -237,7 +238,7 @@ def seven_b() -> tuple[Estimate, int]:
     """The estimate for the 7B config, and its activations' bytes."""
     ds_config = read_ds_config(SEVEN_B)
     model = _shape(SEVEN_B_MODEL)
-    tokens = ds_config["train_micro_batch_size_per_gpu"] * SEVEN_B_SEQUENCE
+    tokens = (DsConfig.of(ds_config).micro_batch_size or 1) * SEVEN_B_SEQUENCE
     result = estimate(model, read_setup(ds_config), SelectionConfig(**ds_config["adagrad_select"]), [20])
     return result, checkpointed_activation_bytes(model, tokens)
 

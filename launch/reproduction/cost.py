@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ds_agsel.config import SelectionConfig, read_ds_config
+from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import DsConfig, read_ds_config
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.activations import checkpointed_activation_bytes
 from ds_agsel.estimate.cards import CARDS, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Card
@@ -93,8 +94,8 @@ def _work(plan: Plan, cost: Cost, model: str, method: str) -> _Work:
     options = {**plan.options, **wanted.options, **chosen.options, **variation.options}
     path = variation.deepspeed_config or chosen.deepspeed_config or plan.deepspeed_config
     config = read_ds_config(ROOT / path)
-    rows = int(options.get("micro-batch-size") or config["train_micro_batch_size_per_gpu"])
-    accumulation = int(options.get("accumulation") or config.get("gradient_accumulation_steps", 1))
+    rows = int(options.get("micro-batch-size") or DsConfig.of(config).micro_batch_size or 1)
+    accumulation = int(options.get("accumulation") or DsConfig.of(config).accumulation_steps or 1)
     card = next((card for card in CARDS if card.name == cost.card), None)
     if card is None:
         raise ConfigError(f"cost.card={cost.card!r} is none of {', '.join(card.name for card in CARDS)}.")

@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from ds_agsel import processor
+from ds_agsel.ds_config import DsConfig, read_ds_config
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.report.log import METRICS_FILE, JsonLines, SelectionLog
 
@@ -49,7 +50,7 @@ class Job:
         self.started = time.monotonic()
         self.method = methods.make(wanted.method, wanted.method_option) if wanted.method else Zero("as configured", {})
         self.method.check(wanted)
-        self.raw_config = self.method.edit(settings.read(wanted.deepspeed_config))
+        self.raw_config = self.method.edit(read_ds_config(wanted.deepspeed_config))
         ranks.main_first(self._prepare_output)
         _seed_everything(wanted.seed)
         self._load_data()
@@ -195,8 +196,8 @@ class Job:
 
     def _warn_of_slow_arithmetic(self, config: dict[str, Any]) -> None:
         on_host = get_accelerator().device_name() == "cpu"
-        offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
-        computed = settings.precision(config)
+        read = DsConfig.of(config)
+        offloads, computed = read.offload_optimizer.is_on, read.arithmetic
         if (on_host or offloads) and processor.describe()["warning"]:
             self._say(f"warning: {processor.describe()['warning']}")
         if on_host and computed in ("bf16", "autocast bfloat16") and not hardware.bf16_is_fast():

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ds_agsel.ds_config import DsConfig, read_ds_config
 from ds_agsel.report.runs import read_run
 from ds_agsel.zero.support import missing_for_nvme
 
@@ -128,7 +129,7 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path, tmp_path: Path) -> None:
-    lacking = missing_for_nvme(json.loads(config.read_text()))
+    lacking = missing_for_nvme(DsConfig.of(read_ds_config(config)))
     if lacking:
         pytest.skip(" ".join(lacking))
     if "fp16" in json.loads(config.read_text()) and not get_accelerator().is_fp16_supported():

@@ -413,14 +413,6 @@ def test_batch_sizes_that_can_not_be_are_refused(config: dict[str, Any], message
         settings.batching(config, 2, None, None)
 
 
-def test_a_config_file_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.json' can't be read"):
-        settings.read(str(tmp_path / "none.json"))
-    (tmp_path / "bad.json").write_text('{"a": 1,}')
-    with pytest.raises(ConfigError, match=r"bad\.json' is not valid JSON: .*line 1 column"):
-        settings.read(str(tmp_path / "bad.json"))
-
-
 def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     for step in range(5):

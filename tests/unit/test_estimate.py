@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ds_agsel import cli
 from ds_agsel.blocks import Block
-from ds_agsel.config import SelectionConfig, read_ds_config
+from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.memory import Features, full_memory, selective_memory
 from ds_agsel.estimate.partitions import flat_partition, parameter_partition, sub_groups

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.support import missing_for_nvme, refuse_unsupported
 
@@ -56,31 +57,34 @@ def zero3(**settings):
 )
 def test_refused(ds_config, message):
     with pytest.raises(ConfigError, match=message):
-        refuse_unsupported(ds_config, nn.Linear(1, 1), None, SelectionConfig())
+        refuse_unsupported(DsConfig.of(ds_config), nn.Linear(1, 1), None, SelectionConfig())
 
 
 def test_host_step_without_offload_is_refused():
     with pytest.raises(ConfigError, match=r"step_device='cpu' and .*device='none' contradict"):
-        refuse_unsupported(ZERO2, nn.Linear(1, 1), None, SelectionConfig(step_device="cpu"))
+        refuse_unsupported(DsConfig.of(ZERO2), nn.Linear(1, 1), None, SelectionConfig(step_device="cpu"))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_stepping_on_the_accelerator_with_offload_is_refused(stage):
     offload = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(ConfigError, match=r"step_device='accelerator' and .*device='cpu' contradict"):
-        refuse_unsupported(offload, nn.Linear(1, 1), None, SelectionConfig(step_device="accelerator"))
+        refuse_unsupported(DsConfig.of(offload), nn.Linear(1, 1), None, SelectionConfig(step_device="accelerator"))
 
 
 def test_exploring_on_the_first_micro_batch_needs_stage_2():
     with pytest.raises(ConfigError, match=r"explore_on='first_micro_batch' with zero_optimization.stage=1"):
         refuse_unsupported(
-            {"zero_optimization": {"stage": 1}}, nn.Linear(1, 1), None, SelectionConfig(explore_on="first_micro_batch")
+            DsConfig.of({"zero_optimization": {"stage": 1}}),
+            nn.Linear(1, 1),
+            None,
+            SelectionConfig(explore_on="first_micro_batch"),
         )
 
 
 def test_a_model_parallel_unit_is_refused():
     with pytest.raises(ConfigError, match=r"initialize\(mpu=\.\.\.\).*Leave mpu out"):
-        refuse_unsupported(ZERO2, nn.Linear(1, 1), object(), SelectionConfig())
+        refuse_unsupported(DsConfig.of(ZERO2), nn.Linear(1, 1), object(), SelectionConfig())
 
 
 def test_a_pipeline_is_refused():
@@ -89,7 +93,7 @@ def test_a_pipeline_is_refused():
     model = PipelineModule.__new__(PipelineModule)  # its constructor wants as many ranks as stages
     nn.Module.__init__(model)
     with pytest.raises(ConfigError, match=r"model=PipelineModule can't be used.*Use the plain module"):
-        refuse_unsupported(ZERO2, model, None, SelectionConfig())
+        refuse_unsupported(DsConfig.of(ZERO2), model, None, SelectionConfig())
 
 
 def test_deepspeeds_experts_are_refused():
@@ -97,7 +101,7 @@ def test_deepspeeds_experts_are_refused():
 
     model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
     with pytest.raises(ConfigError, match=r"with DeepSpeed MoE layers can't be used.*ordinary modules"):
-        refuse_unsupported(ZERO2, model, None, SelectionConfig())
+        refuse_unsupported(DsConfig.of(ZERO2), model, None, SelectionConfig())
 
 
 def test_what_the_machine_lacks_for_nvme_is_named_before_deepspeed_runs(tmp_path, monkeypatch):
@@ -106,11 +110,11 @@ def test_what_the_machine_lacks_for_nvme_is_named_before_deepspeed_runs(tmp_path
     offload = {"device": "nvme", "nvme_path": str(tmp_path / "new" / "folder")}
     ds_config = zero3(offload_optimizer=offload)
     monkeypatch.setattr(compat, "can_swap", lambda: True)
-    assert missing_for_nvme(zero3(offload_optimizer={"device": "cpu"})) == []
+    assert missing_for_nvme(DsConfig.of(zero3(offload_optimizer={"device": "cpu"}))) == []
     monkeypatch.setattr(compat, "can_swap", lambda: False)
     with pytest.raises(ConfigError, match=r"device='nvme' needs .*libaio.*apt-get install libaio-dev"):
-        refuse_unsupported(ds_config, nn.Linear(1, 1), None, SelectionConfig())
+        refuse_unsupported(DsConfig.of(ds_config), nn.Linear(1, 1), None, SelectionConfig())
     offload["nvme_path"] = "/proc/nothing"
     monkeypatch.setattr(compat, "can_swap", lambda: True)
     with pytest.raises(ConfigError, match=r"nvme_path='/proc/nothing' can't be used: .*Name a folder on a local disk"):
-        refuse_unsupported(ds_config, nn.Linear(1, 1), None, SelectionConfig())
+        refuse_unsupported(DsConfig.of(ds_config), nn.Linear(1, 1), None, SelectionConfig())
