@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ds_agsel.errors import ConfigError
+from ds_agsel.errors import ConfigError, ConfigErrors
 
 SECTION = "adagrad_select"
 
@@ -53,7 +53,7 @@ class SelectionConfig(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise _SectionError(_messages(error, given)) from None
+            raise ConfigErrors(_messages(error, given)) from None
 
     @field_validator("always_select", "never_select", "fixed_blocks", mode="before")
     @classmethod
@@ -71,7 +71,7 @@ class SelectionConfig(BaseModel):
     def _check_combinations(self) -> SelectionConfig:
         problems = list(self._combination_problems())
         if problems:
-            raise _SectionError(problems)
+            raise ConfigErrors(problems)
         return self
 
     def _combination_problems(self) -> Iterator[str]:
@@ -83,10 +83,7 @@ class SelectionConfig(BaseModel):
                 )
         both = sorted(set(self.always_select) & set(self.never_select))
         if both:
-            yield (
-                f"{SECTION}.always_select and {SECTION}.never_select both name {quoted(both)}. A block is"
-                " updated at every step or at none: take it out of one of them."
-            )
+            yield contradiction(both)
         yield from self._policy_field_problems("fixed_blocks", "fixed")
         yield from self._policy_field_problems("replay_file", "replay")
         if self.policy == "replay" and (self.always_select or self.never_select):
@@ -134,7 +131,7 @@ def section_problems(section: Mapping[str, Any]) -> list[str]:
     problems = [_unknown_key(key) for key in section if key not in known]
     try:
         SelectionConfig(**known)
-    except _SectionError as error:
+    except ConfigErrors as error:
         problems += error.problems
     return problems
 
@@ -163,6 +160,21 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f' Did you mean "{by_lower[near[0]]}"?' if near else ""
+
+
+def fraction_hint(select_percent: float) -> str:
+    """Return a sentence, led by a blank, where ``select_percent`` was probably meant as a fraction; else ""."""
+    if select_percent > 1:
+        return ""
+    return f" It is in percent: for {select_percent:g} of the blocks set it to {100 * select_percent:g}."
+
+
+def contradiction(names: Iterable[str]) -> str:
+    """Return what is said of names that stand in both always_select and never_select."""
+    return (
+        f"{SECTION}.always_select and {SECTION}.never_select both name {quoted(names)}. A block is"
+        " updated at every step or at none: take it out of one of them."
+    )
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -231,19 +243,11 @@ _WORDS = {
 }
 
 
-class _SectionError(ConfigError):
-    """All that is wrong with a section, told by the first of it."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__(problems[0])
-        self.problems = problems
-
-
 def _messages(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
     messages: list[str] = []
     for found in error.errors(include_url=False):
         raised = found.get("ctx", {}).get("error")
-        messages += raised.problems if isinstance(raised, _SectionError) else [_message(found, given)]
+        messages += raised.problems if isinstance(raised, ConfigErrors) else [_message(found, given)]
     return list(dict.fromkeys(messages))  # a list of block names has an error for each item
 
 

@@ -33,6 +33,13 @@ _STAGE3_ALIASES = (
 # Deprecated flags, and the section with device "cpu" that DeepSpeed makes of each where it is true.
 _DEPRECATED_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (int, float, bool)}  # as pydantic does
+# Params of schedulers, DeepSpeed's (lr_schedules.py) and torch's, that may be lists with a value per param group.
+_SCHEDULER_LISTS = frozenset(
+    {
+        "warmup_min_lr", "warmup_max_lr", "lr_range_test_min_lr", "cycle_min_lr", "cycle_max_lr", "cycle_min_mom",
+        "cycle_max_mom", "max_lr", "base_lr", "min_lr", "max_momentum", "base_momentum",
+    }
+)  # fmt: skip
 _FP16_NAMES = ("float16", "fp16", "half", "torch.float16")
 
 
@@ -328,12 +335,18 @@ def with_scheduler_for_groups(raw: Mapping[str, Any], num_groups: int, parents: 
     """Return ``raw`` for an optimizer whose ``num_groups`` groups were split: the i-th new one is of ``parents[i]``.
 
     A list in the scheduler's params with one value for each of the old groups gets one for each of the new ones.
+    Raises ConfigError for a list of another length.
     """
-    repeated = {
-        name: [value[parent] for parent in parents]
-        for name, value in DsConfig.of(raw).scheduler_params.items()
-        if isinstance(value, list | tuple) and len(value) == num_groups
-    }
+    repeated = {}
+    for name, value in DsConfig.of(raw).scheduler_params.items():
+        if name not in _SCHEDULER_LISTS or not isinstance(value, list | tuple):
+            continue
+        if len(value) != num_groups:
+            raise ConfigError(
+                f"scheduler.params.{name}={list(value)} has {len(value)} values, and the optimizer has {num_groups} "
+                "param groups. Give one value for each group, or a single number."
+            )
+        repeated[name] = [value[parent] for parent in parents]
     return with_scheduler_params(raw, **repeated) if repeated else dict(raw)
 
 

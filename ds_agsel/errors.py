@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class AgselError(Exception):
     """Base of every error that ds_agsel raises on purpose."""
@@ -9,6 +11,18 @@ class AgselError(Exception):
 
 class ConfigError(AgselError, ValueError):
     """A setting of the ds_config, or a combination of settings, that can't work."""
+
+
+class ConfigErrors(ConfigError):
+    """Several settings that can't work, told by the first of them.
+
+    Attributes:
+        problems: a line for each, at least one.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(problems[0])
+        self.problems = list(problems)
 
 
 class BlockError(ConfigError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from ds_agsel.config import SECTION
+from ds_agsel.entry import frames
 from ds_agsel.errors import ConfigError
 from ds_agsel.files import write_atomically
 from ds_agsel.report import metrics
@@ -205,17 +205,13 @@ class _ShorterConsole(TrainerCallback):
 def _take_places(callback: SelectionCallback) -> None:
     """Put ``callback`` first in the handler that is calling it, so that what it adds to the logs reaches all others
     (reporters stand before a user's callbacks), and a `_ShorterConsole` before the one that prints, which is last."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            printing = [isinstance(other, (PrinterCallback, ProgressCallback)) for other in handler.callbacks]
-            if any(printing) and not any(isinstance(other, _ShorterConsole) for other in handler.callbacks):
-                handler.callbacks.insert(printing.index(True), _ShorterConsole())
-            return
-        frame = frame.f_back  # type: ignore[assignment]
+    for handler, _ in frames.methods_of(CallbackHandler.__module__, CallbackHandler.__name__):
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
+        printing = [isinstance(other, (PrinterCallback, ProgressCallback)) for other in handler.callbacks]
+        if any(printing) and not any(isinstance(other, _ShorterConsole) for other in handler.callbacks):
+            handler.callbacks.insert(printing.index(True), _ShorterConsole())
+        return
 
 
 def _lines_before(path: Path, global_step: int) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
+from ds_agsel.lottery import Lottery
 from ds_agsel.policies import Policy
 
 logger = logging.getLogger("ds_agsel")
@@ -61,15 +62,6 @@ class Traffic:
     nvme_read_bytes: int = 0
     nvme_written_bytes: int = 0
     stepped_numel: int = 0
-
-
-@dataclass(frozen=True)
-class Lottery:
-    """The blocks that the policy chooses from, and those that are outside it, as ascending block indices."""
-
-    drawn: tuple[int, ...]
-    always: tuple[int, ...] = ()
-    never: tuple[int, ...] = ()
 
 
 @dataclass
@@ -125,7 +117,7 @@ class Selection:
         """Blocks whose gradients this step needs: the selected ones, or before an explore step's choice all it has."""
         if self.plan.blocks is not None or self._chosen is not None:
             return self.selected_blocks
-        return tuple(sorted(self.lottery.drawn + self.lottery.always))
+        return self.lottery.active
 
     @property
     def has_chosen(self) -> bool:

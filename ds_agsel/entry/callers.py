@@ -1,45 +1,36 @@
-"""What the framework that calls `deepspeed.initialize` knows and does not hand over.
-
-Accelerate gives DeepSpeed the model and the optimizer and keeps the data loader (accelerator.py:2144, 1.15); HF
-Trainer and TRL go through it. The only way from there to here is the call stack.
-"""
+"""What the framework that calls `deepspeed.initialize` knows and does not hand over, as `frames` finds it."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from ds_agsel.ds_config import DsConfig
+from ds_agsel.entry import frames
 
 logger = logging.getLogger("ds_agsel")
 
 
-def steps_per_epoch(ds_config: Mapping[str, Any]) -> int | None:
-    """Optimizer steps in an epoch of the HF Trainer or Accelerator that is calling; None where nobody knows.
+def steps_per_epoch(ds_config: DsConfig) -> int | None:
+    """Return the optimizer steps in an epoch of the HF Trainer or Accelerator that is calling; None where nobody knows.
 
     A Trainer's number is its own. An Accelerator's is that of the data loader that stands first in the running
     ``prepare``, else of the only one prepared before; two of different lengths are ambiguous: None.
     """
-    accumulation = DsConfig.of(ds_config).accumulation_steps or 1
-    for frame in _frames():
-        owner = frame.f_locals.get("self")
-        if _is_a(owner, "transformers.trainer", "Trainer"):
-            if "num_update_steps_per_epoch" in frame.f_locals:
-                return int(frame.f_locals["num_update_steps_per_epoch"])
-            if "train_dataloader" in frame.f_locals:
-                return _steps(frame.f_locals["train_dataloader"], accumulation)
-    for frame in _frames():
-        owner = frame.f_locals.get("self")
-        if _is_a(owner, "accelerate.accelerator", "Accelerator") and frame.f_code.co_name == "_prepare_deepspeed":
-            return _steps(_training_loader(owner, frame.f_locals.get("args", ())), accumulation)
+    accumulation = ds_config.accumulation_steps or 1
+    for _, frame in frames.methods_of("transformers.trainer", "Trainer"):
+        if "num_update_steps_per_epoch" in frame.f_locals:
+            return int(frame.f_locals["num_update_steps_per_epoch"])
+        if "train_dataloader" in frame.f_locals:
+            return _steps(frame.f_locals["train_dataloader"], accumulation)
+    for accelerator, frame in frames.methods_of("accelerate.accelerator", "Accelerator"):
+        if frame.f_code.co_name == "_prepare_deepspeed":
+            return _steps(_training_loader(accelerator, frame.f_locals.get("args", ())), accumulation)
     return None
 
 
@@ -48,31 +39,27 @@ def only_evaluates() -> bool:
     (trl/models/utils.py, prepare_deepspeed)."""
     return any(
         frame.f_code.co_name == "prepare_deepspeed" and frame.f_globals.get("__name__", "").startswith("trl.")
-        for frame in _frames()
+        for frame in frames.callers()
     )
 
 
 def warn_of_unseen_ranks() -> None:
     """Say so where the calling Accelerator does not know of all ranks, and so gives each of them the same data."""
-    for frame in _frames():
-        owner: Any = frame.f_locals.get("self")
-        if _is_a(owner, "accelerate.accelerator", "Accelerator"):
-            ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            if owner.num_processes < ranks:
-                logger.warning(
-                    "Accelerate sees %d process and DeepSpeed has %d ranks, so that every rank trains on the same "
-                    "rows. On a CPU, use TrainingArguments(use_cpu=True), or "
-                    "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')]).",
-                    owner.num_processes, ranks,
-                )  # fmt: skip
-            return
+    for accelerator, _ in frames.methods_of("accelerate.accelerator", "Accelerator"):
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes < ranks:
+            logger.warning(
+                "Accelerate sees %d process and DeepSpeed has %d ranks, so that every rank trains on the same "
+                "rows. On a CPU, use TrainingArguments(use_cpu=True), or "
+                "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')]).",
+                accelerator.num_processes, ranks,
+            )  # fmt: skip
+        return
 
 
 def warn_of_replaced_optimizer(given: Any) -> None:
     """Say so where the calling Accelerator hands over ``given`` for an optimizer of the user that is no Adam."""
-    for frame in _frames():
-        if not _is_a(frame.f_locals.get("self"), "accelerate.accelerator", "Accelerator"):
-            continue
+    for _, frame in frames.methods_of("accelerate.accelerator", "Accelerator"):
         for prepared in frame.f_locals.get("args", ()):
             if isinstance(prepared, torch.optim.Optimizer) and not isinstance(
                 prepared, (type(given), torch.optim.Adam, torch.optim.AdamW)
@@ -106,16 +93,3 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except TypeError:  # None, or data without a length
         return None
-
-
-def _is_a(value: Any, module: str, name: str) -> bool:
-    """Whether ``value`` is of class ``module.name``, without importing it."""
-    cls = getattr(sys.modules.get(module), name, None)
-    return isinstance(cls, type) and isinstance(value, cls)
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ds_agsel.blocks import block_names, find_blocks, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, find_section, section_problems
 from ds_agsel.ds_config import DsConfig, zero_section
-from ds_agsel.errors import ConfigError
-from ds_agsel.policies import PolicyContext, create, num_selected
+from ds_agsel.entry.preparation import prepare
+from ds_agsel.errors import ConfigError, ConfigErrors
 from ds_agsel.policies.registry import policy_class
 from ds_agsel.zero import compat
 from ds_agsel.zero.support import optimizer_problem, unsupported
@@ -56,28 +55,11 @@ def _policy_problems(config: SelectionConfig) -> list[str]:
 
 
 def _model_problems(config: SelectionConfig, model: torch.nn.Module) -> list[str]:
-    """What is only seen with the model's blocks at hand: names that are none's, a policy that can't choose."""
-    problems: list[str] = []
+    """Return what is only seen with the model's blocks at hand: names that are none's, a policy that can't choose."""
     try:
-        blocks = find_blocks(model, config.blocks)
+        prepare(model, config, None, None, config.steps_per_epoch or 1)  # the length is known only where the data is
+    except ConfigErrors as error:
+        return error.problems
     except ConfigError as error:
-        return [*_policy_problems(config), str(error)]
-    outside: set[int] = set()
-    for setting in ("always_select", "never_select"):
-        try:
-            outside |= set(resolve_names(blocks, getattr(config, setting), setting))
-        except ConfigError as error:
-            problems.append(str(error))
-    drawn = tuple(block for block in blocks if block.index not in outside)
-    try:
-        context = PolicyContext(
-            config=config,
-            num_blocks=len(drawn),
-            num_selected=num_selected(config.select_percent, len(drawn)),
-            block_names=block_names(drawn),
-            steps_per_epoch=config.steps_per_epoch or 1,  # known only where the data is
-        )
-        create(context)
-    except ConfigError as error:
-        problems.append(str(error))
-    return problems
+        return [str(error)]
+    return []

@@ -11,15 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import deepspeed
 
-logger = logging.getLogger("ds_agsel")
+from ds_agsel.entry import stock as stock_call
+from ds_agsel.entry.initialize import initialize as selective
 
-# True inside our own initialize: DeepSpeed's is meant there, whatever wraps it.
-_inside: ContextVar[bool] = ContextVar("ds_agsel_inside_initialize", default=False)
+logger = logging.getLogger("ds_agsel")
 
 
 class _Installation:
@@ -51,10 +50,8 @@ class _Installation:
     def _wrap(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)
         def initialize(*args: Any, **kwargs: Any) -> Any:
-            if _inside.get() or not self.is_wanted:
+            if stock_call.is_meant() or not self.is_wanted:
                 return stock(*args, **kwargs)
-            from ds_agsel.entry.initialize import initialize as selective
-
             result = selective(*args, **kwargs)
             with self.lock:
                 self.calls["selective" if hasattr(result[0], "selection") else "plain"] += 1
@@ -105,16 +102,6 @@ def installed() -> Iterator[None]:
 def calls() -> dict[str, int]:
     """How many calls of the installed `deepspeed.initialize` gave a "selective" engine, and how many a "plain" one."""
     return dict(_installation.calls)
-
-
-@contextmanager
-def stock_initialize() -> Iterator[None]:
-    """Inside, the installed `deepspeed.initialize` is DeepSpeed's own, in this thread."""
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
 
 
 def _warn_if_nothing_was_selected() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from ds_agsel.lottery import Lottery
 from ds_agsel.selection import Phase
 
 Shares = tuple[Fraction, ...]
@@ -40,25 +41,6 @@ class Step:
     max_selected: int
 
 
-@dataclass(frozen=True)
-class Lot:
-    """What steps are made of: the blocks' elements, those drawn from and those always updated, and k."""
-
-    numels: tuple[int, ...]
-    drawn: tuple[int, ...]
-    always: tuple[int, ...]
-    num_selected: int
-
-    @property
-    def active(self) -> frozenset[int]:
-        return frozenset(self.drawn) | frozenset(self.always)
-
-    def largest(self, count: int) -> frozenset[int]:
-        """The ``count`` drawn blocks with the most elements, and those that are always updated."""
-        by_size = sorted(self.drawn, key=lambda block: (-self.numels[block], block))
-        return frozenset(by_size[:count]) | frozenset(self.always)
-
-
 def exact_step(
     phase: Phase, num_blocks: int, selected: Collection[int], active: Collection[int], updated: Collection[int],
     resident: Collection[int] = (), streaming: bool = False,
@@ -85,22 +67,26 @@ def exact_step(
     )
 
 
-def typical_step(lot: Lot, phase: Phase, which: Which, streaming: bool) -> Step:
-    """A step late in training, when every block has moments: of a uniform draw, or of the largest blocks, all new.
+def typical_step(numels: Sequence[int], lottery: Lottery, phase: Phase, which: Which, streaming: bool) -> Step:
+    """Return a step late in training, when every block has moments: of a uniform draw, or of the largest blocks, all
+    new.
 
     With ``streaming`` an explore step keeps the gradients of k + 1 blocks at most; without, of all.
+
+    Args:
+        numels: elements of each block, (num_blocks,).
     """
-    num_blocks, k = len(lot.numels), lot.num_selected
-    everything = _indicator(num_blocks, lot.active)
-    kept = min(k + 1, len(lot.drawn))
+    num_blocks, k = len(numels), lottery.num_selected
+    everything = _indicator(num_blocks, lottery.active)
+    kept = min(k + 1, lottery.num_drawn)
     if which == "worst":
-        selected = arriving = _indicator(num_blocks, lot.largest(k))
-        streamed = _indicator(num_blocks, lot.largest(kept))
+        selected = arriving = _indicator(num_blocks, _largest(numels, lottery, k))
+        streamed = _indicator(num_blocks, _largest(numels, lottery, kept))
         reach = _indicator(num_blocks, range(num_blocks))
     else:
-        selected, streamed = _uniform(lot, k), _uniform(lot, kept)
+        selected, streamed = _uniform(num_blocks, lottery, k), _uniform(num_blocks, lottery, kept)
         arriving = tuple(share * (1 - share) for share in selected)  # chosen now, and not by the step before
-        reach = _reach(lot)
+        reach = _reach(num_blocks, lottery)
     explores = phase == "explore"
     return Step(
         phase=phase,
@@ -110,9 +96,15 @@ def typical_step(lot: Lot, phase: Phase, which: Which, streaming: bool) -> Step:
         with_moments=everything,
         arriving=arriving,
         leaving=arriving,  # as likely as the other way round
-        in_backward=_indicator(num_blocks, range(min(lot.active), num_blocks)) if explores else reach,
-        max_selected=k + len(lot.always),
+        in_backward=_indicator(num_blocks, range(min(lottery.active), num_blocks)) if explores else reach,
+        max_selected=k + len(lottery.always),
     )
+
+
+def _largest(numels: Sequence[int], lottery: Lottery, count: int) -> frozenset[int]:
+    """Return the ``count`` drawn blocks with the most elements, and those that are always updated."""
+    by_size = sorted(lottery.drawn, key=lambda block: (-numels[block], block))
+    return frozenset(by_size[:count]) | frozenset(lottery.always)
 
 
 def full_step(num_groups: int) -> Step:
@@ -126,25 +118,24 @@ def _indicator(num_blocks: int, blocks: Collection[int]) -> Shares:
     return tuple(Fraction(int(block in blocks)) for block in range(num_blocks))
 
 
-def _uniform(lot: Lot, count: int) -> Shares:
-    chance = Fraction(count, len(lot.drawn))
-    drawn, always = frozenset(lot.drawn), frozenset(lot.always)
+def _uniform(num_blocks: int, lottery: Lottery, count: int) -> Shares:
+    chance = Fraction(count, lottery.num_drawn)
+    drawn, always = frozenset(lottery.drawn), frozenset(lottery.always)
     return tuple(
-        Fraction(1) if block in always else chance if block in drawn else Fraction(0)
-        for block in range(len(lot.numels))
+        Fraction(1) if block in always else chance if block in drawn else Fraction(0) for block in range(num_blocks)
     )
 
 
-def _reach(lot: Lot) -> Shares:
+def _reach(num_blocks: int, lottery: Lottery) -> Shares:
     """For each block, the probability that backward gets down to it: that one at or below it was drawn."""
-    ways = math.comb(len(lot.drawn), lot.num_selected)
+    ways = math.comb(lottery.num_drawn, lottery.num_selected)
     shares = []
-    for block in range(len(lot.numels)):
-        if any(other <= block for other in lot.always):
+    for block in range(num_blocks):
+        if any(other <= block for other in lottery.always):
             shares.append(Fraction(1))
             continue
-        above = sum(other > block for other in lot.drawn)
-        shares.append(1 - Fraction(math.comb(above, lot.num_selected), ways))
+        above = sum(other > block for other in lottery.drawn)
+        shares.append(1 - Fraction(math.comb(above, lottery.num_selected), ways))
     return tuple(shares)
 
 

@@ -9,15 +9,14 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from ds_agsel.blocks import resolve_names
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.memory import BUILT, Bytes, Features, Memory, Stepping, full_memory, selective_memory
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
-from ds_agsel.estimate.steps import Lot, Which, typical_step, weighted
+from ds_agsel.estimate.steps import Which, typical_step, weighted
 from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
-from ds_agsel.policies import num_selected
+from ds_agsel.lottery import Lottery, build_lottery
 from ds_agsel.selection import Phase
 
 JSON_VERSION = 1
@@ -78,9 +77,9 @@ def estimate(
     setup = setup.but(keep_master=config.keep_master, state_budget_bytes=config.state_budget_bytes)
     rows = [_full_row(model, setup)]
     for percent in percentages:
-        lot = _lot(model, config, percent)
+        lottery = build_lottery(model.blocks, config.model_copy(update={"select_percent": percent}))
         for stepping in steppings(setup):
-            rows += _selective_rows(model, setup, lot, percent, stepping, features, config.explore_on)
+            rows += _selective_rows(model, setup, lottery, percent, stepping, features, config.explore_on)
     rows += [_lora_row(model, setup, rank) for rank in LORA_RANKS if model.linears]
     return Estimate(model, setup, tuple(rows))
 
@@ -96,14 +95,6 @@ def _setup_for(setup: Setup, stepping: Stepping) -> Setup:
     if stepping == "host":
         return setup if setup.offload_optimizer != "none" else setup.but(offload_optimizer="cpu")
     return setup.but(offload_optimizer="none")
-
-
-def _lot(model: ModelShape, config: SelectionConfig, percent: float) -> Lot:
-    always = resolve_names(model.blocks, config.always_select, "always_select")
-    never = resolve_names(model.blocks, config.never_select, "never_select")
-    drawn = tuple(block.index for block in model.blocks if block.index not in {*always, *never})
-    numels = tuple(block.numel for block in model.blocks)
-    return Lot(numels, drawn, always, num_selected(percent, len(drawn)))
 
 
 def _full_row(model: ModelShape, setup: Setup) -> Row:
@@ -136,21 +127,28 @@ def _plain_row(
 
 
 def _selective_rows(
-    model: ModelShape, setup: Setup, lot: Lot, percent: float, stepping: Stepping, features: Features, explore_on: str
+    model: ModelShape,
+    setup: Setup,
+    lottery: Lottery,
+    percent: float,
+    stepping: Stepping,
+    features: Features,
+    explore_on: str,
 ) -> Iterator[Row]:
     setup = _setup_for(setup, stepping)
+    numels = tuple(block.numel for block in model.blocks)
     one_backward = setup.accumulation_steps == 1 or explore_on == "first_micro_batch"
     streaming = features.streaming_top_k and setup.stage > 1 and one_backward
     kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
     for phase, which in kinds:
-        step = typical_step(lot, phase, which, streaming)
-        trained = round(weighted(step.selected, lot.numels))
+        step = typical_step(numels, lottery, phase, which, streaming)
+        trained = round(weighted(step.selected, numels))
         yield Row(
             label=f"{percent:g} %, {phase}, {which}",
             method="ds_agsel",
             stepping=stepping,
             select_percent=percent,
-            num_selected=lot.num_selected,
+            num_selected=lottery.num_selected,
             lora_rank=None,
             phase=phase,
             which=which,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ds_agsel.config import SECTION, SelectionConfig
+from ds_agsel.config import SECTION, SelectionConfig, fraction_hint
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.policies.sampling import top_k
 
@@ -136,10 +136,7 @@ def num_selected(select_percent: float, num_blocks: int) -> int:
     blocks = math.floor(select_percent * num_blocks / 100 + _FLOOR_TOLERANCE)
     if blocks < 1:
         logger.warning(
-            "%s.select_percent=%g is less than one of the %d blocks: each step updates one, which is %.4g %%.",
-            SECTION,
-            select_percent,
-            num_blocks,
-            100 / num_blocks,
-        )
+            "%s.select_percent=%g is less than one of the %d blocks: each step updates one, which is %.4g %%.%s",
+            SECTION, select_percent, num_blocks, 100 / num_blocks, fraction_hint(select_percent),
+        )  # fmt: skip
     return max(1, blocks)

@@ -18,10 +18,10 @@ from ds_agsel.estimate.cards import H100, NETWORK_BYTES_PER_SECOND, NVME_BYTES_P
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
 from ds_agsel.estimate.setup import Device, Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, read_shape
-from ds_agsel.estimate.steps import Lot, Step, full_step, typical_step, weighted
+from ds_agsel.estimate.steps import Step, full_step, typical_step, weighted
 from ds_agsel.estimate.table import Estimate, as_text, estimate
 from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
-from ds_agsel.policies import num_selected
+from ds_agsel.lottery import build_lottery
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -96,8 +96,8 @@ def ways(name: str, stage: int, ranks: int, offload: Device = "cpu") -> dict[flo
     found: dict[float | None, Way] = {None: full}
     numels = tuple(block.numel for block in model.blocks)
     for percent in PERCENTAGES:
-        lot = Lot(numels, tuple(range(len(numels))), (), num_selected(percent, len(numels)))
-        step = typical_step(lot, "exploit", "expected", streaming=False)
+        lottery = build_lottery(model.blocks, SelectionConfig(select_percent=percent))
+        step = typical_step(numels, lottery, "exploit", "expected", streaming=False)
         found[percent] = Way(
             model, setup, percent, step, round(weighted(step.selected, numels)),
             selective_memory(model, setup, "host", step), selective_traffic(model, setup, "host", step),

@@ -21,9 +21,10 @@ from ds_agsel.estimate.memory import Features, full_memory, selective_memory
 from ds_agsel.estimate.partitions import flat_partition, parameter_partition, sub_groups
 from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, known_models, read_shape
-from ds_agsel.estimate.steps import Lot, exact_step, typical_step
+from ds_agsel.estimate.steps import exact_step, typical_step
 from ds_agsel.estimate.table import as_json, as_text, estimate
 from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
+from ds_agsel.lottery import Lottery
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE3 = Setup(stage=3, ranks=2, persistence_threshold_numel=0, max_live_numel=0, reduce_bucket_numel=0)
@@ -125,8 +126,8 @@ def test_what_is_larger_than_the_budget_passes_through_it():
 
 def test_savings_are_flags():
     model = model_of((10,), (6,), (4,))
-    lot = Lot((10, 6, 4), (0, 1, 2), (), 1)
-    whole, streamed = (typical_step(lot, "explore", "worst", streaming) for streaming in (False, True))
+    numels, lottery = (10, 6, 4), Lottery((0, 1, 2), num_selected=1)
+    whole, streamed = (typical_step(numels, lottery, "explore", "worst", streaming) for streaming in (False, True))
     held = [selective_memory(model, Setup(), "accelerator", step) for step in (whole, streamed)]
     assert [memory.accelerator.gradients for memory in held] == [20 * 2, (10 + 6) * 2]
     offloaded = Setup(offload_optimizer="cpu")
@@ -178,7 +179,7 @@ def test_expected_is_the_mean_over_all_selections(numels, data):
     k = data.draw(st.integers(1, len(numels)))
     setup = Setup(ranks=2, offload_optimizer="cpu", accumulation_steps=2, reduce_bucket_numel=0)
     model, everything = model_of(*((numel,) for numel in numels)), tuple(range(len(numels)))
-    step = typical_step(Lot(tuple(numels), everything, (), k), "exploit", "expected", streaming=False)
+    step = typical_step(numels, Lottery(everything, num_selected=k), "exploit", "expected", streaming=False)
     held = selective_memory(model, setup, "host", step).host.gradients
     draws = [
         selective_memory(model, setup, "host", exact_step("exploit", len(numels), chosen, everything, everything))
@@ -192,10 +193,10 @@ def test_expected_is_the_mean_over_all_selections(numels, data):
 
 
 def test_worst_takes_the_largest_blocks_and_those_always_selected():
-    lot = Lot((5, 9, 7, 1), (0, 1, 2), (3,), 2)
-    assert typical_step(lot, "exploit", "worst", False).selected == (0, 1, 1, 1)
-    assert typical_step(lot, "exploit", "expected", False).selected == (Fraction(2, 3),) * 3 + (1,)
-    assert typical_step(lot, "exploit", "expected", False).arriving == (Fraction(2, 9),) * 3 + (0,)
+    lot = (5, 9, 7, 1), Lottery((0, 1, 2), (3,), num_selected=2)
+    assert typical_step(*lot, "exploit", "worst", False).selected == (0, 1, 1, 1)
+    assert typical_step(*lot, "exploit", "expected", False).selected == (Fraction(2, 3),) * 3 + (1,)
+    assert typical_step(*lot, "exploit", "expected", False).arriving == (Fraction(2, 9),) * 3 + (0,)
 
 
 # ------------------------------------------------------------------------- traffic

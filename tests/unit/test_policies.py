@@ -509,3 +509,9 @@ def test_the_built_in_policies_keep_no_state(name: str, tmp_path: Path) -> None:
 def test_choosing_needs_neither_torch_nor_deepspeed() -> None:
     code = "import sys, ds_agsel.policies; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_fraction_given_for_a_percentage_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="ds_agsel"):
+        assert num_selected(0.2, 18) == 1
+    assert caplog.records[0].getMessage().endswith("It is in percent: for 0.2 of the blocks set it to 20.")

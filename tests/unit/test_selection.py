@@ -12,7 +12,8 @@ from ds_agsel import policies
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import CheckpointError, TrainingError
-from ds_agsel.selection import Lottery, Record, Selection
+from ds_agsel.lottery import Lottery
+from ds_agsel.selection import Record, Selection
 
 
 def make(num_blocks=5, lottery=None, name="block", **section):

@@ -13,10 +13,11 @@ from torch import nn
 from ds_agsel import policies
 from ds_agsel.blocks import find_blocks
 from ds_agsel.config import SelectionConfig
+from ds_agsel.lottery import Lottery
 from ds_agsel.policies.replay import Replay
 from ds_agsel.report import metrics
 from ds_agsel.report.log import SelectionLog
-from ds_agsel.selection import Lottery, Selection
+from ds_agsel.selection import Selection
 
 
 class _Model(nn.Module):

@@ -1,0 +1,113 @@
+"""What a run is made of before DeepSpeed is called: blocks, param groups, lottery, policy. For initialize and check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_agsel import policies
+from ds_agsel.blocks import Block, find_blocks
+from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import DsConfig
+from ds_agsel.errors import ConfigError
+from ds_agsel.lottery import Lottery, build_lottery
+from ds_agsel.param_groups import ParamGroup, SplitGroups, as_param_groups, split_param_groups
+from ds_agsel.zero import compat
+from ds_agsel.zero.support import optimizer_problem
+
+ADAM_CLASSES = (torch.optim.AdamW, torch.optim.Adam, compat.DeepSpeedCPUAdam, compat.FusedAdam)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that is decided of the caller's arguments. Nothing of the caller's is edited.
+
+    Attributes:
+        named: the model's parameters by name.
+        user_optimizer: the optimizer object that the caller gave or whose maker he gave; None: DeepSpeed makes one.
+        user_groups: the caller's param groups, which `split` follows.
+        steps_per_epoch: optimizer steps in epoch 1; None where it is not known.
+    """
+
+    config: SelectionConfig
+    blocks: tuple[Block, ...]
+    named: dict[str, torch.nn.Parameter]
+    user_optimizer: torch.optim.Optimizer | None
+    user_groups: list[ParamGroup]
+    split: SplitGroups
+    lottery: Lottery
+    policy: policies.Policy
+    steps_per_epoch: int | None
+
+    @property
+    def max_selected(self) -> int:
+        """As many blocks as a step can update."""
+        return self.policy.max_selected + len(self.lottery.always)
+
+
+def prepare(
+    model: torch.nn.Module,
+    config: SelectionConfig,
+    optimizer: torch.optim.Optimizer | None,
+    model_parameters: Any,
+    steps_per_epoch: int | None,
+) -> Preparation:
+    """Return what the run of ``model`` under ``config`` is made of.
+
+    Args:
+        optimizer: the caller's, or None where the ds_config names one, made over ``model_parameters``.
+        model_parameters: None for all, parameters, or param groups.
+
+    Raises ConfigError (ConfigErrors where there are several) for what can't work. Not collective.
+    """
+    groups = as_param_groups(model_parameters, model) if optimizer is None else optimizer.param_groups
+    blocks = find_blocks(model, config.blocks)
+    named = dict(model.named_parameters())
+    split = split_param_groups(groups, {named[name]: b.index for b in blocks for name in b.parameter_names})
+    if not split.groups:
+        raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
+    lottery = build_lottery(blocks, config, optimized=frozenset(split.blocks))
+    policy = _policy(blocks, lottery, config, steps_per_epoch)
+    return Preparation(config, blocks, named, optimizer, groups, split, lottery, policy, steps_per_epoch)
+
+
+def _policy(
+    blocks: tuple[Block, ...], lottery: Lottery, config: SelectionConfig, steps_per_epoch: int | None
+) -> policies.Policy:
+    return policies.create(
+        policies.PolicyContext(
+            config=config,
+            num_blocks=lottery.num_drawn,
+            num_selected=lottery.num_selected,
+            block_names=tuple(blocks[index].name for index in lottery.drawn),
+            steps_per_epoch=steps_per_epoch,
+            block_indices=lottery.drawn,
+        )
+    )
+
+
+def user_optimizer(arguments: Mapping[str, Any], ds_config: DsConfig) -> torch.optim.Optimizer | None:
+    """Return the optimizer object in ``arguments``, or made by the callable there; None: the ds_config names one.
+
+    Raises ConfigError where it is no Adam.
+    """
+    optimizer = arguments.get("optimizer")
+    if optimizer is None:
+        problem = optimizer_problem(ds_config)
+        if problem is not None:
+            raise ConfigError(problem)
+        return None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        parameters = arguments.get("model_parameters")
+        optimizer = optimizer(list(arguments["model"].parameters()) if parameters is None else parameters)
+    if type(optimizer) not in ADAM_CLASSES:
+        raise ConfigError(
+            f"optimizer={type(optimizer).__module__}.{type(optimizer).__qualname__} can't be used with adagrad_select. "
+            f"{', '.join(cls.__name__ for cls in ADAM_CLASSES)} are allowed."
+        )
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ConfigError("optimizer amsgrad=True can't be used with adagrad_select. Set amsgrad=False.")
+    return optimizer
