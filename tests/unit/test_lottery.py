@@ -38,7 +38,7 @@ def test_blocks_outside_are_not_counted() -> None:
         (["model.layers.?"], (1, 2)),
         (["model.layers.[01]"], (1, 2)),
         (["model.layers.1*", "head"], (2, 3, 5)),
-        (["*e*d*"], (0, 1, 2, 3, 5)),
+        (["*e*d*"], (0, 5)),
     ],
 )
 def test_never_select_takes_patterns(names: list[str], expected: tuple[int, ...]) -> None:
