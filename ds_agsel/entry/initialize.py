@@ -12,7 +12,7 @@ import deepspeed
 
 from ds_agsel.config import SelectionConfig, find_section, parse_section
 from ds_agsel.ds_config import DsConfig
-from ds_agsel.entry import agreement, callers, epochs, process_group, stock
+from ds_agsel.entry import agreement, callers, children, epochs, process_group, stock
 from ds_agsel.entry.arguments import for_deepspeed, read_config
 from ds_agsel.entry.preparation import Preparation, prepare, user_optimizer
 from ds_agsel.errors import ConfigError
@@ -45,6 +45,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         ds_config = read_config(call.arguments)
         try:
             section = None if ds_config is None else find_section(ds_config)
+            if ds_config is not None and section is None:
+                section = children.added_section()
             config = None if section is None else parse_section(section)
         except ConfigError as error:
             _tell_other_ranks(number, call.arguments, error)

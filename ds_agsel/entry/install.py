@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 
+from ds_agsel.entry import children
 from ds_agsel.entry import stock as stock_call
 from ds_agsel.entry.initialize import initialize as selective
 
@@ -53,8 +54,11 @@ class _Installation:
             if stock_call.is_meant() or not self.is_wanted:
                 return stock(*args, **kwargs)
             result = selective(*args, **kwargs)
+            is_selective = hasattr(result[0], "selection")
+            if is_selective:
+                children.note_engaged()
             with self.lock:
-                self.calls["selective" if hasattr(result[0], "selection") else "plain"] += 1
+                self.calls["selective" if is_selective else "plain"] += 1
             return result
 
         return initialize
@@ -108,6 +112,8 @@ def _warn_if_nothing_was_selected() -> None:
     """At exit, on rank 0: say why no engine selected, where the script itself did not fail."""
     is_main = multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
     if not is_main or getattr(sys, "last_value", None) is not None or _installation.calls["selective"]:
+        return
+    if children.has_engaged():
         return
     plain = _installation.calls["plain"]
     logger.warning(
