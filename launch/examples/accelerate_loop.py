@@ -15,6 +15,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="hub name or folder; not given: a tiny random Llama")
 parser.add_argument("--offload", default="none", choices=["none", "cpu"])
 parser.add_argument("--epochs", type=int, default=2)
+parser.add_argument("--local_rank", type=int, default=0)
 options = parser.parse_args()
 
 ds_agsel.install()  # <- the one line; the section in the ds_config does the rest
