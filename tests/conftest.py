@@ -3,39 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import Case, observe_state, train
 from workers import Workers
 
+pytest_plugins = ["budget"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow what repeats at 1 rank a test that runs at 2: one case of each stage, offload and home of states stays.
+
+    What goes wrong at one rank alone (no padding, no collectives) is the same for the cases of such a class.
+    """
+    at_two = {item.function for item in items if ranks(item) == 2}
+    seen = set()
+    for item in items:
+        if ranks(item) == 1 and item.function in at_two and not item.get_closest_marker("slow"):
+            kind = (item.function, *class_of(parameters(item)))
+            if kind in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(kind)
+
+
+def ranks(item: pytest.Item) -> int | None:
+    found = parameters(item)
+    return found.get("ranks", found.get("world_size"))
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return dict(callspec.params) if callspec else {}
+
+
+def class_of(parameters: dict[str, Any]) -> tuple[Any, ...]:
+    """Stage, offload and whether states visit, from a case or from parameters of those names."""
+    case = parameters.get("case")
+    if not isinstance(case, Case):
+        return parameters.get("stage"), parameters.get("offload"), None
+    return case.stage, case.offload, (case.section or {}).get("step_device")
+
+
+def groups(directory: Path, accelerator: str = "cpu") -> Iterator[Callable[[int], Workers]]:
+    """A fixture's body: one group of each size, started when first used and stopped at the end."""
+    started: dict[int, Workers] = {}
+
+    def group(world_size: int) -> Workers:
+        return started.setdefault(world_size, Workers(world_size, directory, accelerator))
+
+    yield group
+    for each in started.values():
+        each.stop()
+
 
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Workers]]:
-    """``workers(n)``: the session's group of n gloo processes, started when first used."""
-    groups: dict[int, Workers] = {}
-    directory = tmp_path_factory.mktemp("workers")
+    """``workers(n)``: the session's group of n gloo processes."""
+    yield from groups(tmp_path_factory.mktemp("workers"))
 
-    def group(world_size: int) -> Workers:
-        return groups.setdefault(world_size, Workers(world_size, directory))
 
-    yield group
-    for started in groups.values():
-        started.stop()
+@pytest.fixture(scope="session")
+def other_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Workers]]:
+    """Like ``workers``, in processes that know nothing of what those have done: to resume in."""
+    yield from groups(tmp_path_factory.mktemp("others"))
 
 
 @pytest.fixture(scope="session")
 def simulated_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Workers]]:
     """Like ``workers``, with the simulated accelerator."""
-    groups: dict[int, Workers] = {}
-    directory = tmp_path_factory.mktemp("simulated")
-
-    def group(world_size: int) -> Workers:
-        return groups.setdefault(world_size, Workers(world_size, directory, "sim"))
-
-    yield group
-    for started in groups.values():
-        started.stop()
+    yield from groups(tmp_path_factory.mktemp("simulated"), "sim")
 
 
 @pytest.fixture

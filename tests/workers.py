@@ -48,6 +48,9 @@ class WorkerError(AssertionError):
     """A rank raised, died or did not answer in time."""
 
 
+_servers: dict[str, Server] = {}
+
+
 def free_port() -> int:
     """A TCP port of this machine that nothing listens on."""
     with socket.socket() as listener:
@@ -81,6 +84,7 @@ class Server:
                 start_new_session=True,
             )
         theirs.close()
+        self.ranks: set[int] = set()
         self._socket = ours
         self._answers = Connection(os.dup(ours.fileno()))
 
@@ -88,13 +92,16 @@ class Server:
         """The process id of a new rank that serves ``connection``, its output appended to ``log``."""
         file = array.array("i", [connection.fileno()])
         self._socket.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, file)])
-        return self._ask("fork", environment, str(log))
+        process = self._ask("fork", environment, str(log))
+        self.ranks.add(process)
+        return process
 
-    def kill(self, processes: Iterable[int]) -> None:
+    def kill(self, ranks: Iterable[int]) -> None:
         """End these ranks, and what they have started, and wait for the end."""
+        self.ranks.difference_update(ranks)
         if self.process.poll() is None:
             self._socket.send(b"-")
-            self._ask("kill", list(processes))
+            self._ask("kill", list(ranks))
 
     def _ask(self, *request: Any) -> Any:
         try:
@@ -113,12 +120,17 @@ class Server:
         shutil.rmtree(self.output.parent, ignore_errors=True)
 
 
-@functools.cache
+def processes() -> list[int]:
+    """The process ids of this process's servers and of their ranks that live."""
+    return [process for started in _servers.values() for process in (started.process.pid, *started.ranks)]
+
+
 def server(accelerator: str) -> Server:
     """This process's server for ``accelerator``, started when first used."""
-    started = Server(accelerator)
-    atexit.register(started.stop)
-    return started
+    if accelerator not in _servers:
+        _servers[accelerator] = Server(accelerator)
+        atexit.register(_servers[accelerator].stop)
+    return _servers[accelerator]
 
 
 class Workers:
@@ -233,6 +245,8 @@ def _load(accelerator: str) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     torch.set_num_threads(1)
+    # DeepSpeed writes whole parameters into debug messages that nobody sees: thousands of copies from the device.
+    torch.set_printoptions(threshold=1, edgeitems=1)
     CPUAdamBuilder().load()
     if accelerator != "cuda":
         from deepspeed.comm.torch import build_shm_op

@@ -17,6 +17,7 @@ from support import (
     Case,
     assert_identical,
     build,
+    case_id,
     finish,
     forward_backward,
     run_steps,
@@ -57,12 +58,6 @@ def save_and_go_on(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     return finish(engine, run_steps(engine, case, SAVED_AT + 1))
 
 
-def save_all(directory: Path) -> list[dict[str, Any]]:
-    return [
-        save_and_go_on(case, directory / f"{index} {kind}", kind) for index, case in enumerate(CASES) for kind in KINDS
-    ]
-
-
 def resume(case: Case, directory: Path) -> dict[str, Any]:
     engine = build(case.but(seed=99))  # other weights: those of the checkpoint must replace them
     path, _ = engine.load_checkpoint(str(directory))
@@ -71,42 +66,36 @@ def resume(case: Case, directory: Path) -> dict[str, Any]:
     return finish(engine, run_steps(engine, case, SAVED_AT))
 
 
-def resume_all(directory: Path) -> list[dict[str, Any]]:
-    return [resume(case, directory / f"{index} {kind}") for index, case in enumerate(CASES) for kind in KINDS]
+def selected() -> list[Any]:
+    """Every case in both kinds at 1 and 2 ranks; by default each case once, in turn as its kind, at 2 ranks, and each
+    kind of each stage once at 1 rank."""
+    by_default = {(index, KINDS[index % 2], 2) for index in range(len(CASES))}
+    for stage, kind in product((1, 2, 3), KINDS):
+        offload = ("none", "cpu")[(stage + KINDS.index(kind)) % 2]
+        alike = [index for index, case in enumerate(CASES) if case.stage == stage and case.offload == offload]
+        by_default.add((alike[-1], kind, 1))
+    return [
+        pytest.param(CASES[index], kind, ranks, marks=[] if (index, kind, ranks) in by_default else pytest.mark.slow)
+        for index, kind, ranks in product(range(len(CASES)), KINDS, (1, 2))
+    ]
 
 
-def train_them_all() -> list[dict[str, Any]]:
-    return [train(case) for case in CASES]
+def whole_and_saving(case: Case, directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return train(case), save_and_go_on(case, directory, kind)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def runs(request, workers, tmp_path_factory):
-    """(kind, case) -> each rank's uninterrupted, saving and resumed run; the last in processes of its own."""
-    group, directory = workers(request.param), tmp_path_factory.mktemp("checkpoints")
-    whole = group.run(train_them_all, timeout_seconds=400)
-    saving = group.run(save_all, directory, timeout_seconds=600)
-    group.stop()
-    resumed = group.run(resume_all, directory, timeout_seconds=400)
-    return {
-        (KINDS[index % 2], index // 2): [
-            (whole[rank][index // 2], saving[rank][index], resumed[rank][index]) for rank in range(request.param)
-        ]
-        for index in range(2 * len(CASES))
-    }
-
-
-@pytest.mark.parametrize("index", range(len(CASES)))
-@pytest.mark.parametrize("kind", KINDS)
-def test_resume_is_bit_identical_to_not_stopping(runs, kind, index):
+@pytest.mark.parametrize(("case", "kind", "ranks"), selected(), ids=case_id)
+def test_resume_is_bit_identical_to_not_stopping(workers, other_workers, tmp_path, case, kind, ranks):
     kept = ("weights", "partitions", "history", "counts", "plan", "blocks")
-    for whole, saving, resumed in runs[kind, index]:
+    together = workers(ranks).run(whole_and_saving, case, tmp_path, kind)
+    for (whole, saving), resumed in zip(together, other_workers(ranks).run(resume, case, tmp_path), strict=True):
         expected = {key: whole[key] for key in kept}
         assert_identical(expected, {key: saving[key] for key in kept})
         assert_identical(expected, {key: resumed[key] for key in kept})
-        steps = CASES[index].steps - SAVED_AT
+        steps = case.steps - SAVED_AT
         assert resumed["norms"] == whole["norms"][-steps:]
         assert resumed["lrs"] == whole["lrs"][-steps:]
-        assert resumed["losses"] == whole["losses"][-steps * CASES[index].accumulation :]
+        assert resumed["losses"] == whole["losses"][-steps * case.accumulation :]
 
 
 def load_what_does_not_fit(directory: Path) -> dict[str, str]:
