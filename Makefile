@@ -26,7 +26,7 @@ train: $(VENV)/.ready ops
 	    --output $(OUTPUT) --overwrite $(ARGS)
 
 test: $(VENV)/.ready ops ops-nvme
-	$(BIN)/python -m pytest -m "not slow and not device" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not device" -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.ready ops ops-nvme
 	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
@@ -58,6 +58,7 @@ docs: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # A build that was killed leaves a lock on which every later one waits for ever (torch.utils.cpp_extension).
