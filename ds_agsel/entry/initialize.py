@@ -81,6 +81,7 @@ def _initialize_selective(
 
     selection = Selection(prepared.blocks, prepared.policy, prepared.lottery, config, prepared.named)
     link = HyperparameterLink(prepared.user_groups, prepared.split.parents)
+    compat.require_known_engine(engine)
     compat.swap_class(engine, SelectiveEngine)
     engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection

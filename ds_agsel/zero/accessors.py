@@ -62,6 +62,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         self._states_linked: set[int] = set()
         self._link_all_hp_params()
 
+    @compat.overrides
     def _lazy_init_hp_params_optimizer_state(self) -> None:
         """Nothing: stock code links once, after the first group's first step (stage_1_and_2.py:2987)."""
 
@@ -76,6 +77,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         for group in range(len(self.bit16_groups)):
             self._link_state(group)
 
+    @compat.overrides
     def _link_all_hp_params(self) -> None:
         super()._link_all_hp_params()
         if self.round_robin_gradients:
@@ -161,6 +163,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
 
     # --------------------------------------------------------- master weights, moments
 
+    @compat.overrides
     def get_full_hp_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor | None:
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if not self._is_optimized(param):
@@ -170,6 +173,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         with self.home.readable((self._sub_group_of(param),)), _trainable(param):
             return super().get_full_hp_param(param, optim_state_key)
 
+    @compat.overrides
     def get_local_fp32_param(self, param: ZeroParameter, optim_state_key: str | None = None) -> Tensor | None:
         """As `deepspeed.utils.safe_get_local_*`; zeros for a block never updated."""
         if not self._is_optimized(param):
@@ -179,6 +183,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         with self.home.readable((self._sub_group_of(param),)), _trainable(param):
             return super().get_local_fp32_param(param, optim_state_key)
 
+    @compat.overrides
     def get_hp_param_device(self, param: ZeroParameter, optim_state_key: str | None = None) -> torch.device | None:
         """Device on which a state is kept between steps."""
         if not self._is_optimized(param):
@@ -188,6 +193,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         with _trainable(param):
             return super().get_hp_param_device(param, optim_state_key)
 
+    @compat.overrides
     def set_full_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
         """As `deepspeed.utils.safe_set_full_*`; the model weight follows at once, as no step may come for its block."""
         if not self._is_optimized(param):
@@ -196,6 +202,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         if optim_state_key is None and compat.is_gathered(param):
             param.data.copy_(value.view(param.ds_shape))
 
+    @compat.overrides
     def set_local_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
         """As `deepspeed.utils.safe_set_local_*`; the partition of the model weight follows at once."""
         if not self._is_optimized(param):
@@ -214,12 +221,14 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         """Whether there is no gradient of ``param``: not yet in this window, or not of a block that may be updated."""
         return not (self._is_optimized(param) and self._received and self._block_of(param) in self._blocks_to_keep())
 
+    @compat.overrides
     def get_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor | None:
         """As `deepspeed.utils.safe_get_full_grad`, [Note: What accessors answer]. Collective."""
         if self._gradient_is_gone(param):
             return None
         return super().get_fp32_grad_for_param(param) if param.ds_id in self._received else _zeros(param.ds_shape)
 
+    @compat.overrides
     def get_local_fp32_grad_for_param(self, param: ZeroParameter) -> Tensor | None:
         """As `deepspeed.utils.safe_get_local_grad`, [Note: What accessors answer]."""
         if self._gradient_is_gone(param):
@@ -228,11 +237,13 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
             return _zeros(param.partition_numel())
         return super().get_local_fp32_grad_for_param(param)
 
+    @compat.overrides
     def set_fp32_grad_for_param(self, value: Tensor, param: ZeroParameter) -> None:
         """As `deepspeed.utils.safe_set_full_grad`, [Note: What accessors answer]."""
         if self._is_optimized(param):
             self.set_local_grad_for_param(self._own_slice(value, param), param)
 
+    @compat.overrides
     def set_local_grad_for_param(self, value: Tensor, param: ZeroParameter) -> None:
         """As `deepspeed.utils.safe_set_local_grad`, [Note: What accessors answer]."""
         if not self._is_optimized(param):
@@ -242,6 +253,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         super().set_local_grad_for_param(value, param)
         self._received.add(param.ds_id)  # otherwise the step would zero it as one that this window did not bring
 
+    @compat.overrides
     def update_fp32_grad_for_param_vectorized(
         self, update_func: Callable[[Tensor, ZeroParameter], Tensor], param_list: list[ZeroParameter]
     ) -> None:

@@ -40,11 +40,12 @@ FIRST_MODEL_STATES = "*mp_rank_00_model_states.pt"
 logger = logging.getLogger("ds_agsel")
 
 
-class CheckpointingEngine(compat.DeepSpeedEngine):
+class CheckpointingEngine(compat.ChecksOverrides, compat.DeepSpeedEngine):
     """The part of `SelectiveEngine` that saves and loads."""
 
     selection: Selection
 
+    @compat.overrides
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -130,6 +131,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
     def _form(self) -> str:
         return "3" if self.zero_optimization_partition_weights() else "1 and 2"
 
+    @compat.overrides
     def load_checkpoint(
         self, load_dir: str | os.PathLike[str], tag: str | None = None, *args: Any, **kwargs: Any
     ) -> tuple[str | None, dict[str, Any] | None]:
@@ -176,6 +178,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
                 "same stage."
             )
 
+    @compat.overrides
     def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
         """Stock where this rank's file is what it needs; otherwise [Note: By name] in `repartition`."""
         folder = Path(load_dir) / tag
@@ -196,6 +199,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
         )
         return True
 
+    @compat.overrides
     def _get_all_zero_checkpoint_state_dicts(self, zero_ckpt_names: list[str]) -> list[Any]:
         """Stock; where states live on disk, they are read as they are stored there, and not all at once before."""
         with compat.loads_through(self, load_lazily) if self.optimizer.states_are_on_disk else nullcontext():
@@ -213,6 +217,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine):
         fitting = {name: value for name, value in module.items() if name in own and own[name].shape == value.shape}
         self.module.load_state_dict(fitting, strict=False)
 
+    @compat.overrides
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
         """Stock, or the first rank's file where the saving run had fewer ranks or another stage."""
         found = super()._get_all_ckpt_names(checkpoints_path, tag)

@@ -23,11 +23,13 @@ logger = logging.getLogger("ds_agsel")
 class SelectiveEngine(CheckpointingEngine):
     """A `DeepSpeedEngine` with a `selection`. Made by `ds_agsel.initialize`, not constructed."""
 
+    @compat.overrides
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             self.optimizer.open_window()
         return super().forward(*inputs, **kwargs)
 
+    @compat.overrides
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """`DeepSpeedEngine.backward`. Raises TrainingError, with the remedy, for a loss that nothing selected reaches,
         of which DeepSpeed says that it is no scalar (engine.py:3397)."""
@@ -39,6 +41,7 @@ class SelectiveEngine(CheckpointingEngine):
             )
         return super().backward(loss, *args, **kwargs)
 
+    @compat.overrides
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """`DeepSpeedEngine.step`; an applied step is told to DeepSpeed's monitor as ``AdaGradSelect/...`` scalars.
 
@@ -54,6 +57,7 @@ class SelectiveEngine(CheckpointingEngine):
                 [(f"{MONITOR_PREFIX}/{name}", value, self.global_samples) for name, value in scalars.items()]
             )
 
+    @compat.overrides
     def compile(
         self,
         backend: Any = None,
@@ -86,6 +90,7 @@ class SelectiveEngine(CheckpointingEngine):
         compat.mark_compiled(self, options)
         logger.info("adagrad_select: compiled %d layers one by one, not the whole model.", len(layers))
 
+    @compat.overrides
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """Refused with a ConfigError: DeepSpeed's (engine.py:6035) copies states that most blocks do not have."""
         raise ConfigError(

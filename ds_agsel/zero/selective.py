@@ -26,7 +26,7 @@ from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, dro
 from ds_agsel.zero.states.home import StateHome
 
 
-class SelectiveStep(compat.ZeROOptimizer):
+class SelectiveStep(compat.ChecksOverrides, compat.ZeROOptimizer):
     """Goes before DeepSpeed's optimizer class among a restricted one's bases.
 
     Attributes:
@@ -105,6 +105,7 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     # -------------------------------------------------------------------- step
 
+    @compat.overrides
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Choose where the step explores, then update the chosen blocks. Collective."""
         self._link.push(self.optimizer.param_groups)
@@ -262,10 +263,12 @@ class SelectiveStep(compat.ZeROOptimizer):
 
     # ------------------------------------------------------ hyperparameters, states
 
+    @compat.overrides
     def _get_param_groups(self) -> list[ParamGroup]:
         self._link.push(self.optimizer.param_groups)
         return self.optimizer.param_groups
 
+    @compat.overrides
     def _set_param_groups(self, value: list[ParamGroup]) -> None:
         super()._set_param_groups(value)
 
@@ -275,6 +278,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         """What lies in this rank's partition of each group."""
         raise NotImplementedError
 
+    @compat.overrides
     def state_dict(self) -> dict[str, Any]:
         with self.home.readable():
             state_dict = super().state_dict()
@@ -286,6 +290,7 @@ class SelectiveStep(compat.ZeROOptimizer):
         """Inside, a load of master weights reaches the model weights wherever they are."""
         return nullcontext()
 
+    @compat.overrides
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
         for state_dict in state_dict_list:
             if state_dict is not None:
@@ -294,6 +299,7 @@ class SelectiveStep(compat.ZeROOptimizer):
             super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
         self._link.pull(self.optimizer.param_groups)
 
+    @compat.overrides
     def refresh_fp32_params(self) -> None:
         with self.home.writable():
             super().refresh_fp32_params()

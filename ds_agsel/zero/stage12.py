@@ -64,6 +64,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
                 get_accelerator().unpin_memory(buffer)
             buffers[group] = buffer.new_empty(0)
 
+    @compat.overrides
     def destroy(self) -> None:
         if self.cpu_offload:
             self._staging.release()
@@ -109,6 +110,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         positions = [self.grad_position[self.get_param_id(p)] for p in self.params_in_partition[group]]
         return [flat.narrow(0, start, numel) for _, _, start, numel in positions]
 
+    @compat.overrides
     def _get_offload_gradient_dict(self) -> None:
         for group, partition in enumerate(self.single_partition_of_fp32_groups):
             self.offload_gradient_dict[group] = None if partition.grad is None else self._gradient_fragments(group)
@@ -125,6 +127,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
 
     # ---------------------------------------------------------------- backward
 
+    @compat.overrides
     def process_gradients(self, param: nn.Parameter, i: int) -> None:
         if not self._is_wanted(param, i):
             return
@@ -146,6 +149,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         else:
             super().process_gradients(param, i)
 
+    @compat.overrides
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter, i: int) -> None:
         if self._is_wanted(param, i):  # asked again: with stage 1 no hook may have come through process_gradients
             super().reduce_ready_partitions_and_remove_grads(param, i)
@@ -188,6 +192,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         elif compact is not None:
             self.clear_grad_attribute(param)
 
+    @compat.overrides
     def setup_buckets(self) -> None:
         """Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large."""
         groups = self._groups_of(self.selection.active_blocks)
@@ -195,6 +200,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         with compat.attribute(self, reduce_bucket_size=min(self.reduce_bucket_size, numel)):
             super().setup_buckets()
 
+    @compat.overrides
     def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
         if self._holds_gradients:
             if group_idx is not None and self._use_compact_grad_partition_buffer(group_idx):
@@ -218,12 +224,14 @@ class SelectiveZeroOptimizer(Zero12Accessors):
             self.selection.current_traffic.d2h_bytes += numel * self.master_weights_and_grads_dtype.itemsize
         super().copy_grads_in_partition(param, group_idx)
 
+    @compat.overrides
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
         """Reduce the buckets that hold something; with [Note: One rank] there may be none at all."""
         for dtype in [comm_dtype] if comm_dtype is not None else sorted(self.ipg_buckets, key=str):
             if self.ipg_buckets[dtype].params:
                 super().reduce_ipg_grads(comm_dtype=dtype)
 
+    @compat.overrides
     def independent_gradient_partition_epilogue(self) -> None:
         self.reduce_ipg_grads()  # its buckets name groups by their own index: before the view
         if self._stream is not None:
@@ -270,9 +278,11 @@ class SelectiveZeroOptimizer(Zero12Accessors):
                 slices.append((param_id, param.grad.view(-1).narrow(0, start, min(param.numel() - start, int(room)))))
         return slices
 
+    @compat.overrides
     def allreduce_bucket(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._count_reduced(super().allreduce_bucket(*args, **kwargs))
 
+    @compat.overrides
     def gradient_reduction_w_predivide(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._count_reduced(super().gradient_reduction_w_predivide(*args, **kwargs))
 
@@ -283,9 +293,11 @@ class SelectiveZeroOptimizer(Zero12Accessors):
 
     # ----------------------------------------------------------------- offload
 
+    @compat.overrides
     def update_offload_overflow_tracker_for_param_grad(self, param: nn.Parameter) -> None:
         """Nothing: the norm, taken for every gradient, is finite just where the gradient is; see `has_overflow`."""
 
+    @compat.overrides
     def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param: nn.Parameter) -> None:
         group, source, target, numel = self.grad_position[self.get_param_id(param)]
         self.selection.current_traffic.d2h_bytes += numel * self.master_weights_and_grads_dtype.itemsize
@@ -298,6 +310,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
         buffer.narrow(0, target, numel).copy_(gradient.view(-1).narrow(0, source, numel))
         self.clear_grad_attribute(param)
 
+    @compat.overrides
     def async_accumulate_grad_in_cpu_via_gpu(self, param: nn.Parameter) -> None:
         traffic = self.selection.current_traffic
         traffic.d2h_bytes += param.numel() * param.element_size()
@@ -305,6 +318,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
             traffic.h2d_bytes += param.numel() * param.element_size()
         super().async_accumulate_grad_in_cpu_via_gpu(param)
 
+    @compat.overrides
     def has_overflow(self, partition_gradients: bool = True) -> bool:
         if self._overflow_is_known:
             return True
@@ -342,11 +356,13 @@ class SelectiveZeroOptimizer(Zero12Accessors):
             for group, buffer in self._staging.slices(groups).items():
                 self.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
 
+    @compat.overrides
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
         with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
             return super().scaled_global_norm(norm_type)
 
+    @compat.overrides
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
         """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
         self._enter(group_idx)
@@ -381,6 +397,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
                 for param in self.params_in_partition[group]:
                     self.norm_for_param_grads.pop(self.get_param_id(param), None)
 
+    @compat.overrides
     def _optimizer_step(self, group_no: int) -> None:
         partition = self.single_partition_of_fp32_groups[group_no]
         self.selection.current_traffic.stepped_numel += partition.numel()
@@ -428,6 +445,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
 
     # --------------------------------------------------------------- states: checkpoints
 
+    @compat.overrides
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
         super().load_state_dict(state_dict_list, **kwargs)
         self._relink_states()  # to what the home has put in place of the loaded tensors
@@ -441,6 +459,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
             found.append(Layout(names, partition.numel(), slices))
         return found
 
+    @compat.overrides
     def update_lp_params(self) -> None:
         with self.home.readable():
             super().update_lp_params()

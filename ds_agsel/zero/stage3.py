@@ -111,6 +111,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
 
     # ---------------------------------------------------------------- backward
 
+    @compat.overrides
     def reduce_ready_partitions_and_remove_grads(self, param: ZeroParameter) -> None:
         block = self._block_of(param)
         if block not in self._wanted_blocks():  # a leaf module, or a backward without the engine's forward
@@ -137,6 +138,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         for bucket in self.ipg_buckets.values():
             bucket.buffer = None
 
+    @compat.overrides
     def partition_grads(self, params_to_release: list[ZeroParameter], grad_partitions: list[Tensor]) -> list[Tensor]:
         traffic = self.selection.current_traffic
         for param in params_to_release:
@@ -160,6 +162,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
     def _holds_part_of(self, param: ZeroParameter) -> bool:
         return param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel
 
+    @compat.overrides
     def _offload_grad_partition_at_boundary(
         self, param: ZeroParameter, grad_buffer: Tensor, *fragments: dict[int, list[Any]]
     ) -> None:
@@ -167,6 +170,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         self.selection.current_traffic.d2h_bytes += size
         super()._offload_grad_partition_at_boundary(param, grad_buffer, *fragments)
 
+    @compat.overrides
     def independent_gradient_partition_epilogue(self) -> None:
         compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
         if self._stream is not None:
@@ -197,10 +201,12 @@ class SelectiveZero3Optimizer(Zero3Accessors):
 
     # -------------------------------------------------------------------- step
 
+    @compat.overrides
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         super().step(closure)
         self._received.clear()
 
+    @compat.overrides
     def _partition_all_parameters(self) -> None:
         with compat.attribute(self.parameter_offload, module=self._all_parameters):
             super()._partition_all_parameters()
@@ -263,24 +269,29 @@ class SelectiveZero3Optimizer(Zero3Accessors):
     def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
         return self._shown(groups)
 
+    @compat.overrides
     def has_overflow(self, partition_gradients: bool = True) -> bool:
         """What is known already: the norm, taken at every step, is finite just where the gradients are."""
         return self._overflow_is_known
 
+    @compat.overrides
     def _get_norm_groups(self) -> list[Tensor]:
         """The shown sub-groups' norms in their own order, in which they are added up, whatever they are updated in."""
         if self._overflow_is_known:
             return [torch.tensor(float("inf"))]
         return [norm for _, norm in sorted(zip(self._shown_groups, super()._get_norm_groups(), strict=True))]
 
+    @compat.overrides
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
         self._enter(sub_group_id)  # first: the gradient is hung on the tensor that will be updated
         super()._prepare_sub_group(sub_group_id, timer_names)
 
+    @compat.overrides
     def _release_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
         super()._release_sub_group(sub_group_id, timer_names)  # takes the gradient off the tensor that was updated
         self._leave()
 
+    @compat.overrides
     def _optimizer_step(self, sub_group_id: int) -> None:
         partition = self.fp32_partitioned_groups_flat[sub_group_id]
         self.selection.current_traffic.stepped_numel += partition.numel()
@@ -326,6 +337,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
     def _weights_follow(self) -> AbstractContextManager[None]:
         return compat.swapped_weights_follow(self)
 
+    @compat.overrides
     def _restore_from_bit16_weights(self) -> None:
         for group, partition in enumerate(self.fp32_partitioned_groups_flat):
             compat.read_weights(self, group, partition.data)

@@ -1,33 +1,47 @@
 """The one package that touches what DeepSpeed does not document, with the versions it is known to work on.
 
-`stage12.py` and `stage3.py` override public-looking methods of DeepSpeed's ZeRO optimizers; what those methods read
-and write is listed in `names.py`, so that a release that moved something is met by `require_known_deepspeed` with a
-sentence instead of by wrong numbers.
+What it relies on is checked by `guard.py` ([Note: What the guard holds] there) as this package is imported, as its
+classes are made and as an engine is: a release that moved something is met with a sentence instead of wrong numbers.
 
 Callers write ``from ds_agsel.zero import compat`` and ``compat.name``: what this module gives is what others may use.
 """
 
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from ds_agsel.zero.compat.versions import KNOWN_VERSIONS, deepspeed_version, imports_of_deepspeed, is_known
 
-from ds_agsel.zero.compat.adam import adam_step, cpu_adam_op, has_fused_adam, new_adam_state, new_cpu_adam_id
-from ds_agsel.zero.compat.engine import loads_through, mark_compiled, swap_class, whole_state_dict, writes_through
-from ds_agsel.zero.compat.gradients import gradient_partitions, is_coalescing, is_in_bucket, norm_dtype, reduce_buckets
-from ds_agsel.zero.compat.guard import require_known_deepspeed
-from ds_agsel.zero.compat.linking import link_adam_state, link_reordered_params, place_in_partition
-from ds_agsel.zero.compat.partitions import masters, masters_made_on_host, param_group_of, replace_masters, set_master
-from ds_agsel.zero.compat.settings import zero_section_problems
-from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
-from ds_agsel.zero.compat.versions import KNOWN_VERSIONS, deepspeed_version, is_known
-from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
-from ds_agsel.zero.compat.weights import is_gathered, read_weights, write_weights
+with imports_of_deepspeed():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from ds_agsel.zero.compat.adam import adam_step, cpu_adam_op, has_fused_adam, new_adam_state, new_cpu_adam_id
+    from ds_agsel.zero.compat.engine import loads_through, mark_compiled, swap_class, whole_state_dict, writes_through
+    from ds_agsel.zero.compat.gradients import (
+        gradient_partitions,
+        is_coalescing,
+        is_in_bucket,
+        norm_dtype,
+        reduce_buckets,
+    )
+    from ds_agsel.zero.compat.guard import ChecksOverrides, overrides, require_known_deepspeed, require_known_engine
+    from ds_agsel.zero.compat.linking import link_adam_state, link_reordered_params, place_in_partition
+    from ds_agsel.zero.compat.partitions import (
+        masters,
+        masters_made_on_host,
+        param_group_of,
+        replace_masters,
+        set_master,
+    )
+    from ds_agsel.zero.compat.settings import zero_section_problems
+    from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
+    from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
+    from ds_agsel.zero.compat.weights import is_gathered, read_weights, write_weights
 
 __all__ = [
     "KNOWN_VERSIONS",
+    "ChecksOverrides",
     "DeepSpeedCPUAdam",
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer",
@@ -60,12 +74,14 @@ __all__ = [
     "norm_dtype",
     "only_groups",
     "only_sub_groups",
+    "overrides",
     "param_group_of",
     "place_in_partition",
     "read_weights",
     "reduce_buckets",
     "replace_masters",
     "require_known_deepspeed",
+    "require_known_engine",
     "set_master",
     "swap_class",
     "swapped_weights_follow",

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
-from ds_agsel.zero.compat.names import STAGE3_PRIVATE
+STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"  # before a name that the class keeps to itself
 
 
 def gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> dict[int, torch.Tensor]:

@@ -10,7 +10,47 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ds_agsel.zero.compat.names import GROUP_DICTS, GROUP_LISTS, OFFLOAD_GROUP_LISTS, SUB_GROUP_DICTS, SUB_GROUP_LISTS
+# What a ZeRO-1/2 optimizer keeps per param group (stage_1_and_2.py, __init__ and
+# initialize_gradient_partitioning_data_structures): lists indexed by group, dicts keyed by group.
+GROUP_LISTS = (
+    "bit16_groups",
+    "bit16_groups_flat",
+    "parallel_partitioned_bit16_groups",
+    "single_partition_of_fp32_groups",
+    "params_in_partition",
+    "params_not_in_partition",
+    "first_offset",
+    "partition_size",
+    "real_dp_process_group",
+    "round_robin_bit16_groups",
+    "round_robin_bit16_indices",
+    "round_robin_bit16_meta",
+    "round_robin_bit16_padding",
+    "round_robin_bit16_offsets",
+)
+OFFLOAD_GROUP_LISTS = ("param_buffer_of_bit16_for_cpu_offload_groups",)
+GROUP_DICTS = (
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_start_offset",
+    "grad_partition_insertion_offset",
+)
+
+# What a ZeRO-3 optimizer keeps per sub-group (stage3.py, _create_fp16_partitions_with_defragmentation and
+# _create_fp32_partitions): lists indexed by sub-group, dicts keyed by it.
+SUB_GROUP_LISTS = (
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp16_partitioned_groups_flat_numel",
+    "fp16_partitioned_groups_flat_id",
+    "fp32_partitioned_groups_flat",
+    "groups_padding",
+    "sub_group_process_groups",
+    "sub_group_partition_counts",
+)
+SUB_GROUP_DICTS = ("averaged_gradients", "sub_group_to_group_id")
+OFFLOAD_SUB_GROUP_DICTS = ("subgroup_to_device",)
 
 
 @contextmanager
@@ -51,7 +91,7 @@ def only_groups(optimizer: DeepSpeedZeroOptimizer, indices: Sequence[int]) -> It
 def only_sub_groups(optimizer: DeepSpeedZeroOptimizer_Stage3, indices: Sequence[int]) -> Iterator[None]:
     """`only_groups` for ZeRO-3: inside, sub-group i is what was sub-group ``indices[i]``. Param groups stay."""
     lists = {name: getattr(optimizer, name) for name in SUB_GROUP_LISTS}
-    names = SUB_GROUP_DICTS + (("subgroup_to_device",) if optimizer.offload_optimizer else ())
+    names = SUB_GROUP_DICTS + (OFFLOAD_SUB_GROUP_DICTS if optimizer.offload_optimizer else ())
     dicts = {name: getattr(optimizer, name) for name in names}
     for name, values in lists.items():
         setattr(optimizer, name, [values[index] for index in indices])
