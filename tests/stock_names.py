@@ -48,6 +48,10 @@ OFFLOAD = {
 }
 
 
+Types = dict[str, frozenset[str]]  # by class: the stock classes that an object of it may be
+Scope = dict[str, frozenset[str]]  # by variable, or "self.name"
+
+
 @dataclass
 class Derived:
     """What the code uses of one stock class. ``unknown``: used on it, and neither stock's nor ours."""
@@ -61,10 +65,11 @@ def derive() -> dict[str, Derived]:
     """Return what ds_agsel uses of each of `STOCKS`."""
     modules = list(our_modules())
     classes = our_classes(modules)
+    held = held_by_classes(modules, classes)
     used: dict[str, set[str]] = {key: set() for key in STOCKS}
     for module in modules:
         tree = ast.parse(inspect.getsource(module))
-        for keys, name in Uses(tree, classes).found():
+        for keys, name in Uses(tree, classes, held).found():
             known = [key for key in keys if name in stock_names(STOCKS[key])]
             for key in known or keys:
                 used[key].add(name)
@@ -98,7 +103,7 @@ def _text(path: Path) -> str:
     return file.read_text(encoding="utf-8") + ("deepspeed" if "compat" in file.read_text(encoding="utf-8") else "")
 
 
-def our_classes(modules: list[Any]) -> dict[str, frozenset[str]]:
+def our_classes(modules: list[Any]) -> Types:
     """By class name, ours and DeepSpeed's: the stock classes that an object of that type may be."""
     found = {stock.__name__: frozenset({key}) for key, stock in STOCKS.items()}
     found["ZeROOptimizer"] = OPTIMIZERS
@@ -116,7 +121,7 @@ def our_classes(modules: list[Any]) -> dict[str, frozenset[str]]:
     return found
 
 
-def own_names(classes: dict[str, frozenset[str]]) -> set[str]:
+def own_names(classes: Types) -> set[str]:
     """What our classes define and set on themselves."""
     found = set()
     for module in our_modules():
@@ -167,15 +172,44 @@ def _is_name(node: ast.expr, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-Scope = dict[str, frozenset[str]]
+def of_annotation(annotation: ast.expr | None, classes: Types) -> frozenset[str]:
+    return frozenset() if annotation is None else classes.get(_last(annotation), frozenset())
+
+
+def held_by_classes(modules: list[Any], classes: Types) -> dict[str, Scope]:
+    """By class, "self.name" by what stock objects it, or a base of its, was given to hold."""
+    nodes = {
+        node.name: node
+        for module in modules
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def held_by(name: str) -> Scope:
+        node = nodes.get(name)
+        held: Scope = {}
+        for base in node.bases if node else ():
+            held.update(held_by(_last(base)))
+        for function in node.body if node else ():
+            if isinstance(function, ast.FunctionDef):
+                given = {a.arg: of_annotation(a.annotation, classes) for a in function.args.args}
+                for item in ast.walk(function):
+                    if isinstance(item, ast.Assign) and isinstance(item.value, ast.Name) and given.get(item.value.id):
+                        for target in item.targets:
+                            if isinstance(target, ast.Attribute) and _is_name(target.value, "self"):
+                                held[f"self.{target.attr}"] = given[item.value.id]
+        return held
+
+    return {name: held_by(name) for name in nodes}
 
 
 class Uses:
     """The uses of stock objects in one module: ``self`` in our classes, arguments annotated as one, what they own."""
 
-    def __init__(self, tree: ast.Module, classes: dict[str, frozenset[str]]) -> None:
+    def __init__(self, tree: ast.Module, classes: Types, held: dict[str, Scope]) -> None:
         self._tree = tree
         self._classes = classes
+        self._held = held
 
     def found(self) -> Iterator[tuple[frozenset[str], str]]:
         yield from self._in_body(self._tree.body, {})
@@ -197,7 +231,7 @@ class Uses:
                         yield from ((self._classes[node.name], name) for name in names)
                     if isinstance(item, ast.AnnAssign) and item.value is None and isinstance(item.target, ast.Name):
                         yield self._classes[node.name], item.target.id
-            inner.update(self._held_by(node))
+            inner.update(self._held.get(node.name, {}))
             yield from self._in_body(node.body, inner)
             return
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
@@ -238,21 +272,8 @@ class Uses:
                     keys = self._classes.get(_last(pattern.cls), frozenset())
                     yield from ((keys, name) for name in pattern.kwd_attrs if keys)
 
-    def _held_by(self, node: ast.ClassDef) -> Scope:
-        """ "self.name" by what stock objects a class of ours was given to hold."""
-        held = {}
-        for function in node.body:
-            if isinstance(function, ast.FunctionDef):
-                given = {a.arg: self._of_annotation(a.annotation) for a in function.args.args}
-                for item in ast.walk(function):
-                    if isinstance(item, ast.Assign) and isinstance(item.value, ast.Name) and given.get(item.value.id):
-                        for target in item.targets:
-                            if isinstance(target, ast.Attribute) and _is_name(target.value, "self"):
-                                held[f"self.{target.attr}"] = given[item.value.id]
-        return held
-
     def _of_annotation(self, annotation: ast.expr | None) -> frozenset[str]:
-        return frozenset() if annotation is None else self._classes.get(_last(annotation), frozenset())
+        return of_annotation(annotation, self._classes)
 
     def _resolve(self, node: ast.expr, scope: Scope) -> frozenset[str]:
         """The stock classes that the value of ``node`` may be of; empty: of none."""

@@ -40,7 +40,7 @@ FIRST_MODEL_STATES = "*mp_rank_00_model_states.pt"
 logger = logging.getLogger("ds_agsel")
 
 
-class CheckpointingEngine(compat.ChecksOverrides, compat.DeepSpeedEngine):
+class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
     """The part of `SelectiveEngine` that saves and loads."""
 
     selection: Selection

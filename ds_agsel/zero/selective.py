@@ -26,7 +26,7 @@ from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, dro
 from ds_agsel.zero.states.home import StateHome
 
 
-class SelectiveStep(compat.ChecksOverrides, compat.ZeROOptimizer):
+class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     """Goes before DeepSpeed's optimizer class among a restricted one's bases.
 
     Attributes:

@@ -118,7 +118,8 @@ def function(optimizer: compat.DeepSpeedZeroOptimizer_Stage3, engine: DeepSpeedE
         "DeepSpeedEngine": frozenset({"ENGINE"}),
     }
     found: dict[str, set[str]] = {}
-    for keys, name in stock_names.Uses(ast.parse(source), classes).found():
+    held = {"SelectiveZeroOptimizer": {"self._engine": frozenset({"ENGINE"})}}
+    for keys, name in stock_names.Uses(ast.parse(source), classes, held).found():
         found.setdefault("+".join(sorted(keys)), set()).add(name)
     assert found == {
         "ZERO12": {
@@ -199,6 +200,13 @@ def test_our_classes_can_be_made(cls: type) -> None:
     make_again(cls)
 
 
+@pytest.mark.parametrize("key", OURS)
+def test_a_checked_class_fits_deepspeeds_objects(key: str) -> None:
+    instance = whole(key)
+    compat.swap_class(instance, OURS[key])
+    assert type(instance) is OURS[key]
+
+
 @pytest.mark.parametrize(("key", "name"), OVERRIDES)
 def test_an_override_that_deepspeed_would_not_call_is_refused(
     key: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -238,7 +246,7 @@ def test_a_method_that_deepspeed_gets_later_is_not_replaced_unawares(monkeypatch
 
 
 def test_a_mixin_is_checked_in_the_class_that_joins_it() -> None:
-    class Mixin(compat.ChecksOverrides):
+    class Mixin(compat.ZeROOptimizer, compat.ChecksOverrides):
         @compat.overrides
         def no_such_method(self) -> None: ...
 

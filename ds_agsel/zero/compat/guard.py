@@ -37,7 +37,7 @@ def overrides(method: Method) -> Method:
 
 
 class ChecksOverrides:
-    """Goes first among the bases of a class that overrides DeepSpeed's methods.
+    """Goes last among the bases of a class that overrides DeepSpeed's methods: first, it would change its layout.
 
     Making such a class raises ConfigError where a method marked by `overrides` has no stock method behind it, or does
     not take every call that the stock one takes; and where one that is not marked has a stock method behind it. Mixins
