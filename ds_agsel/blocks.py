@@ -5,18 +5,25 @@ The rule reads the tree of modules, no table of architectures.
 
 1. *Layers* are the members of the outermost ``nn.ModuleList``s and ``nn.Sequential``s that repeat a class.
    Lists of bare leaves (a ``ModuleList`` of ``Linear``) count only in a model that repeats nothing larger.
+   A ``ModuleList`` of one larger module counts too where it has the name of such a list (a decoder of one layer
+   beside an encoder of several) or, where nothing repeats, where the model's config counts layers.
 2. The modules above the layers are the *trunk*. What else hangs on the trunk is a *part*: before, between or
    after its layers in the order of registration, which is the order of use in nearly every model.
 3. A part before the layers belongs to the embedding. After them, a norm is the final norm and the rest is the
    head; in a model of several stacks each has its own ("encoder.final_norm"). A part between two stacks is a
    block of its own, named by its path.
-4. What is certain comes before the order: what holds an ``nn.Embedding`` is embedding, and so is each module
+4. A *tower* is a module with layers, beside others with layers, that holds neither the token embedding nor what is
+   tied to the output: a vision or audio encoder. Its part before the layers is a block of its own
+   ("vision_tower.embedding").
+5. What is certain comes before the order: what holds an ``nn.Embedding`` is embedding, and so is each module
    tied to it; what ``get_output_embeddings`` returns is head; a norm that is named "final" is the final norm,
    though it stands before the layers (OPT's does).
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +36,8 @@ from ds_agsel.errors import BlockError, ConfigError
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
 
+_LOGGER = logging.getLogger(__name__)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LISTED = 5  # parameters that an error lists; the rest is counted
 
 
@@ -121,7 +130,9 @@ class _Division:
                 f" modules of one class. Name its blocks with {SECTION}.blocks, a map from block name to"
                 " regular expressions over parameter names."
             )
+        self._source = _call_if_present(model, "get_input_embeddings")
         self._embeddings = self._find_embeddings()
+        self._towers = {id(trunk) for trunk in self._outside_layers(model) if self._is_tower(trunk)}
         self._first_name = {id(p): name for name, p in model.named_parameters()}
         self._claims: dict[str, list[str]] = {EMBEDDING: []}
         self._claimed: set[int] = set()
@@ -145,14 +156,28 @@ class _Division:
                 names.append(self._first_name[id(p)])
 
     def _embedding_parameters(self) -> list[nn.Parameter]:
-        """What the embeddings hold and, of each module tied to them, the rest (a tied head's bias)."""
-        held = {id(p) for m in self._embeddings for p in m.parameters()}
+        """What embeddings outside of towers hold and, of each module tied to them, the rest (a tied head's bias)."""
+        in_towers = {id(m) for trunk in self._model.modules() if id(trunk) in self._towers for m in trunk.modules()}
+        held = {id(p) for m in self._embeddings if id(m) not in in_towers for p in m.parameters()}
         tied = [m for m in self._outside_layers(self._model) if any(id(p) in held for p in m.parameters(recurse=False))]
         return [p for m in tied for p in m.parameters(recurse=False)]
 
     def _find_embeddings(self) -> list[nn.Module]:
-        source = _call_if_present(self._model, "get_input_embeddings")
-        return [m for m in self._outside_layers(self._model) if isinstance(m, nn.Embedding) or m is source]
+        return [m for m in self._outside_layers(self._model) if isinstance(m, nn.Embedding) or m is self._source]
+
+    def _is_tower(self, trunk: nn.Module) -> bool:
+        """Whether ``trunk`` has layers, is not all that has, and reads something other than tokens."""
+        inside = {id(m) for m in trunk.modules()}
+        if not self._layers & inside or self._layers <= inside:
+            return False
+        outside_layers = list(self._outside_layers(trunk))
+        if self._source is not None:
+            output = _call_if_present(
+                self._model, "get_output_embeddings"
+            )  # a second text stack's own may be tied to it
+            tokens = {id(p) for m in (self._source, output) if m is not None for p in m.parameters()}
+            return not any(id(p) in tokens for m in outside_layers for p in m.parameters(recurse=False))
+        return any(isinstance(m, _CONVOLUTIONS) for m in outside_layers) or not self._holds_embedding(trunk)
 
     def _outside_layers(self, module: nn.Module) -> Iterator[nn.Module]:
         if id(module) in self._layers:
@@ -168,7 +193,8 @@ class _Division:
         whole = self._layers <= {id(m) for m in trunk.modules()}
         own = "" if whole else f"{path}."
         final_norm, head = f"{own}{FINAL_NORM}", f"{own}{HEAD}"
-        self._claim(EMBEDDING, trunk.parameters(recurse=False))
+        front = f"{path}.{EMBEDDING}" if id(trunk) in self._towers else EMBEDDING
+        self._claim(front, trunk.parameters(recurse=False))
         last: dict[str, list[nn.Module]] = {final_norm: [], head: []}
         for place, (name, child) in enumerate(children):
             child_path = f"{path}.{name}" if path else name
@@ -177,7 +203,7 @@ class _Division:
             elif place in stacks:
                 self._walk(child, child_path)
             elif self._holds_embedding(child):
-                self._claim(EMBEDDING, child.parameters())
+                self._claim(front, child.parameters())
             elif place > stacks[-1]:
                 last[final_norm if _is_norm(child) else head].append(child)
             elif place > stacks[0]:
@@ -185,7 +211,7 @@ class _Division:
             elif _is_norm(child) and "final" in name.lower().split("_"):
                 last[final_norm].append(child)
             else:
-                self._claim(EMBEDDING, child.parameters())
+                self._claim(front, child.parameters())
         for block, modules in last.items():
             for module in modules:
                 self._claim(block, module.parameters())
@@ -199,20 +225,52 @@ class _Division:
 
 def _layers(model: nn.Module) -> set[int]:
     """The ids of the layers."""
-    lists = list(_repeating_lists(model))
-    larger = [members for members in lists if any(next(member.children(), None) for member in members)]
-    return {id(member) for members in larger or lists for member in members}
+    found = list(_lists(model, ""))
+    repeating = [(name, members) for name, members, repeats in found if repeats]
+    larger = [(name, members) for name, members in repeating if any(_is_larger(member) for member in members)]
+    counted = larger or repeating
+    names = {name for name, _ in counted}
+    single = [(name, members) for name, members, repeats in found if not repeats and (name in names or not names)]
+    if not counted:
+        single = _counted_by_config(model, single)
+    return {id(member) for _, members in [*counted, *single] for member in members}
 
 
-def _repeating_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """The members of each outermost list under ``module`` that repeats a class."""
+def _lists(module: nn.Module, name: str) -> Iterator[tuple[str, list[nn.Module], bool]]:
+    """The name, the members and whether they repeat, of each outermost list that may be one of layers."""
     members = _members(module)
+    repeats = bool(members)
+    if not members and isinstance(module, nn.ModuleList):
+        children = [child for child in module.children() if next(child.parameters(), None) is not None]
+        members = children if len(children) == 1 and _is_larger(children[0]) else []
+        repeating_inside = any(repeats for member in members for _, _, repeats in _lists(member, ""))
+        members = [] if repeating_inside else members  # a list of one tower: the layers are in it
     if members:
-        yield members
+        yield name, members, repeats
     inside = {id(member) for member in members}
-    for child in module.children():
+    for child_name, child in module.named_children():
         if id(child) not in inside:
-            yield from _repeating_lists(child)
+            yield from _lists(child, child_name)
+
+
+def _is_larger(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _counted_by_config(
+    model: nn.Module, single: list[tuple[str, list[nn.Module]]]
+) -> list[tuple[str, list[nn.Module]]]:
+    """Lists of one where nothing repeats: layers where the config has a number of them, as one or as one for all."""
+    number = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if not isinstance(number, int) or number < 1 or not single:
+        return []
+    if number > 1 and os.environ.get("RANK", "0") == "0":
+        _LOGGER.warning(
+            "%s has %d layers that share one module's parameters, so they are selected together: one block.",
+            type(model).__name__,
+            number,
+        )
+    return single
 
 
 def _members(module: nn.Module) -> list[nn.Module]:
@@ -227,7 +285,9 @@ def _members(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+    """Whether all that holds parameters in ``module`` is called a norm, and it is: no head "PreLayerNormHead"."""
+    holders = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    return all("norm" in type(m).__name__.lower() for m in [module, *holders])
 
 
 def _call_if_present(model: nn.Module, method: str) -> nn.Module | None:

@@ -14,7 +14,8 @@ def checkpointed_activation_bytes(model: ModelShape, tokens: int, item_bytes: in
 
     The input of each layer, all inputs and outputs of one layer's linear layers and their gradients, and the logits.
     """
-    layers = sum(block.name not in (EMBEDDING, FINAL_NORM, HEAD) for block in model.blocks)
+    outside = (EMBEDDING, FINAL_NORM, HEAD)  # also with a stack's path before it
+    layers = sum(block.name.rpartition(".")[2] not in outside for block in model.blocks)
     hidden = model.linears[0][0]
     one_layer = sum(inputs + outputs for inputs, outputs in model.linears) // layers
     head = next(block for name in (HEAD, EMBEDDING) for block in model.blocks if block.name == name)

@@ -262,6 +262,7 @@ def stack(count: int = 2) -> nn.ModuleList:
             ),
             [
                 "embedding",
+                "vision.embedding",
                 "vision.body.0",
                 "vision.body.1",
                 "vision.final_norm",
