@@ -84,20 +84,25 @@ def read_shape(model: str, overrides: Mapping[str, Sequence[str]] | None = None)
 def build_on_meta(model: str) -> nn.Module:
     """``model`` without weights: a config.json, a folder that has one, a name in `known_models`, or a hub name.
 
-    Raises ConfigError where there is no such model, or no causal language model.
+    It is the class of transformers that the config's ``architectures`` names, and where it names none the causal
+    language model of its type. Raises ConfigError where there is no such model, or none can be built.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = _read_config(model)
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    architecture = getattr(transformers, str(named), None)
     try:
         with torch.device("meta"):
-            built: nn.Module = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
+                return architecture._from_config(config)
+            built: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+            return built
+    except Exception as error:  # from a value that no layer can have to one that no memory can
+        what = named if architecture else "causal language model"
         raise ConfigError(
-            f"--model={model}: no causal language model can be built from its config: {_first_line(error)} "
-            "Use the config.json of one."
+            f"--model={model}: no {what} can be built from its config: {_reason(error)} Use the config.json of one."
         ) from error
-    return built
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -127,7 +132,7 @@ def _read_config(model: str) -> Any:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # the hub client's own errors are many, and differ from release to release
         raise ConfigError(
-            f"--model={model} is neither a file, nor known here, nor to be had from the hub: {_first_line(error)}"
+            f"--model={model} is neither a file, nor known here, nor to be had from the hub: {_reason(error)}"
             f"{did_you_mean(model, known)} Known without a hub: {', '.join(known)}."
         ) from error
 
@@ -135,7 +140,7 @@ def _read_config(model: str) -> Any:
 def _read_json(model: str, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--model={model}: {path} is not JSON ({error}). Give a model's config.json.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f'--model={model}: {path} has no "model_type". Give a config.json made by save_pretrained.')
@@ -147,14 +152,30 @@ def _config_from(model: str, fields: Mapping[str, Any]) -> Any:
 
     rest = {key: value for key, value in fields.items() if key not in ("model_type", "transformers_version")}
     try:
-        return AutoConfig.for_model(fields["model_type"], **rest)
-    except (ValueError, TypeError, KeyError) as error:
+        return AutoConfig.for_model(fields["model_type"], **_with_special_floats(rest))
+    except Exception as error:  # transformers checks values in classes of its own, which differ from release to release
         raise ConfigError(
             f"--model={model}: transformers can't read its config (model_type={fields['model_type']!r}): "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _with_special_floats(value: Any) -> Any:
+    """``value`` with transformers' ``{"__float__": "Infinity"}``, which JSON has no other word for, as the number."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_special_floats(inner) for key, inner in value.items()}
+    return [_with_special_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error says, in one line: where a line ends in a colon, the next one is the reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return f"{type(error).__name__}."
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    said = f"{said} is unknown" if isinstance(error, KeyError) else said
+    return said if said.endswith((".", ")")) else f"{said}."
