@@ -91,18 +91,20 @@ def build_on_meta(model: str) -> nn.Module:
 
     config = _read_config(model)
     named = next(iter(getattr(config, "architectures", None) or ()), "")
-    architecture = getattr(transformers, str(named), None)
+    architecture: Any = getattr(transformers, str(named), None)
+    is_model = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
     try:
         with torch.device("meta"):
-            if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
-                return architecture._from_config(config)
-            built: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-            return built
+            if is_model:
+                built: nn.Module = architecture._from_config(config)
+            else:
+                built = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # from a value that no layer can have to one that no memory can
-        what = named if architecture else "causal language model"
+        what = named if is_model else "causal language model"
         raise ConfigError(
             f"--model={model}: no {what} can be built from its config: {_reason(error)} Use the config.json of one."
         ) from error
+    return built
 
 
 def known_models() -> dict[str, dict[str, Any]]:

@@ -1,26 +1,28 @@
-"""The report's charts, each as a PNG for light and for dark pages."""
+"""The report's charts, each as an SVG for light and dark pages, wide and narrow ones."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ds_agsel.report.runs import PARTS, Run
 from ds_agsel.report.text import bytes_text, seconds_text
 
-WIDTH = 9.0  # inches, at 2 x 100 dots
+WIDTH, NARROW_WIDTH = 9.0, 4.4  # inches; 400 pixels show the narrow ones with letters of 11 pixels
 MAX_SINGLE_STEPS = 480  # a step a column up to here
 MANY_STEPS_COLUMNS = 240  # else several share one, and shades tell how many of them
-MAX_NAME_LETTERS = 34  # of a run's or block's name beside a chart
+MAX_NAME_LETTERS, MAX_NARROW_NAME_LETTERS = 34, 18  # of a run's or block's name beside a chart
+MAX_ROWS = 160  # of blocks, before rows get thinner and names are left out
+MAX_POINTS = 2000  # of a curve; more are drawn as their means
 MAX_NOISE_RUNS = 3  # whose single losses are drawn behind their means
 TRAFFIC_LABELS = {
     "reduced_bytes": "gradients reduced",
@@ -34,7 +36,7 @@ TRAFFIC_LABELS = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Okabe and Ito's colours, told apart by the colour-blind, on a light or a dark page."""
+    """Okabe and Ito's colours, told apart by the colour-blind, on a light or a dark page; ``narrow``: of a phone."""
 
     name: str
     text: str
@@ -44,6 +46,7 @@ class Theme:
     explore: str
     exploit: str
     series: tuple[str, ...]
+    narrow: bool = False
 
 
 LIGHT = Theme(
@@ -54,29 +57,44 @@ DARK = Theme(
     "dark", "#e8ebee", "#9aa4af", "#39424c", "#56626e", "#f0a830", "#56b4e9",
     ("#56b4e9", "#f08048", "#2fc79c", "#e39ac3", "#e5d85c", "#6fa8dc"),
 )  # fmt: skip
-THEMES = (LIGHT, DARK)
+THEMES = {
+    "light": LIGHT,
+    "dark": DARK,
+    "light_narrow": replace(LIGHT, narrow=True),
+    "dark_narrow": replace(DARK, narrow=True),
+}
 
 Draw = Callable[[Figure, Theme], None]
 
 
-def png(draw: Draw, height: float, theme: Theme) -> bytes:
-    """What ``draw`` draws, ``WIDTH`` x ``height`` inches, transparent behind."""
+class Drawing(NamedTuple):
+    """How a chart is drawn, and how high it is, in inches, on a wide and on a narrow page."""
+
+    draw: Draw
+    height: float
+    narrow_height: float
+
+
+def svg(drawing: Drawing, theme: Theme) -> bytes:
+    """``drawing`` as an SVG, transparent behind; text stays text."""
     style = {
         "font.size": 10, "font.family": "DejaVu Sans", "text.color": theme.text, "axes.labelcolor": theme.text,
         "xtick.color": theme.muted, "ytick.color": theme.muted, "axes.edgecolor": theme.grid, "grid.color": theme.grid,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.axisbelow": True,
         "axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titlecolor": theme.text, "text.parse_math": False,
+        "svg.fonttype": "none", "svg.hashsalt": "ds_agsel",
     }  # fmt: skip
+    size = (NARROW_WIDTH, drawing.narrow_height) if theme.narrow else (WIDTH, drawing.height)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure, theme)
+        figure = Figure(figsize=size, dpi=100, layout="constrained")
+        FigureCanvasSVG(figure)
+        drawing.draw(figure, theme)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", transparent=True)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
-def heat_map(run: Run) -> tuple[Draw, float]:
+def heat_map(run: Run) -> Drawing:
     """Step x block: which blocks each step updated, explore and exploit apart."""
     num_blocks, last = len(run.block_names), run.steps[-1].step
     columns = _num_columns(last + 1)
@@ -96,19 +114,20 @@ def heat_map(run: Run) -> tuple[Draw, float]:
         image = np.zeros((num_blocks, columns, 4))
         image[..., :3] = mix[0][..., None] * rgb[0] + mix[1][..., None] * rgb[1]
         image[..., 3] = np.where(total > 0, 0.12 + 0.88 * total / max(total.max(), 1e-12), 0)
-        axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, last + 0.5, num_blocks - 0.5, -0.5))
-        _name_blocks(axes, run.block_names)
+        axes.imshow(image, aspect="auto", interpolation="none", extent=(-0.5, last + 0.5, num_blocks - 0.5, -0.5))
+        _name_blocks(axes, run.block_names, theme)
         axes.set_yticks(np.arange(-0.5, num_blocks), minor=True)
         axes.grid(which="minor", axis="y", linewidth=0.5)
         axes.tick_params(which="both", length=0)
-        shared = f" ({(last + 1) / columns:.0f} a column: the stronger the colour, the more of them)"
+        stronger = "" if theme.narrow else ": the stronger the colour, the more of them"
+        shared = f" ({(last + 1) / columns:.0f} a column{stronger})"
         axes.set_xlabel("optimizer step" + (shared if columns <= last else ""))
         _phase_legend(axes, theme)
 
-    return draw, 1.2 + 0.22 * num_blocks
+    return _of_rows(draw, num_blocks, 0.22, 0.22)
 
 
-def update_counts(run: Run) -> tuple[Draw, float]:
+def update_counts(run: Run) -> Drawing:
     """How often each block was updated, by phase."""
     explore, exploit = run.counts("explore"), run.counts("exploit")
     places = np.arange(len(run.block_names))
@@ -117,9 +136,10 @@ def update_counts(run: Run) -> tuple[Draw, float]:
         axes = figure.subplots()
         axes.barh(places, exploit, color=theme.exploit, height=0.72)
         axes.barh(places, explore, left=exploit, color=theme.explore, height=0.72)
-        for place, count in enumerate(np.add(explore, exploit)):
+        for place in range(0, len(places), _rows_a_name(len(places))):
+            count = explore[place] + exploit[place]
             axes.annotate(str(count), (count, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        _name_blocks(axes, run.block_names)
+        _name_blocks(axes, run.block_names, theme)
         axes.set_ylim(len(places) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.08)
@@ -128,10 +148,10 @@ def update_counts(run: Run) -> tuple[Draw, float]:
         axes.grid(axis="x", linewidth=0.5)
         _phase_legend(axes, theme)
 
-    return draw, 1.2 + 0.22 * len(places)
+    return _of_rows(draw, len(places), 0.22, 0.22)
 
 
-def timeline(run: Run) -> tuple[Draw, float]:
+def timeline(run: Run) -> Drawing:
     """ε of each step, and which steps explored."""
     steps = [step.step for step in run.steps]
     window = max(1, len(steps) // 50)
@@ -152,26 +172,28 @@ def timeline(run: Run) -> tuple[Draw, float]:
         top.set_ylabel("probability, share")
         top.grid(linewidth=0.5)
         if rates or window > 1:
-            top.legend(loc="upper right")
+            top.legend(loc="upper right", fontsize=8 if theme.narrow else None)
         columns = _num_columns(len(explored))
         shares = [part.mean() for part in np.array_split(explored, columns)]
         ends = [np.asarray(matplotlib.colors.to_rgb(colour)) for colour in (theme.exploit, theme.explore)]
         rgb = np.asarray([[(1 - share) * ends[0] + share * ends[1] for share in shares]])
-        strip.imshow(rgb, aspect="auto", interpolation="nearest", extent=(steps[0] - 0.5, steps[-1] + 0.5, 0, 1))
+        strip.imshow(rgb, aspect="auto", interpolation="none", extent=(steps[0] - 0.5, steps[-1] + 0.5, 0, 1))
         strip.set_yticks([])
         strip.set_xlabel("optimizer step")
         _phase_legend(strip, theme, y=-1.6)
 
-    return draw, 3.2
+    return Drawing(draw, 3.2, 3.0)
 
 
-def losses(runs: Sequence[Run]) -> tuple[Draw, float]:
+def losses(runs: Sequence[Run]) -> Drawing:
     """Training and validation loss on steps and on wall time."""
-    names = [_short(run.name) for run in runs]
-    legend_columns = max(1, min(len(names), 110 // (max(map(len, names)) + 8)))
+    names = [_short(run.name, LIGHT) for run in runs]
+
+    def legend_columns(letters: int) -> int:
+        return max(1, min(len(names), letters // (max(map(len, names)) + 8)))
 
     def draw(figure: Figure, theme: Theme) -> None:
-        by_step, by_time = figure.subplots(1, 2, sharey=True)
+        by_step, by_time = figure.subplots(2, 1) if theme.narrow else figure.subplots(1, 2, sharey=True)
         unit, divisor = "min", 60.0
         longest = max((points[-1][0] for run in runs if (points := run.wall_seconds())), default=0.0)
         if longest < 120:
@@ -185,6 +207,7 @@ def losses(runs: Sequence[Run]) -> tuple[Draw, float]:
             handles.append(matplotlib.lines.Line2D([], [], color=colour, linestyle=dashes, label=name))
             points = [(line.step + 1, line.loss) for line in run.measured if line.loss is not None]
             timed = [(seconds / divisor, loss) for seconds, loss in run.wall_seconds()]
+            points, timed = _thinned(points), _thinned(timed)
             for axes, series in ((by_step, points), (by_time, timed)):
                 if series:
                     x, y = np.asarray(series, dtype=float).T
@@ -201,12 +224,17 @@ def losses(runs: Sequence[Run]) -> tuple[Draw, float]:
         if not any(run.wall_seconds() for run in runs):
             by_time.set_xticks([])
             by_time.text(0.5, 0.5, "no times were logged", color=theme.muted, ha="center", transform=by_time.transAxes)
-        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=9)
+        columns = legend_columns(50 if theme.narrow else 110)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
-    return draw, 3.5 + 0.2 * math.ceil(len(runs) / legend_columns)
+    return Drawing(
+        draw,
+        3.5 + 0.2 * math.ceil(len(runs) / legend_columns(110)),
+        5.4 + 0.2 * math.ceil(len(runs) / legend_columns(50)),
+    )
 
 
-def memory(runs: Sequence[Run]) -> tuple[Draw, float]:
+def memory(runs: Sequence[Run]) -> Drawing:
     """Optimizer-state bytes of a rank, on top of full fine-tuning's, with the paper's formula as a mark."""
     shown = [(run, states) for run in runs if (states := run.state_bytes()) is not None]
 
@@ -218,8 +246,8 @@ def memory(runs: Sequence[Run]) -> tuple[Draw, float]:
             axes.plot([states["formula"]] * 2, [place - 0.42, place + 0.42], color=theme.text, linewidth=2.4)
             told = [f"{bytes_text(states['measured'])} kept"] if "measured" in states else []
             told += [f"{bytes_text(states['formula'])} formula", f"{bytes_text(states['full'])} full"]
-            _beside_bar(axes, states["full"], place, ", ".join(told))
-        _finish_rows(axes, [_short(run.name) for run, _ in shown])
+            _beside_bar(axes, states["full"], place, ", ".join(told), theme)
+        _finish_rows(axes, [_short(run.name, theme) for run, _ in shown])
         axes.set_xlabel("optimizer states of a rank")
         patch, line = matplotlib.patches.Patch, matplotlib.lines.Line2D
         handles = [
@@ -227,12 +255,12 @@ def memory(runs: Sequence[Run]) -> tuple[Draw, float]:
             patch(color=theme.series[0], label="kept, measured"),
             line([], [], color=theme.text, linewidth=2.4, label="formula, 2·P_selected·4 bytes"),
         ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=9)
+        _figure_legend(figure, handles, 3, theme)
 
-    return draw, 1.3 + 0.36 * len(shown)
+    return _of_rows(draw, len(shown), 0.36, 0.62, legend=0.5)
 
 
-def traffic(runs: Sequence[Run]) -> tuple[Draw, float]:
+def traffic(runs: Sequence[Run]) -> Drawing:
     """Bytes moved in a mean step, by kind, on top of full fine-tuning's."""
     rows: list[tuple[str, tuple[float, float] | None]] = []
     for run in runs:
@@ -249,7 +277,7 @@ def traffic(runs: Sequence[Run]) -> tuple[Draw, float]:
                 axes.barh(place, full, color=theme.reference, height=0.7)
                 axes.barh(place, here, color=theme.series[0], height=0.4)
                 told = f"{bytes_text(here)} of {bytes_text(full)}, {100 * here / full:.0f} %"
-                _beside_bar(axes, max(here, full), place, told)
+                _beside_bar(axes, max(here, full), place, told, theme)
         _finish_rows(axes, [name if pair is not None else None for name, pair in rows])
         _head_rows(axes, [(place, name) for place, (name, pair) in enumerate(rows) if pair is None])
         axes.set_xlabel("bytes a step, rank 0")
@@ -258,12 +286,12 @@ def traffic(runs: Sequence[Run]) -> tuple[Draw, float]:
             patch(color=theme.reference, label="full fine-tuning, computed"),
             patch(color=theme.series[0], label="this run, measured"),
         ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=9)
+        _figure_legend(figure, handles, 2, theme)
 
-    return draw, 1.3 + 0.3 * len(rows)
+    return _of_rows(draw, len(rows), 0.3, 0.56, legend=0.3)
 
 
-def step_seconds(runs: Sequence[Run]) -> tuple[Draw, float]:
+def step_seconds(runs: Sequence[Run]) -> Drawing:
     """Median step time by phase, and its parts where they were logged."""
     rows: list[tuple[str, dict[str, float] | None]] = []
     for run in runs:
@@ -285,46 +313,76 @@ def step_seconds(runs: Sequence[Run]) -> tuple[Draw, float]:
                     left += times[part]
             if times["all"] > left:
                 axes.barh(place, times["all"] - left, left=left, color=theme.reference, height=0.6)
-            _beside_bar(axes, max(left, times["all"]), place, seconds_text(times["all"]))
+            _beside_bar(axes, max(left, times["all"]), place, seconds_text(times["all"]), theme)
         _finish_rows(axes, [name if times is not None else None for name, times in rows], of_bytes=False)
         _head_rows(axes, [(place, name) for place, (name, times) in enumerate(rows) if times is None])
         axes.set_xlabel("seconds a step, median")
         if has_parts:
             parts = [*zip(PARTS, theme.series), ("other", theme.reference)]
             handles = [matplotlib.patches.Patch(color=colour, label=part) for part, colour in parts]
-            figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=9)
+            _figure_legend(figure, handles, 4, theme)
 
-    return draw, 1.3 + 0.3 * len(rows)
+    return _of_rows(draw, len(rows), 0.3, 0.56)
 
 
 def _num_columns(num_steps: int) -> int:
     return num_steps if num_steps <= MAX_SINGLE_STEPS else MANY_STEPS_COLUMNS
 
 
-def _short(name: str) -> str:
+def _of_rows(draw: Draw, rows: int, inches: float, narrow_inches: float, *, legend: float = 0.0) -> Drawing:
+    """A chart of ``rows`` rows so high each, up to the height of MAX_ROWS; ``legend``: more for a legend that is
+    several lines on a narrow page."""
+    shown = min(rows, MAX_ROWS)
+    return Drawing(draw, 1.3 + inches * shown, 1.4 + narrow_inches * shown + legend)
+
+
+def _rows_a_name(rows: int) -> int:
+    return math.ceil(rows / MAX_ROWS)
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """``points``, or the means of MAX_POINTS groups of neighbours."""
+    if len(points) <= MAX_POINTS:
+        return points
+    return [tuple(group.mean(0)) for group in np.array_split(np.asarray(points, dtype=float), MAX_POINTS)]
+
+
+def _short(name: str, theme: Theme) -> str:
     """``name`` with its middle left out where it is too long: runs differ at both ends."""
-    if len(name) <= MAX_NAME_LETTERS:
+    letters = MAX_NARROW_NAME_LETTERS if theme.narrow else MAX_NAME_LETTERS
+    if len(name) <= letters:
         return name
-    half = (MAX_NAME_LETTERS - 1) // 2
+    half = (letters - 1) // 2
     return f"{name[:half]}…{name[-half:]}"
 
 
-def _name_blocks(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=9 if len(names) <= 20 else 7.5)
+def _name_blocks(axes: Any, names: Sequence[str], theme: Theme) -> None:
+    places = range(0, len(names), _rows_a_name(len(names)))
+    size = 9 if len(names) <= 20 and not theme.narrow else 7.5
+    axes.set_yticks(places, [_short(names[place], theme) for place in places], fontsize=size)
 
 
-def _beside_bar(axes: Any, end: float, place: int, text: str) -> None:
-    axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+def _beside_bar(axes: Any, end: float, place: int, text: str, theme: Theme) -> None:
+    """What a bar amounts to: at its end, or on a narrow page below it."""
+    if theme.narrow:
+        axes.annotate(text, (0, place + 0.36), (2, 0), textcoords="offset points", va="top", fontsize=8)
+    else:
+        axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+
+
+def _figure_legend(figure: Figure, handles: Sequence[Any], columns: int, theme: Theme) -> None:
+    columns = (1 if columns == 3 else 2) if theme.narrow else columns
+    figure.legend(handles=handles, loc="outside upper right", ncols=columns, fontsize=8 if theme.narrow else 9)
 
 
 def _finish_rows(axes: Any, labels: Sequence[str | None], *, of_bytes: bool = True) -> None:
     """Names, limits and scale of horizontal bars from the top down; a row without a label is a heading's."""
     named = [(place, label) for place, label in enumerate(labels) if label is not None]
     axes.set_yticks([place for place, _ in named], [label for _, label in named])
-    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_ylim(len(labels) - 0.3, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     if of_bytes:
         axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value).replace(".00 ", " ").replace(".0 ", " "))
     axes.grid(axis="x", linewidth=0.5)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens from disk, and its charts as PNGs beside it."""
+"""The report: one HTML file that opens from disk, and its charts as SVGs beside it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import jinja2
 
 from ds_agsel.files import write_atomically
 from ds_agsel.report import charts
+from ds_agsel.report.outcome import outcome_table
 from ds_agsel.report.runs import Run
-from ds_agsel.report.text import bytes_text, seconds_text
+from ds_agsel.report.text import bytes_text, printable, seconds_text
 
 WITHOUT_PERCENT = ("all", "fixed", "replay")  # policies that do not look at select_percent
 
@@ -31,18 +32,18 @@ class Chart:
 
 
 def write_report(runs: Sequence[Run], path: Path) -> list[Path]:
-    """Write the page to ``path`` and the light PNGs to the folder ``STEM_files`` beside it; returns all files."""
+    """Write the page to ``path`` and the light SVGs to the folder ``STEM_files`` beside it; returns all files."""
     folder = path.with_name(f"{path.stem}_files")
     folder.mkdir(parents=True, exist_ok=True)
     written = [path]
 
-    def chart(name: str, title: str, note: str, drawn: tuple[charts.Draw, float]) -> Chart:
+    def chart(name: str, title: str, note: str, drawing: charts.Drawing) -> Chart:
         images = {}
-        for theme in charts.THEMES:
-            data = charts.png(*drawn, theme)
-            images[theme.name] = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-            if theme is charts.LIGHT:
-                file = folder / f"{name}.png"
+        for look, theme in charts.THEMES.items():
+            data = charts.svg(drawing, theme)
+            images[look] = f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
+            if look == "light":
+                file = folder / f"{name}.svg"
                 file.write_bytes(data)
                 written.append(file)
         return Chart(title, note, f"{title}. {note}", images)
@@ -56,9 +57,10 @@ def write_report(runs: Sequence[Run], path: Path) -> list[Path]:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"bytes": bytes_text, "seconds": seconds_text}
+    environment.filters |= {"bytes": bytes_text, "seconds": seconds_text, "printable": printable}
     html = environment.get_template("page.html.j2").render(
         title=" · ".join(run.name for run in runs),
+        outcome=outcome_table(runs),
         rows=[_overview(run) for run in runs],
         together=together,
         sections=sections,

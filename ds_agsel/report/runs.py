@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_agsel.errors import DataError
+from ds_agsel.report.text import printable
 
 BLOCKS_FILE = "blocks.json"
 SELECTION_FILE = "selection.jsonl"
@@ -19,6 +19,10 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 ADAM_BYTES_PER_ELEMENT = 8  # exp_avg and exp_avg_sq, fp32: the paper's 2 · P · 4
+MAX_BLOCKS = 4096  # where blocks.json does not say how many there are
+MAX_NUMBER = 1e100  # in a log; a sum or a scale of larger ones overflows
+MAX_STEP = 2**53  # above, a float has no place for each
+MAX_PROBLEMS = 100  # that are kept; the rest is counted
 PARTS = ("forward", "backward", "step")
 # Traffic of gradients follows the blocks that got one, that of weights the blocks that were updated.
 GRADIENT_TRAFFIC = ("reduced_bytes", "d2h_bytes")
@@ -46,11 +50,12 @@ class Measured:
     seconds: float | None
     phase: str | None
     parts: Mapping[str, float]
+    lr: float | None = None
 
 
 @dataclass
 class Run:
-    """All that could be read of a run. ``problems`` names what could not."""
+    """All that could be read of a run, its texts `printable`. ``problems`` names what could not."""
 
     name: str
     folder: Path
@@ -65,6 +70,16 @@ class Run:
     summary: dict[str, Any] | None = None
     changed: float | None = None  # when its logs were last written, seconds since the epoch
     problems: list[str] = field(default_factory=list)
+    num_problems: int = 0
+
+    def problem(self, name: str, what: str) -> None:
+        """Note that ``what`` is wrong in the log ``name``; the first MAX_PROBLEMS are kept, the others counted."""
+        self.num_problems += 1
+        if self.num_problems <= MAX_PROBLEMS:
+            self.problems.append(printable(f"{self.folder / name}{what}"))
+        else:
+            more = self.num_problems - MAX_PROBLEMS
+            self.problems[MAX_PROBLEMS:] = [printable(f"{self.folder}: {more} problems more")]
 
     @property
     def is_finished(self) -> bool:
@@ -92,7 +107,7 @@ class Run:
     def share_of_parameters(self) -> float | None:
         """Mean share of the parameters that a step updated."""
         selected = self.selected_numel()
-        if not selected or not self.block_numels:
+        if not selected or not self.block_numels or not sum(self.block_numels):
             return None
         return statistics.fmean(selected) / sum(self.block_numels)
 
@@ -100,7 +115,7 @@ class Run:
         """Bytes of Adam's moments on a rank: its share of ``full`` fine-tuning's, of the paper's ``formula`` for a mean
         step, and ``measured`` on rank 0 at the end (absent in older logs): kept for all blocks updated so far."""
         selected = self.selected_numel()
-        if not selected or self.block_numels is None:
+        if not selected or self.block_numels is None or not sum(self.block_numels):
             return None
         found = {
             "full": ADAM_BYTES_PER_ELEMENT * sum(self.block_numels) / self.ranks,
@@ -124,7 +139,7 @@ class Run:
             elements = [
                 total if kind in GRADIENT_TRAFFIC and step.phase == "explore" else numel for step, numel in logged
             ]
-            if any(moved):
+            if sum(moved) > 0 and sum(elements) > 0:
                 found[kind] = (statistics.fmean(moved), sum(moved) / sum(elements) * total)
         return found
 
@@ -163,7 +178,8 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     Raises DataError, naming the folder and the remedy, where no log is there at all.
     """
     folder = Path(folder)
-    run = Run(name or folder.resolve().name, folder)
+    run = Run(printable(name or folder.resolve().name), folder)
+    described = _read_blocks(run)
     found = [_read_selection(run), _read_metrics(run)]
     if not found[1]:
         found.append(_read_trainer_state(run))
@@ -173,7 +189,9 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
             f"{folder} {what}: not a run. Give the --output of launch/train.py, or the output_dir of a Trainer with "
             "ds_agsel.hf.SelectionCallback."
         )
-    _read_blocks(run)
+    if not described:
+        num_blocks = 1 + max((max(step.blocks, default=-1) for step in run.steps), default=-1)
+        run.block_names = [f"block {index}" for index in range(num_blocks)]
     run.changed = _last_change(folder)
     text = _read_text(run, SUMMARY_FILE)
     if text is not None:
@@ -191,21 +209,26 @@ def _last_change(folder: Path) -> float | None:
 
 def _read_selection(run: Run) -> bool:
     by_step: dict[int, Step] = {}
+    num_blocks = len(run.block_names) or MAX_BLOCKS
+    whose = f"that {BLOCKS_FILE} names" if run.block_names else "that a log without blocks.json can have"
 
     def take(line: dict[str, Any]) -> None:
         blocks = line["blocks"]
         if not isinstance(blocks, list) or any(type(block) is not int or block < 0 for block in blocks):
-            raise ValueError(f'"blocks" is {blocks!r}, not a list of indices')
-        if type(line["step"]) is not int or line["phase"] not in ("explore", "exploit"):
-            raise ValueError(f"step {line['step']!r} with phase {line['phase']!r}")
-        rate, traffic = _number(line.get("explore_rate")), line.get("traffic")
-        state_bytes = _number(line.get("state_bytes"))
-        by_step[line["step"]] = Step(
-            line["step"],
+            raise ValueError(f'"blocks" is {blocks!r:.80}, not a list of indices')
+        if max(blocks, default=0) >= num_blocks:
+            raise ValueError(f"block {max(blocks)} is not one of the {num_blocks} {whose}")
+        step = _step(line)
+        if line["phase"] not in ("explore", "exploit"):
+            raise ValueError(f"step {step} with phase {line['phase']!r:.80}")
+        rate, traffic = number(line.get("explore_rate")), line.get("traffic")
+        state_bytes = number(line.get("state_bytes"))
+        by_step[step] = Step(
+            step,
             line["phase"],
-            tuple(blocks),
+            tuple(dict.fromkeys(blocks)),
             rate,
-            {kind: value for kind, value in traffic.items() if _number(value) is not None}
+            {kind: value for kind, value in traffic.items() if (number(value) or 0) > 0}
             if isinstance(traffic, dict)
             else {},
             None if state_bytes is None else int(state_bytes),
@@ -221,18 +244,19 @@ def _read_metrics(run: Run) -> bool:
     validation: dict[int, float] = {}
 
     def take(line: dict[str, Any]) -> None:
-        step, event = line["step"], line["event"]
-        if type(step) is not int:
-            raise ValueError(f'"step" is {step!r}')
-        loss = _number(line.get("loss"))
+        step, event, phase = _step(line), line["event"], line.get("phase")
+        if phase is not None and not isinstance(phase, str):
+            raise ValueError(f'"phase" is {phase!r:.80}, not a text')
+        loss = number(line.get("loss"))
         if event == "train":
-            parts = {part: _number(line.get(f"{part}_seconds")) for part in PARTS}
+            parts = {part: number(line.get(f"{part}_seconds")) for part in PARTS}
             by_step[step] = Measured(
                 step,
                 loss,
-                _number(line.get("seconds")),
-                line.get("phase"),
+                number(line.get("seconds")),
+                None if phase is None else printable(phase),
                 {part: value for part, value in parts.items() if value is not None},
+                number(line.get("lr")),
             )
         elif event == "validation" and loss is not None:
             validation[step] = loss
@@ -251,35 +275,38 @@ def _read_trainer_state(run: Run) -> bool:
     name = str(states[-1].relative_to(run.folder))
     text = _read_text(run, name)
     state = None if text is None else _parse(run, name, text)
-    for line in (state or {}).get("log_history", []):
-        step, loss, validation = (line.get(key) for key in ("step", "loss", "eval_loss"))
-        if isinstance(step, int) and _number(loss) is not None:
-            run.measured.append(Measured(step - 1, _number(loss), None, None, {}))
-        if isinstance(step, int) and (value := _number(validation)) is not None:
+    history = (state or {}).get("log_history", [])
+    for line in history if isinstance(history, list) else []:
+        step: Any = line.get("step") if isinstance(line, dict) else None
+        if not _is_step(step):
+            continue
+        if (loss := number(line.get("loss"))) is not None:
+            run.measured.append(Measured(step - 1, loss, None, None, {}, number(line.get("learning_rate"))))
+        if (value := number(line.get("eval_loss"))) is not None:
             run.validation.append((step, value))
     return state is not None
 
 
-def _read_blocks(run: Run) -> None:
-    num_blocks = max((max(step.blocks, default=-1) for step in run.steps), default=-1) + 1
+def _read_blocks(run: Run) -> bool:
+    """Read what blocks.json says; False where there is none that can be used."""
     text = _read_text(run, BLOCKS_FILE)
     described = None if text is None else _parse(run, BLOCKS_FILE, text)
-    if described is not None:
-        try:
-            names = [str(block["name"]) for block in described["blocks"]]
-            numels = [int(block["numel"]) for block in described["blocks"]]
-        except (KeyError, TypeError, ValueError) as error:
-            run.problems.append(f"{run.folder / BLOCKS_FILE}: {_why(error)}; blocks are shown by their indices")
-        else:
-            if len(names) >= num_blocks:
-                run.block_names, run.block_numels = names, numels
-                run.policy, run.select_percent = described.get("policy"), _number(described.get("select_percent"))
-                run.ranks = max(1, int(_number(described.get("ranks")) or 1))
-                return
-            run.problems.append(
-                f"{run.folder / BLOCKS_FILE}: it names {len(names)} blocks, and {SELECTION_FILE} has {num_blocks}"
-            )
-    run.block_names = [f"block {index}" for index in range(num_blocks)]
+    if described is None:
+        return False
+    try:
+        blocks = [(printable(str(block["name"])), block["numel"]) for block in described["blocks"]]
+        wrong = [numel for _, numel in blocks if type(numel) is not int or not 0 <= numel < MAX_STEP]
+        if wrong or not blocks:
+            raise ValueError(f'"numel" is {wrong[0]!r:.80}' if wrong else "it names no block")
+    except (KeyError, TypeError, ValueError) as error:
+        run.problem(BLOCKS_FILE, f": {_why(error)}; blocks are shown by their indices")
+        return False
+    run.block_names, run.block_numels = [name for name, _ in blocks], [numel for _, numel in blocks]
+    policy = described.get("policy")
+    run.policy = printable(policy) if isinstance(policy, str) else None
+    run.select_percent = number(described.get("select_percent"))
+    run.ranks = max(1, int(number(described.get("ranks")) or 1))
+    return True
 
 
 def _read_lines(run: Run, name: str, take: Callable[[dict[str, Any]], None]) -> bool:
@@ -293,10 +320,10 @@ def _read_lines(run: Run, name: str, take: Callable[[dict[str, Any]], None]) -> 
             if not isinstance(record, dict):
                 raise ValueError("not an object")
             take(record)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             last = number == text.count("\n") + 1
             why = "half-written" if last and isinstance(error, json.JSONDecodeError) else _why(error)
-            run.problems.append(f"{run.folder / name}, line {number}: {why}")
+            run.problem(name, f", line {number}: {why}")
     return True
 
 
@@ -312,7 +339,7 @@ def _read_text(run: Run, name: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        run.problems.append(f"{run.folder / name}: {error.strerror}")
+        run.problem(name, f": {error.strerror}")
         return None
 
 
@@ -321,18 +348,34 @@ def _parse(run: Run, name: str, text: str) -> dict[str, Any] | None:
         value = json.loads(text)
         if isinstance(value, dict):
             return value
-        run.problems.append(f"{run.folder / name}: not an object")
-    except ValueError as error:
-        run.problems.append(f"{run.folder / name}: {_why(error)}")
+        run.problem(name, ": not an object")
+    except (ValueError, RecursionError) as error:
+        run.problem(name, f": {_why(error)}")
     return None
 
 
-def _number(value: Any) -> float | None:
-    """``value`` where it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _step(line: Mapping[str, Any]) -> int:
+    step = line["step"]
+    if not _is_step(step):
+        raise ValueError(f'"step" is {step!r:.80}, not a step\'s number')
+    return int(step)
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_STEP
+
+
+def number(value: Any) -> float | None:
+    """``value`` where it is a number that can be added up and drawn, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        return value if abs(float(value)) < MAX_NUMBER else None  # NaN is not
+    except OverflowError:  # an integer beyond every float
+        return None
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deep"
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)

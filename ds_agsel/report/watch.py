@@ -14,8 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ds_agsel.errors import DataError
 from ds_agsel.report.runs import Run, read_run
-from ds_agsel.report.text import bytes_text, seconds_text
+from ds_agsel.report.text import bytes_text, printable, seconds_text
 
 SPARKS = "▁▂▃▄▅▆▇█"
 LEAST_BAR = 8  # characters of the longest bar, below which blocks do not share a line
@@ -25,14 +26,15 @@ COLOURS = {"explore": "yellow", "exploit": "blue"}
 def watch(folder: Path, *, interval_seconds: float = 2.0, once: bool = False, console: Console | None = None) -> None:
     """Show the run in ``folder`` until it is finished or Ctrl-C; ``once``: as it is now.
 
-    Where the output is no terminal, a snapshot follows each change. Raises DataError where the folder is no run.
+    Waits for a run that has written nothing yet, its folder included. Where the output is no terminal, a snapshot
+    follows each change. Raises DataError where ``once`` finds no run.
     """
     console = console or Console()
-    run = read_run(folder)
     if once:
-        console.print(view(run, console.width))
+        console.print(view(read_run(folder), console.width))
         return
     try:
+        run = _first_sight(folder, interval_seconds, console)
         if not console.is_terminal:
             shown = -1
             while True:
@@ -52,14 +54,31 @@ def watch(folder: Path, *, interval_seconds: float = 2.0, once: bool = False, co
         console.print("stopped watching; the run goes on")
 
 
+def _first_sight(folder: Path, interval_seconds: float, console: Console) -> Run:
+    """The run in ``folder`` as soon as there is one."""
+    told = False
+    while True:
+        try:
+            return read_run(folder)
+        except DataError as error:
+            if not told:
+                where = "a run in" if folder.is_dir() else "the folder"
+                console.print(Text(f"waiting for {where} {printable(str(folder))} (Ctrl-C leaves)"))
+                told = True
+            reason = error
+        if folder.exists() and not folder.is_dir():
+            raise reason
+        time.sleep(interval_seconds)
+
+
 def view(run: Run, width: int, height: int | None = None) -> Panel:
     """The run as it stands, for a terminal of ``width`` columns; with ``height``, of as many lines at most."""
     inner = width - 4
     above = [*_facts(run, inner), *_loss(run, inner)]
     below = [*_last(run, inner)]
     if run.problems:
-        last = run.problems[-1].removeprefix(f"{run.folder}/")
-        below.append(_line(f"{len(run.problems)} unreadable: {last}", inner, style="yellow"))
+        last = run.problems[-1].removeprefix(printable(f"{run.folder}/"))
+        below.append(_line(f"{run.num_problems} unreadable: {last}", inner, style="yellow"))
     room = None if height is None else max(1, height - 3 - len(above) - len(below))
     return Panel(Group(*above, *_counts(run, inner, room), *below), title=Text(f"{run.name} ({_state(run)})"))
 
@@ -113,7 +132,7 @@ def _loss(run: Run, width: int) -> list[Text]:
 def _counts(run: Run, width: int, room: int | None) -> list[Table | Text]:
     """A row a block, with its count as a bar; where ``room`` lines do not hold them all, in several columns, and where
     those would be too narrow, only the blocks updated most."""
-    if not run.steps:
+    if not run.steps or not run.block_names:
         return []
     blocks, more = list(range(len(run.block_names))), []
     counts = run.counts()
@@ -177,7 +196,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """``values`` as at most ``width`` bars, each the mean of its share of them."""
     groups = min(width, len(values))
     bounds = [index * len(values) // groups for index in range(groups + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+    means = [math.fsum(value / (b - a) for value in values[a:b]) for a, b in itertools.pairwise(bounds)]
     low, high = min(means), max(means)
-    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0
-    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
+    range_of_means = high / 2 - low / 2  # halves: the difference itself may be more than a float holds
+    shares = [(mean / 2 - low / 2) / range_of_means if range_of_means else 0 for mean in means]
+    return "".join(SPARKS[round(share * (len(SPARKS) - 1))] for share in shares)
