@@ -1,4 +1,4 @@
-"""The command ``ds-agsel``: check a config, estimate memory, a report of runs, a run as it goes.
+"""The command ``ds-agsel``: write and check a config, train, evaluate, estimate memory, report and watch runs.
 
 `report` and `watch` import neither torch nor deepspeed.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from ds_agsel import launching, starting_config
 from ds_agsel.config import find_section, parse_section
 from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import AgselError, DataError
@@ -25,12 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     that can't be had."""
     parser = argparse.ArgumentParser(prog="ds-agsel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_init(commands.add_parser("init", help="write a commented ds_config to begin with"))
+    _add_launching(commands)
     _add_check(commands.add_parser("check", help="whether a ds_config is sound, one line for each problem"))
     _add_estimate(commands.add_parser("estimate", help="bytes per rank and traffic, from the model's config alone"))
     _add_report(commands.add_parser("report", help="a page of one or several runs"))
     _add_watch(commands.add_parser("watch", help="a run in the terminal, as it goes"))
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words and words[0] in _LAUNCHED:
+            return _replace_process(_LAUNCHED[words[0]](words[1:]))
+        options = parser.parse_args(words)
         status: int | None = options.command(options)
     except AgselError as error:
         print(f"ds-agsel: {error}", file=sys.stderr)
@@ -41,6 +49,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ds-agsel: this command needs {error.name}. Get it by {EXTRA}.", file=sys.stderr)
         return 2
     return status or 0
+
+
+_LAUNCHED = {"train": launching.train_command, "evaluate": launching.evaluate_command}  # with options of their own
+
+
+def _add_launching(commands: Any) -> None:
+    train = "fine-tune a model, through DeepSpeed's launcher, whose options are taken, too; --help lists the others"
+    commands.add_parser("train", add_help=False, help=train)
+    commands.add_parser("evaluate", add_help=False, help="zero-shot accuracy of a model on GSM8K, MATH or other data")
+
+
+def _replace_process(command: Sequence[str]) -> int:
+    """Become ``command``: signals and the exit status are its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], list(command))
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, default=Path("ds_config.json"), metavar="FILE")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO's (2)")
+    parser.add_argument("--no-offload", action="store_true", help="optimizer states on the accelerator")
+    parser.add_argument("--select-percent", type=_percent, default=20.0, metavar="K", help="blocks per step (20)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    parser.set_defaults(command=_init)
+
+
+def _init(options: argparse.Namespace) -> None:
+    content = starting_config.text(
+        stage=options.stage, offload=not options.no_offload, select_percent=options.select_percent
+    )
+    starting_config.write(options.file, content, overwrite=options.overwrite)
+    print(
+        f"{options.file} is written. Next: ds-agsel check {options.file}; ds-agsel train --deepspeed_config "
+        f"{options.file} --model MODEL --dataset DATA --output runs/first"
+    )
 
 
 _MODEL_HELP = "a model's config.json, the folder that has it, a hub name, or one known here (a wrong name lists them)"
@@ -146,6 +190,13 @@ def _tell_problems(runs: Sequence[Run]) -> None:
     for run in runs:
         for problem in run.problems:
             print(f"ds-agsel: could not read {problem}", file=sys.stderr)
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 100]")
+    return value
 
 
 def _positive(text: str) -> float:

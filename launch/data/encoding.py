@@ -21,7 +21,6 @@ from .columns import TextColumns
 from .templates import ChatTemplate
 
 _FORMAT_VERSION = 2  # part of the cache's key: raise it when an encoded row changes
-CHAT_TEMPLATE_CHOICES = ("auto", "always", "never")
 _ROWS_PER_WORKER = 1000  # below that a process costs more to start than it saves
 
 

@@ -1,8 +1,7 @@
-"""Whether an answer is right: extraction and equivalence by math-verify, and how sure a share of right ones is."""
+"""Whether an answer is right: extraction and equivalence by math-verify."""
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -51,14 +50,3 @@ def _marked_for_math_verify(text: str) -> str:
         return f"The final answer is {line}"
     formula = line.replace("$", "").replace("\\%", "%").replace("%", "\\%")
     return f"${formula}$" if formula else ""
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Bounds in [0, 1] of a share of which ``correct`` of ``total`` were seen; ``z`` is that of 95 %.
-
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    share, weight = correct / total, z**2 / total
-    center = (share + weight / 2) / (1 + weight)
-    half_width = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    return max(0.0, center - half_width), min(1.0, center + half_width)

@@ -1,15 +1,17 @@
-"""How a job trains: as its ds_config says, or by one of the methods that AdaGradSelect is compared with."""
+"""How a job trains: as its ds_config says, or by one of the methods that AdaGradSelect is compared with. Light."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ds_agsel.errors import ConfigError
 
-from .base import Method, Setting
+if TYPE_CHECKING:
+    from .base import Method
 
-__all__ = ["NAMES", "Method", "Setting", "make"]
+__all__ = ["NAMES", "make"]
 
 # Where each method is; imported when it is asked for, since most need a package of the extra `peers`.
 _CLASSES = {
@@ -31,7 +33,7 @@ NAMES = tuple(_CLASSES)
 
 
 def make(name: str, words: Sequence[str] = ()) -> Method:
-    """The method ``name`` with its options, each a word ``key=value``. Raises ConfigError for what it does not know."""
+    """Return the method ``name`` with its options, each a word ``key=value``. Raise ConfigError for unknown ones."""
     module, _, class_name = _CLASSES[name].partition(":")
     kind: type[Method] = getattr(importlib.import_module(f".{module}", __package__), class_name)
     values = dict(kind.OPTIONS)

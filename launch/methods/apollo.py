@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import Option, Setting, package
+from .base import Option, RunContext, package
 from .plain_torch import PlainTorch, adam_options, projected_groups
 
 
@@ -21,10 +21,10 @@ class Apollo(PlainTorch):
         "proj_type": "std",
     }  # fmt: skip
 
-    def optimizer(self, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, context: RunContext) -> torch.optim.Optimizer:
         groups = projected_groups(model, **self.options)
         optimizer: Any = package("apollo_torch", "apollo-torch").APOLLOAdamW
-        return optimizer(groups, **adam_options(setting.config))
+        return optimizer(groups, **adam_options(context.config))
 
     def begin_step(self, step: int) -> None:
         self._projects = step % self.options["update_proj_gap"] == 0

@@ -13,7 +13,7 @@ from ds_agsel.ds_config import with_zero, without_optimizer
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.storage import storage_bytes
 
-from .base import Option, Setting, package
+from .base import Option, RunContext, package
 from .plain_torch import PlainTorch, adam_options
 from .tensors import held_by
 from .zero import Full
@@ -23,7 +23,7 @@ _BADAM: Mapping[str, Option] = {"every": 0, "mode": "random"}
 _MODES = ("random", "ascending", "descending")
 
 
-def block_optimizer(model: nn.Module, base: Any, options: Mapping[str, Any], setting: Setting) -> Any:
+def block_optimizer(model: nn.Module, base: Any, options: Mapping[str, Any], context: RunContext) -> Any:
     """badam.BlockOptimizer around ``base``: a layer at a time; embedding, head and norm are never trained."""
     if options["mode"] not in _MODES or options["every"] < 0:
         raise ConfigError(
@@ -34,7 +34,7 @@ def block_optimizer(model: nn.Module, base: Any, options: Mapping[str, Any], set
     return package("badam").BlockOptimizer(
         base_optimizer=base,
         named_parameters_list=list(model.named_parameters()),
-        switch_block_every=options["every"] or max(1, setting.steps_per_epoch // max(1, layers)),
+        switch_block_every=options["every"] or max(1, context.steps_per_epoch // max(1, layers)),
         switch_mode=options["mode"],
     )
 
@@ -50,9 +50,9 @@ class Badam(PlainTorch):
     OPTIONS: ClassVar[Mapping[str, Option]] = _BADAM
     MASTERS: ClassVar[str] = "fp32 copies of the block in training"
 
-    def optimizer(self, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-        base = torch.optim.AdamW(model.parameters(), **adam_options(setting.config))
-        self._optimizer = block_optimizer(model, base, self.options, setting)
+    def optimizer(self, model: nn.Module, context: RunContext) -> torch.optim.Optimizer:
+        base = torch.optim.AdamW(model.parameters(), **adam_options(context.config))
+        self._optimizer = block_optimizer(model, base, self.options, context)
         return self._optimizer
 
     def begin_step(self, step: int) -> None:
@@ -82,15 +82,15 @@ class _BadamZero(Full):
         free = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         return {**with_zero(super().edit(config), stage=self.STAGE), **free}
 
-    def start(self, model: Any, setting: Setting) -> Any:
+    def start(self, model: Any, context: RunContext) -> Any:
         from transformers.integrations import HfDeepSpeedConfig
 
-        config = dict(setting.config)
+        config = dict(context.config)
         # By it, while it is alive, the package sees at import and later whether this is ZeRO-3.
         self._seen_by_badam = HfDeepSpeedConfig(config)
         base = torch.optim.AdamW(model.parameters(), **adam_options(config))
-        self._optimizer = block_optimizer(model, base, self.options, setting)
-        super().start(model, Setting(without_optimizer(config), setting.steps_per_epoch, setting.seed))
+        self._optimizer = block_optimizer(model, base, self.options, context)
+        super().start(model, RunContext(without_optimizer(config), context.steps_per_epoch, context.seed))
         self._optimizer.ds_optimizer = self.engine.optimizer
         return self.engine
 

@@ -21,8 +21,8 @@ Option = int | float | str
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The run that a method is started in. ``config`` is a complete ds_config (`settings.complete`)."""
+class RunContext:
+    """The run that a method is started in. ``config`` is a complete ds_config (`run_config.complete`)."""
 
     config: dict[str, Any]
     steps_per_epoch: int
@@ -54,7 +54,7 @@ class Method:
         """The ds_config to run with, made of the user's; that one is not edited."""
         return config
 
-    def start(self, model: Any, setting: Setting) -> Any:
+    def start(self, model: Any, context: RunContext) -> Any:
         """Make the engine, or what answers to an engine's names. Sets ``self.engine``, too."""
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import Option, Setting, package
+from .base import Option, RunContext, package
 from .plain_torch import PlainTorch, adam_options, projected_groups
 
 
@@ -18,10 +18,10 @@ class Galore(PlainTorch):
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
-    def optimizer(self, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, context: RunContext) -> torch.optim.Optimizer:
         groups = projected_groups(model, **self.options)
         optimizer: Any = package("galore_torch", "galore-torch").GaLoreAdamW
-        return optimizer(groups, no_deprecation_warning=True, **adam_options(setting.config))
+        return optimizer(groups, no_deprecation_warning=True, **adam_options(context.config))
 
     def begin_step(self, step: int) -> None:
         self._projects = step % self.options["update_proj_gap"] == 0

@@ -16,7 +16,7 @@ from torch import nn
 from ds_agsel.blocks import find_blocks
 from ds_agsel.errors import ConfigError
 
-from .base import Option, Setting
+from .base import Option, RunContext
 from .plain_torch import Masters, PlainTorch, adam_options
 from .zero import Full
 
@@ -62,11 +62,11 @@ class Lisa(PlainTorch):
     OPTIONS: ClassVar[Mapping[str, Option]] = {**_LISA, "release": 1}
     MASTERS: ClassVar[str] = "fp32 copies of the weights in training"
 
-    def optimizer(self, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-        self._draw = LayerDraw(model, self.options, setting.seed)
+    def optimizer(self, model: nn.Module, context: RunContext) -> torch.optim.Optimizer:
+        self._draw = LayerDraw(model, self.options, context.seed)
         self._draw.thaw(0)
         weights = self._draw.weights() if self.options["release"] else model.parameters()
-        self._masters = Masters(weights, **adam_options(setting.config))
+        self._masters = Masters(weights, **adam_options(context.config))
         return self._masters.optimizer
 
     def begin_step(self, step: int) -> None:
@@ -89,9 +89,9 @@ class LisaZero(Full):
 
     OPTIONS: ClassVar[Mapping[str, Option]] = _LISA
 
-    def start(self, model: Any, setting: Setting) -> Any:
-        self._draw = LayerDraw(model, self.options, setting.seed)
-        return super().start(model, setting)
+    def start(self, model: Any, context: RunContext) -> Any:
+        self._draw = LayerDraw(model, self.options, context.seed)
+        return super().start(model, context)
 
     def begin_step(self, step: int) -> None:
         self._drawn = self._draw.thaw(step)

@@ -10,7 +10,7 @@ import torch
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 
-from .base import Option, Setting, package
+from .base import Option, RunContext, package
 from .zero import Full
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -27,7 +27,7 @@ class Lora(Full):
             raise ConfigError("--method lora merges its adapters, which ZeRO stage=3 has in parts. Use stage 1 or 2.")
         return super().edit(config)
 
-    def start(self, model: Any, setting: Setting) -> Any:
+    def start(self, model: Any, context: RunContext) -> Any:
         peft = package("peft")
         adapters = peft.LoraConfig(
             r=self.options["rank"],
@@ -36,7 +36,7 @@ class Lora(Full):
             target_modules=_TARGETS,
             task_type="CAUSAL_LM",
         )
-        return super().start(peft.get_peft_model(model, adapters), setting)
+        return super().start(peft.get_peft_model(model, adapters), context)
 
     def result(self) -> tuple[Any, Mapping[str, torch.Tensor] | None]:
         merged = self.engine.module.merge_and_unload()

@@ -16,7 +16,7 @@ from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero.storage import storage_bytes
 
-from .base import Method, Setting, without_section
+from .base import Method, RunContext, without_section
 from .tensors import held_by
 
 _ADAM = {"lr", "betas", "eps", "weight_decay"}
@@ -87,15 +87,15 @@ class PlainTorch(Method):
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return without_section(config)
 
-    def start(self, model: nn.Module, setting: Setting) -> TorchEngine:
+    def start(self, model: nn.Module, context: RunContext) -> TorchEngine:
         if dist.get_world_size() > 1:
             raise ConfigError(f"--method {self.name} is plain PyTorch on one process. Use --num_accelerators 1.")
         model.to(get_accelerator().current_device_name())
-        cast_parameters(model, _PRECISIONS[DsConfig.of(setting.config).arithmetic])
-        self.engine = TorchEngine(model, self.optimizer(model, setting), setting.config)
+        cast_parameters(model, _PRECISIONS[DsConfig.of(context.config).arithmetic])
+        self.engine = TorchEngine(model, self.optimizer(model, context), context.config)
         return self.engine
 
-    def optimizer(self, model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, context: RunContext) -> torch.optim.Optimizer:
         """The method itself, on a model that is on its device and in its precision."""
         raise NotImplementedError
 

@@ -12,17 +12,17 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.storage import storage_bytes
 
-from .base import Method, Setting, without_section
+from .base import Method, RunContext, without_section
 from .tensors import held_by
 
 
 class Zero(Method):
     """An engine of DeepSpeed, as the ds_config has it."""
 
-    def start(self, model: Any, setting: Setting) -> Any:
-        self.engine = self._initialize(model, setting.config)
+    def start(self, model: Any, context: RunContext) -> Any:
+        self.engine = self._initialize(model, context.config)
         self.selection = getattr(self.engine, "selection", None)
-        self._wanted_accumulation = DsConfig.of(setting.config).accumulation_steps
+        self._wanted_accumulation = DsConfig.of(context.config).accumulation_steps
         return self.engine
 
     def _initialize(self, model: Any, config: dict[str, Any], **more: Any) -> Any:

@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..intervals import wilson_interval
 from . import plan as plans
 from .plan import Cell, Plan
 from .running import EVALUATIONS, RUN, Sweep
 
-_Z_95 = statistics.NormalDist().inv_cdf(0.975)
 TEST = "the run's own test problems"
 
 
@@ -43,7 +43,7 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval, in percent."""
-        low, high = wilson(self.correct / self.rows, self.rows)
+        low, high = wilson_interval(self.correct, self.rows)
         return 100 * low, 100 * high
 
 
@@ -165,14 +165,6 @@ def _accuracy(folder: Path) -> dict[str, Accuracy]:
 
 
 # -- comparisons
-
-
-def wilson(share: float, rows: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval for a share of ``rows`` trials (Wilson, 1927)."""
-    z2 = _Z_95**2
-    middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
-    half = _Z_95 / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
 from ds_agsel.errors import ConfigError
 
-from .. import methods
-from ..data.encoding import CHAT_TEMPLATE_CHOICES
-from ..data.sources import PRESETS, DataOptions
+from .. import methods, versions
+from ..data.options import CHAT_TEMPLATE_CHOICES, PRESETS, DataOptions
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a run, checked each for itself. Raises ConfigError for values that can't be."""
     about = "Fine-tune a causal language model; AdaGradSelect chooses the blocks of each step."
-    return _parsed(_parser("train.py", about), arguments)
+    return _parsed(_parser("train", about), arguments)
 
 
 def parse_peer(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Those of launch/peers.py: the same, and which method trains."""
-    parser = _parser("peers.py", "Fine-tune a causal language model by AdaGradSelect or a method it is compared with.")
+    parser = _parser("peers", "Fine-tune a causal language model by AdaGradSelect or a method it is compared with.")
     group = parser.add_argument_group("method")
     group.add_argument("--method", required=True, choices=methods.NAMES)
     group.add_argument("--method-option", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     return _parsed(parser, arguments)
 
 
+def program(script: str) -> str:
+    """Return the command that starts ``script``: in a clone, or from an installed wheel."""
+    if __name__.startswith("ds_agsel."):
+        return f"ds-agsel {script}" if script == "train" else f"deepspeed --module ds_agsel.launch.{script}"
+    return f"deepspeed launch/{script}.py"
+
+
 def _parser(script: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"deepspeed launch/{script}",
+        prog=program(script),
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(method=None, method_option=[])  # as the ds_config says
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="ds_config JSON; see configs/")
+    parser.add_argument("--version", action="version", version=versions.in_words())
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     _add_model(parser)
     _add_data(parser)
@@ -141,9 +149,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')}={value} is outside [{least}, inf). Use {least} or more.")
-    if options.epochs <= 0:
+    if not 0 < options.epochs < math.inf:  # NaN is neither
         raise ConfigError(f"--epochs={options.epochs} is outside (0, inf). Use 1 for one pass over the data.")
-    if options.lr is not None and options.lr <= 0:
+    if options.lr is not None and not 0 < options.lr < math.inf:
         raise ConfigError(f"--lr={options.lr} is outside (0, inf). Use 1e-4 to begin with.")
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other. Drop one.")

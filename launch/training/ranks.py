@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,16 +9,15 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from .console import is_first_here, is_main
+
+__all__ = ["MainRankFailed", "add_up", "any_rank", "gather", "is_first_here", "is_main", "main_first"]
+
 Result = TypeVar("Result")
 
 
 class MainRankFailed(Exception):
     """The main rank met an error, which it reports itself; this rank has only to leave."""
-
-
-def is_main() -> bool:
-    """True on the rank that prints and writes; also before the process group is up."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def main_first(work: Callable[[], Result]) -> Result:

@@ -23,7 +23,8 @@ from ds_agsel.errors import ConfigError, DataError
 from launch.data import sources
 from launch.data.batches import collate
 from launch.data.encoding import Encoder
-from launch.evaluation import command, grading
+from launch.evaluation import answering, command, grading
+from launch.evaluation.options import EvaluationOptions
 from launch.training import models
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(folder: Path, output: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     options = {"dataset": str(folder / "math.jsonl"), "batch_size": 4, "max_new_tokens": 40, **options}
-    accuracy = command.evaluate(command.Evaluation(model=str(folder), output=str(output), **options))
+    accuracy = answering.evaluate(EvaluationOptions(model=str(folder), output=str(output), **options))
     assert json.loads((output / "accuracy.json").read_text()) == accuracy
     return accuracy, lines_of(output)
 
@@ -127,8 +128,8 @@ def test_a_chat_template_is_given_no_system_turn_unless_asked(folder: Path, tmp_
         ({"chat_template": "never"}, "2+2?\n"),
     ):
         dataset = str(folder / "math.jsonl")
-        wanted = command.Evaluation(model=str(folder), output=str(tmp_path), dataset=dataset, **options)
-        assert command.load_problems(wanted, tokenizer)[1].prompt == prompt
+        wanted = EvaluationOptions(model=str(folder), output=str(tmp_path), dataset=dataset, **options)
+        assert answering.load_problems(wanted.completed(), tokenizer)[1].prompt == prompt
 
 
 def test_an_adapter_is_merged(folder: Path, tmp_path: Path) -> None:
@@ -334,8 +335,8 @@ def test_lm_evaluation_harness_agrees(
     if name == "gsm8k" and sources.local_copy("gsm8k") is None:
         pytest.skip("DS_AGSEL_DATA names no folder with gsm8k/test.jsonl")
     model = request.getfixturevalue("trained_model") if name == "builtin" else str(models.smollm2_folder())
-    accuracy = command.evaluate(
-        command.Evaluation(
+    accuracy = answering.evaluate(
+        EvaluationOptions(
             model=model, dataset=name, rows=50, batch_size=10, max_new_tokens=max_new_tokens, dtype="float32",
             builtin_level=1, output=str(tmp_path / "ours"),
         )

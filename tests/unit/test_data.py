@@ -17,7 +17,7 @@ from ds_agsel.errors import ConfigError, DataError
 from ds_agsel.report.log import JsonLines
 from launch.data import batches, columns, encoding, sources
 from launch.evaluation import scoring
-from launch.training import objective, settings
+from launch.training import objective, run_config
 from launch.training.models import keeps_last_logits
 
 CHAT = (
@@ -361,7 +361,7 @@ def test_final_answers(text: str, answer: str) -> None:
 
 def filled(config: dict[str, Any], **known: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {"steps_per_epoch": 7, "total_steps": 70, "lr": None, "seed": 3, "section": {}}
-    return settings.complete(config, batches=batches.Batching(4, 2, 1), **{**defaults, **known})
+    return run_config.complete(config, batches=batches.Batching(4, 2, 1), **{**defaults, **known})
 
 
 def test_auto_and_null_are_filled_in_a_copy() -> None:
@@ -396,7 +396,7 @@ def test_an_auto_that_nobody_knows_is_named() -> None:
     ],
 )
 def test_batch_sizes_are_read_as_deepspeed_reads_them(config: dict[str, Any], expected: tuple[int, int]) -> None:
-    found = settings.batching(config, 2, None, None)
+    found = run_config.batching(config, 2, None, None)
     assert (found.micro_batch, found.accumulation) == expected
 
 
@@ -410,7 +410,7 @@ def test_batch_sizes_are_read_as_deepspeed_reads_them(config: dict[str, Any], ex
 )
 def test_batch_sizes_that_can_not_be_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        settings.batching(config, 2, None, None)
+        run_config.batching(config, 2, None, None)
 
 
 def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:

@@ -53,17 +53,3 @@ def test_an_answer_is_judged_by_its_value(text: str, reference: str, expected: b
 )
 def test_what_was_taken_for_the_answer_is_told(text: str, extracted: str | None) -> None:
     assert grading.Parsed(text).text == extracted
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [  # scipy 1.17.1: binomtest(correct, total).proportion_ci(method="wilson")
-        (0, 10, 0.0, 0.27753279986288926),
-        (10, 10, 0.7224672001371109, 1.0),
-        (66, 100, 0.5627772885472462, 0.7453847920265184),
-        (5, 10, 0.236593090512564, 0.7634069094874361),
-        (1, 50, 0.0035392592716462223, 0.10495443589637814),
-    ],
-)
-def test_wilson_intervals_are_scipy_s(correct: int, total: int, low: float, high: float) -> None:
-    assert grading.wilson_interval(correct, total) == pytest.approx((low, high), rel=1e-12, abs=1e-12)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_agsel.errors import CheckpointError
-from launch.training import command, outputs
+from launch.training import outputs, process
 
 
 @contextlib.contextmanager
@@ -51,16 +51,16 @@ def test_a_log_that_finds_no_room_ends_the_run_with_one_line(
         def __init__(self, *_: Any) -> None:
             raise OSError(number, "no room at all")
 
-    monkeypatch.setattr(command.options, "parse", lambda: argparse.Namespace(output="runs/full"))
+    monkeypatch.setattr(process, "_set_verbosity", lambda: None)
     for owner, name in (
-        (command, "_check_launched"),
-        (command.StopRequest, "listen"),
-        (command.deepspeed, "init_distributed"),
-        (command.dist, "destroy_process_group"),
+        (process.StopRequest, "listen"),
+        (process.build_ops, "announce"),
+        (process.deepspeed, "init_distributed"),
+        (process.dist, "destroy_process_group"),
     ):
         monkeypatch.setattr(owner, name, lambda *_, **__: None)
-    monkeypatch.setattr(command, "Job", Full)
-    assert command.main() == command.FAILED
+    monkeypatch.setattr(process.job, "Job", Full)
+    assert process.run_job(argparse.Namespace(output="runs/full")) == process.FAILED
     assert capsys.readouterr().err == (
         "\nerror: --output='runs/full' can't be written to: no room at all. Make room, then go on with --resume.\n"
     )

@@ -271,13 +271,6 @@ def test_an_evaluation_counts_instead_of_the_run_s_own_test(swept: Sweep) -> Non
 # -- comparisons
 
 
-def test_wilson_s_interval() -> None:
-    # Newcombe (1998), table I, method 3, for 81 of 263: 0.2553 to 0.3662; for 0 of 20: 0 to 0.1611.
-    assert results.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert results.wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    assert results.wilson(1, 20)[1] == 1
-
-
 def test_loss_at_a_processor_time_lies_between_the_measured() -> None:
     points = [Point(0, 4.0, 0, 0.0), Point(1, 2.0, 0, 10.0), Point(2, 1.0, 0, 30.0)]
     assert [results.loss_at(points, seconds) for seconds in (0, 5, 10, 20, 30, 99)] == [4, 3, 2, 1.5, 1, 1]

@@ -1,0 +1,36 @@
+"""Numbers and tables as text, the same on every page and in every summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+MIB, GIB = 2**20, 2**30
+NONE = "–"  # a cell for which there is no number
+
+
+def number_text(value: float | None, digits: int, none: str = NONE) -> str:
+    """Return ``value`` with ``digits`` decimals, ``none`` for None."""
+    return none if value is None else f"{value:.{digits}f}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table. Cells are Markdown: escape ``|`` in free text with `markdown_cell`."""
+    return [_markdown_row(head), "|---" * len(head) + "|", *map(_markdown_row, rows)]
+
+
+def markdown_cell(text: str) -> str:
+    """Return free text as the cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
