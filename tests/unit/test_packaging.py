@@ -79,7 +79,7 @@ def test_options_go_to_the_launcher_or_to_training() -> None:
     ]
     to_launcher, to_training = launching.split(words)
     assert to_launcher == ["--num_accelerators", "2", "--hostfile=hosts", "--no_ssh", "-q"]
-    assert to_training == ["--lr", "1e-4", "--model", "m", "--out", "o"]
+    assert to_training == ["--lr", "1e-4", "--model", "m", "--output", "o"]
 
 
 @pytest.mark.parametrize("installed", [True, False])
