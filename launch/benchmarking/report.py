@@ -198,7 +198,18 @@ def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Seque
 
 def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows for a terminal. Seconds are medians; ± is half the distance between the quartiles."""
-    head = ("row", "share", "forward", "backward", "optimizer", "step", "±", "/ plain", "opt / plain", "tokens/s")
+    head: tuple[str, ...] = (
+        "row",
+        "share",
+        "forward",
+        "backward",
+        "optimizer",
+        "step",
+        "±",
+        "/ plain",
+        "opt / plain",
+        "tokens/s",
+    )
     head += ("peak", "grads acc.", "grads host", "states", "D2H", "H2D", "stepped")
     lines = [head]
     for name, row in rows.items():

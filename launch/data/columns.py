@@ -18,7 +18,7 @@ from . import chat, files
 from .chat import Example, UnusableRow
 
 _ROWS_LOOKED_AT = 100  # of a split, for columns that hold text and are not used
-_KINDS = {list: "a list", dict: "an object", bytes: "bytes"}
+_KINDS: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
@@ -25,7 +25,7 @@ def read(folder: Path, needed: str, config: str | None) -> dict[str, Dataset]:
     """
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(folder, needed)
-    found = {} if config else _split_files(folder)
+    found: Mapping[str, Sequence[Path]] = {} if config else _split_files(folder)
     if needed not in found:
         found = {**found, **_configured_files(folder, config)}
     if not any(alias in found for alias in SPLIT_ALIASES[needed]):
@@ -47,7 +47,7 @@ def _saved(folder: Path, needed: str) -> dict[str, Dataset]:
     return {needed: loaded}
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
+def _split_files(folder: Path) -> Mapping[str, Sequence[Path]]:
     """Return the files named for a split, or its shards, in ``folder`` or else in its folder ``data``."""
     for place in (folder, folder / "data"):
         found: dict[str, list[Path]] = {}

@@ -65,10 +65,10 @@ def _try(model: PreTrainedModel, name: str) -> None:
         packed, order = _outputs(model, name, collate([examples], 0, packed=True), device)
     starts = [sum(_EXAMPLES_NUMEL[:index]) for index in range(len(_EXAMPLES_NUMEL))]
     for module in order:
-        for example, outputs in enumerate(alone):
+        for number, outputs in enumerate(alone):
             if module not in outputs:
                 continue
-            start, length = starts[example], _EXAMPLES_NUMEL[example]
+            start, length = starts[number], _EXAMPLES_NUMEL[number]
             together = packed[module][:, start : start + length]
             if together.shape == outputs[module].shape and _differ(together, outputs[module]):
                 raise ConfigError(

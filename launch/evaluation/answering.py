@@ -78,10 +78,10 @@ def evaluate(wanted: EvaluationOptions) -> dict[str, Any]:
 
 
 def load_problems(wanted: EvaluationOptions, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """The problems in their order. Raises DataError for one whose reference has no answer."""
+    """The problems in their order. ``wanted`` is `completed`. Raises DataError for one whose reference has no answer."""
     part, columns = sources.load_test(
         sources.DataOptions(
-            dataset=wanted.dataset,
+            dataset=str(wanted.dataset),
             dataset_config=wanted.dataset_config,
             prompt_column=wanted.prompt_column,
             completion_column=wanted.completion_column,
@@ -90,15 +90,15 @@ def load_problems(wanted: EvaluationOptions, tokenizer: PreTrainedTokenizerBase)
             train_rows=1,
             validation_rows=0,
             test_rows=wanted.rows or (_BUILTIN_ROWS if wanted.dataset == sources.BUILTIN else sys.maxsize),
-            builtin_level=wanted.builtin_level,
-            seed=wanted.seed,
+            builtin_level=int(wanted.builtin_level or 0),
+            seed=int(wanted.seed or 0),
         )
     )
     encoder = encoding.Encoder(
         tokenizer=tokenizer,
         columns=columns,
         max_tokens=sys.maxsize,
-        use_chat_template=encoding.wants_chat_template(wanted.chat_template, tokenizer),
+        use_chat_template=encoding.wants_chat_template(str(wanted.chat_template), tokenizer),
         system=wanted.system,
     )
     problems = []

@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ds_agsel.errors import ConfigError
 
@@ -22,7 +23,7 @@ from . import run_settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What is taken where neither an option nor the model's run says otherwise.
-_DEFAULTS = {"dataset": "gsm8k", "chat_template": "auto", "builtin_level": 2, "seed": 42}
+_DEFAULTS: dict[str, Any] = {"dataset": "gsm8k", "chat_template": "auto", "builtin_level": 2, "seed": 42}
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,16 @@ def _work(plan: Plan, cost: Cost, model: str, method: str) -> _Work:
 # -- time
 
 
+def _rank(method: Method) -> int:
+    return int(method.method_options["rank"] or 0)
+
+
 def _step_seconds(cost: Cost, work: _Work, method: Method) -> float | None:
     again = work.forward_seconds if work.checkpointed else 0.0
     if method.method == "full":
         return _full_seconds(work) + again
     if method.method == "lora":
-        adapters = sum(work.shape.lora(int(method.method_options["rank"])))
+        adapters = sum(work.shape.lora(_rank(method)))
         return 2 * work.forward_seconds + again + 6 * work.tokens * adapters / work.card.flops
     if method.method != "adagrad_select":
         return None
@@ -173,7 +177,7 @@ def _accelerator_bytes(work: _Work, method: Method) -> int | None:
     if method.method == "full":
         rows = [row for row in result.rows if row.method == "full"]
     elif method.method == "lora":
-        rows = [row for row in result.rows if row.lora_rank == int(method.method_options["rank"])]
+        rows = [row for row in result.rows if row.lora_rank == _rank(method)]
     elif method.method == "adagrad_select":
         rows = [row for row in result.rows if _is_ours(row, work, section, method)]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -103,8 +104,8 @@ def _time_and_memory(plan: Plan, cells: Sequence[Measured]) -> Figure:
         if not own:
             continue
         label = plan.label(method)
-        median = statistics.median(m.step_median for m in own)
-        late = statistics.median(m.step_p90 for m in own)
+        median = statistics.median(m.step_median for m in own if m.step_median is not None)
+        late = statistics.median(m.step_p90 for m in own if m.step_p90 is not None)
         left.barh(label, median, xerr=[[0], [max(0.0, late - median)]], color="#0072b2", capsize=2)
         peaks = [m.peak_in_steps_bytes / 2**30 for m in own if m.peak_in_steps_bytes is not None]
         right.barh(label, statistics.median(peaks) if peaks else 0, color="#009e73")
@@ -113,9 +114,9 @@ def _time_and_memory(plan: Plan, cells: Sequence[Measured]) -> Figure:
     return figure
 
 
-def _styles(plan: Plan, cells: Sequence[Measured]) -> Iterator[tuple[str, dict[str, object]]]:
+def _styles(plan: Plan, cells: Sequence[Measured]) -> Iterator[tuple[str, dict[str, Any]]]:
     present = [method for method in plan.methods if any(m.method == method for m in cells)]
-    colors = matplotlib.colormaps["tab10"].colors
+    colors = [matplotlib.colormaps["tab10"](number) for number in range(10)]
     for number, method in enumerate(present):
         yield method, {"color": colors[number % 10], "linestyle": ("-", "--", ":")[number // 10 % 3]}
 

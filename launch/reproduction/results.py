@@ -202,8 +202,8 @@ def losses_at_equal_time(cells: Sequence[Measured]) -> dict[tuple[str, str, int]
     for model, seed in dict.fromkeys((m.model, m.seed) for m in cells):
         beside = [m for m in cells if (m.model, m.seed) == (model, seed)]
         budget = shared_budget(beside)
-        for m in beside if budget is not None else ():
-            loss = loss_at(m.points, budget) if m.is_whole else None
+        for m in beside:
+            loss = loss_at(m.points, budget) if m.is_whole and budget is not None else None
             if loss is not None:
                 found[model, m.method, seed] = loss
     return found

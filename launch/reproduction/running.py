@@ -91,7 +91,7 @@ class Sweep:
         losses: dict[float, float | None] = {}
         for cell in plans.search_cells(self.plan):
             if (cell.model, cell.family) == (model, family) and (outcome := self.outcome(cell)) is not None:
-                losses[cell.lr] = last_loss(self.folder(cell) / RUN) if outcome.state == "done" else None
+                losses[float(cell.lr or 0)] = last_loss(self.folder(cell) / RUN) if outcome.state == "done" else None
         return losses
 
     def _search_message(self, model: str, family: str) -> str:
