@@ -78,7 +78,7 @@ def evaluate(wanted: EvaluationOptions) -> dict[str, Any]:
 
 
 def load_problems(wanted: EvaluationOptions, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """The problems in their order. ``wanted`` is `completed`. Raises DataError for one whose reference has no answer."""
+    """Return the problems in their order; ``wanted`` is `completed`. Raise DataError for one without an answer."""
     part, columns = sources.load_test(
         sources.DataOptions(
             dataset=str(wanted.dataset),
