@@ -17,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs lint ops ops-nvme clean
+.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs mutants lint ops ops-nvme clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -56,6 +56,12 @@ docs: $(VENV)/.ready
 	$(BIN)/python -m launch.pages.transfers --output docs/transfers.md
 	$(BIN)/python launch/reproduce.py --scale full --cost --output docs/reproduction.md
 
+# Which single changes of the pure code do the fast tests not notice? docs/mutants.md has the answer; outside CI.
+# `make mutants ARGS='"ds_agsel.policies*"'` tries a part.
+mutants: $(VENV)/.mutants
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,6 +75,10 @@ ops: $(VENV)/.ready
 # Some minutes more, once, where libaio is installed; otherwise a line that says so.
 ops-nvme: ops
 	-@$(BIN)/python -m ds_agsel.zero.build_ops nvme
+
+$(VENV)/.mutants: $(VENV)/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

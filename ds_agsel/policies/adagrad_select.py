@@ -52,7 +52,7 @@ class AdaGradSelect(Policy):
         if rng.random() < self.explore_probability(step):
             return None
         self._check_length("update counts", update_counts)
-        log_p = log_dirichlet(np.asarray(update_counts, dtype=np.float64) + config.smoothing, rng)
+        log_p = log_dirichlet(np.asarray(update_counts) + config.smoothing, rng)
         if config.exploit_draw == "top":
             return top_k(log_p, self.context.num_selected)
         return gumbel_top_k(log_p, self.context.num_selected, rng)

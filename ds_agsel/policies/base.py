@@ -81,7 +81,7 @@ class Policy(ABC):
             scores: (num_blocks,), non-negative.
         """
         self._check_length("scores", scores)
-        for name, score in zip(self.context.block_names, scores, strict=True):
+        for name, score in zip(self.context.block_names, scores):
             if math.isnan(score):
                 raise TrainingError(
                     f'The gradient of block "{name}" is NaN at step {step}. Such a step must be skipped, not'

@@ -18,7 +18,7 @@ class Replay(Policy):
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
-        self._path = context.config.replay_file or ""
+        self._path = str(context.config.replay_file)  # which the section requires of this policy
         indices = range(context.num_blocks) if context.block_indices is None else context.block_indices
         self._selections = _read(self._path, {block: place for place, block in enumerate(indices)})
 

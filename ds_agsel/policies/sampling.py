@@ -39,7 +39,7 @@ def gumbel_top_k(log_p: npt.ArrayLike, k: int, rng: np.random.Generator) -> tupl
     The largest k of log_p plus Gumbel noise are such a draw (Kool, van Hoof, Welling, arXiv:1903.06059).
     log_p need not be normalized.
     """
-    keys = np.asarray(log_p, dtype=np.float64)
+    keys = np.asarray(log_p)
     gumbel = -np.log(np.maximum(rng.standard_exponential(keys.shape), _TINY))
     return top_k(keys + gumbel, k)
 

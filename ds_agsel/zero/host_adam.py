@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_agsel.zero import compat
@@ -62,14 +63,14 @@ class HostAdam:
         lr, eps, decay = float(param_group["lr"]), param_group["eps"], param_group["weight_decay"]
         if group not in self._ids:
             self._ids[group] = compat.new_cpu_adam_id()
-            self._counts[group] = -1
-        if not 0 <= self._counts[group] <= count:
+        done = self._counts.get(group)
+        if done is None or done > count:
             adamw = bool(self._optimizer.adam_w_mode)  # type: ignore[attr-defined]
             self._op.create_adam(self._ids[group], lr, beta1, beta2, eps, decay, adamw, False)
-            self._counts[group] = 0
+            done = 0
         nothing = torch.empty(0)
         correction = bool(param_group["bias_correction"])
-        next_step = self._counts[group] + 1
+        next_step = done + 1
         if is_spent(beta1, count) and is_spent(beta2, count):
             next_step = max(next_step, count)
         for step in range(next_step, count + 1):
@@ -83,7 +84,7 @@ def is_spent(beta: float, count: int) -> bool:
 
     True for the running product of fp32 multiplications, which never grows, and for ``pow``.
     """
-    fp32_beta = torch.tensor(beta, dtype=torch.float32).item()
+    fp32_beta = float(np.float32(beta))
     return fp32_beta ** min(count, LAST_DRIFT_STEP) <= NEGLIGIBLE_PRODUCT
 
 

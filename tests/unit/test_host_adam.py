@@ -46,23 +46,27 @@ class Op:
         self.empty_calls = 0
         self.corrections: list[tuple[float, float]] = []
         self.settings: list[tuple[float, ...]] = []
+        self.tensors: list[list[float]] = []
 
     def create_adam(
         self, identifier: int, lr: float, beta1: float, beta2: float, eps: float, decay: float, adamw: bool, log: bool
     ) -> None:
-        assert not log
+        assert log is False
+        assert (lr, eps, decay) == (0.1, 1e-8, 0.01)
         self.objects[identifier] = Object((np.float32(beta1), np.float32(beta2)), adamw)
 
     def adam_update(
         self, identifier: int, step: int, lr: float, beta1: float, beta2: float, eps: float, decay: float,
         bias_correction: bool, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
     ) -> None:  # fmt: skip
+        assert len({tensor.numel() for tensor in (param, grad, exp_avg, exp_avg_sq)}) == 1
         held = self.objects[identifier]
         held.increment(step, (np.float32(beta1), np.float32(beta2)))
         self.settings.append((lr, eps, decay, bias_correction))
         if not param.numel():
             self.empty_calls += 1
             return
+        self.tensors.append([float(tensor) for tensor in (param, grad, exp_avg, exp_avg_sq)])
         one = np.float32(1)
         self.corrections.append((float(one - held.products[0]), float(one / np.sqrt(one - held.products[1]))))
 
@@ -111,7 +115,7 @@ class Run:
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Op:
     made = Op()
-    monkeypatch.setattr(compat, "cpu_adam_op", lambda optimizer: made)
+    monkeypatch.setattr(compat, "cpu_adam_op", lambda optimizer: optimizer.op)
     return made
 
 
@@ -179,6 +183,16 @@ def test_spent_products_change_nothing_more(beta: float) -> None:
     assert np.float32(1) - products[first - 1] == 1 == np.float32(1) - power
     assert (np.float32(1) - products[first - 1 :] == 1).all()
     assert not host_adam.is_spent(beta, first - 1)
+
+
+def test_the_bound_itself_is_spent() -> None:
+    assert host_adam.is_spent(0.5, 26)
+    assert not host_adam.is_spent(0.5, 25)
+
+
+def test_beta_is_taken_as_the_op_takes_it() -> None:
+    """In fp32: there this one is 0.5, whose product is spent after 26 steps, and not only after 27."""
+    assert host_adam.is_spent(0.5 + 2.0**-30, 26)
 
 
 def test_a_count_of_zero_is_never_spent() -> None:
@@ -262,7 +276,7 @@ def test_fused_adam_on_a_cpu_steps_on_the_objects_too(op: Op, monkeypatch: pytes
         def step(self, partition: torch.Tensor) -> None:  # type: ignore[override]
             state = self.state[partition]
             state["step"] = state.get("step", 0) + 1
-            lists = [[partition], [partition], [partition], [partition]]
+            lists = [[partition * 2], [partition], [partition * 3], [partition * 4]]  # gradient first
             self.multi_tensor_adam(2048, torch.zeros(1), lists, 0.1, *BETAS, 1e-8, state["step"], 1, 1, 0.01)
 
     monkeypatch.setattr(compat, "FusedAdam", Fused)
@@ -273,5 +287,6 @@ def test_fused_adam_on_a_cpu_steps_on_the_objects_too(op: Op, monkeypatch: pytes
     with adam.stepping(0, partition, optimizer.param_groups[0]):
         optimizer.step(partition)
     assert op.corrections == [product_corrections(301)]
+    assert op.tensors == [[1, 2, 3, 4]], "parameter, gradient, exp_avg, exp_avg_sq"
     assert set(op.settings) == {(0.1, 1e-8, 0.01, True)}
     assert optimizer.multi_tensor_adam is None
