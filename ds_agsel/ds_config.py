@@ -293,6 +293,11 @@ def with_zero(raw: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     return {**raw, _ZERO: {**_zero_section(raw), **settings}}
 
 
+def without_zero(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``raw`` without its ZeRO section."""
+    return {key: value for key, value in raw.items() if key != _ZERO}
+
+
 def with_offload_to_cpu(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``raw`` with the optimizer on the host; what already leaves the accelerator stays where it is."""
     if DsConfig.of(raw).offload_optimizer.is_on:
@@ -348,6 +353,23 @@ def with_scheduler_for_groups(raw: Mapping[str, Any], num_groups: int, parents: 
             )
         repeated[name] = [value[parent] for parent in parents]
     return with_scheduler_params(raw, **repeated) if repeated else dict(raw)
+
+
+def for_one_rank(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``raw`` without values "auto" and with batch sizes that fit a single rank, for DeepSpeed's own parser.
+
+    Raises ConfigError where no number of ranks makes train_batch_size the product of the other two.
+    """
+    read = DsConfig.of(raw)
+    read.require_readable("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = read.train_batch_size, read.micro_batch_size, read.accumulation_steps
+    if total is not None and total % ((micro or 1) * (steps or 1)):
+        raise ConfigError(
+            f"train_batch_size={total} is no multiple of train_micro_batch_size_per_gpu={micro or 1} × "
+            f"gradient_accumulation_steps={steps or 1}, so that no number of ranks fits. Change one, or leave "
+            "train_batch_size out."
+        )
+    return with_batch(without_autos(raw), micro or 1, steps or 1)
 
 
 def with_bf16(raw: Mapping[str, Any], enabled: bool) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ds_agsel.config import SECTION, SelectionConfig, find_section, section_problems
-from ds_agsel.ds_config import DsConfig, zero_section
+from ds_agsel.config import SECTION, SelectionConfig, find_section, fraction_hint, section_problems
+from ds_agsel.ds_config import DsConfig, for_one_rank, without_zero, zero_section
 from ds_agsel.entry.preparation import prepare
 from ds_agsel.errors import ConfigError, ConfigErrors
 from ds_agsel.policies.registry import policy_class
 from ds_agsel.zero import compat
 from ds_agsel.zero.support import optimizer_problem, unsupported
+
+logger = logging.getLogger("ds_agsel")
 
 
 def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = None) -> list[str]:
@@ -38,12 +41,31 @@ def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = No
             problems += wrong
             config = config if wrong else SelectionConfig(**section)
     settings = DsConfig.of(ds_config)
-    problems += compat.zero_section_problems(zero_section(ds_config))
+    problems += _deepspeeds_problems(ds_config)
     problems += unsupported(settings, config, model)
     wrong_optimizer = optimizer_problem(settings) if settings.has_optimizer else None  # else an object is to come
     problems += [wrong_optimizer] if wrong_optimizer else []
-    problems += _policy_problems(config) if model is None else _model_problems(config, model)
+    if model is None:
+        problems += _policy_problems(config)
+        if fraction_hint(config.select_percent):  # with a model the lottery warns
+            logger.warning(
+                "%s.select_percent=%g.%s", SECTION, config.select_percent, fraction_hint(config.select_percent)
+            )
+    else:
+        problems += _model_problems(config, model)
     return problems
+
+
+def _deepspeeds_problems(ds_config: Mapping[str, Any]) -> list[str]:
+    """Return what DeepSpeed itself will stop at, by its own parser."""
+    problems = compat.zero_section_problems(zero_section(ds_config))
+    try:
+        alone = for_one_rank({key: value for key, value in ds_config.items() if key != SECTION})
+    except ConfigError as error:
+        return [*problems, str(error)]
+    if problems:  # told already, setting by setting; the rest is parsed without them
+        alone = without_zero(alone)
+    return problems + compat.ds_config_problems(alone)
 
 
 def _policy_problems(config: SelectionConfig) -> list[str]:
