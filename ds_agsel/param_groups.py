@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ds_agsel.blocks import numel
-from ds_agsel.errors import ConfigError
+from ds_agsel.errors import ConfigError, TrainingError
 
 ParamGroup = dict[str, Any]
 
@@ -81,7 +81,17 @@ class HyperparameterLink:
         return {key: value for key, value in group.items() if key != "params"}
 
     def push(self, children: Iterable[ParamGroup]) -> None:
-        """Copy what has changed in the parents since the last call to their children."""
+        """Copy what has changed in the parents since the last call to their children.
+
+        Raises TrainingError where a group was added to the parents: its parameters are in no partition of ZeRO's.
+        """
+        children = list(children)
+        added = len(self._parents) - len(self._seen) or len(children) - len(self._parent_of)
+        if added:
+            raise TrainingError(
+                f"the optimizer has {added} param groups more than at ds_agsel.initialize. ZeRO can't take up a group "
+                "later: give the optimizer all param groups before, and keep one still with lr=0."
+            )
         changed: dict[int, dict[str, Any]] = {}
         for index, parent in enumerate(self._parents):
             now = self._hyperparameters(parent)

@@ -5,32 +5,46 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from ds_agsel.ds_config import DsConfig
 from ds_agsel.entry import frames
 
 logger = logging.getLogger("ds_agsel")
 
 
-def steps_per_epoch(ds_config: DsConfig) -> int | None:
-    """Return the optimizer steps in an epoch of the HF Trainer or Accelerator that is calling; None where nobody knows.
+def steps_per_epoch(accumulation: int) -> tuple[int, str] | None:
+    """Return the optimizer steps in an epoch of the HF Trainer or Accelerator that is calling, and who says so.
 
-    A Trainer's number is its own. An Accelerator's is that of the data loader that stands first in the running
-    ``prepare``, else of the only one prepared before; two of different lengths are ambiguous: None.
+    A Trainer's number is its own; where its data have no length, its ``max_steps`` is the length of epoch 1. An
+    Accelerator's is that of the data loader that stands first in the running ``prepare``, else of the only one prepared
+    before; two of different lengths are ambiguous. None where nobody knows.
+
+    Args:
+        accumulation: micro-batches in an optimizer step.
     """
-    accumulation = ds_config.accumulation_steps or 1
     for _, frame in frames.methods_of("transformers.trainer", "Trainer"):
         if "num_update_steps_per_epoch" in frame.f_locals:
-            return int(frame.f_locals["num_update_steps_per_epoch"])
+            return int(frame.f_locals["num_update_steps_per_epoch"]), "the Trainer"
         if "train_dataloader" in frame.f_locals:
-            return _steps(frame.f_locals["train_dataloader"], accumulation)
+            return _of_trainer(frame.f_locals, accumulation)
     for accelerator, frame in frames.methods_of("accelerate.accelerator", "Accelerator"):
         if frame.f_code.co_name == "_prepare_deepspeed":
-            return _steps(_training_loader(accelerator, frame.f_locals.get("args", ())), accumulation)
+            steps = _steps(_training_loader(accelerator, frame.f_locals.get("args", ())), accumulation)
+            return None if steps is None else (steps, "the Accelerator's data loader")
+    return None
+
+
+def _of_trainer(variables: Mapping[str, Any], accumulation: int) -> tuple[int, str] | None:
+    steps = _steps(variables["train_dataloader"], accumulation)
+    if steps is not None:
+        return steps, "the Trainer's data loader"
+    limit = variables.get("max_steps")
+    if isinstance(limit, int) and limit > 0:
+        return limit, "the Trainer's max_steps, as its data have no length"
     return None
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import deepspeed
 
-from ds_agsel.config import SelectionConfig, find_section, parse_section
+from ds_agsel.config import SECTION, SelectionConfig, find_section, parse_section
 from ds_agsel.ds_config import DsConfig
-from ds_agsel.entry import agreement, callers, children, epochs, process_group, stock
+from ds_agsel.entry import agreement, announce, callers, children, epochs, process_group, stock
 from ds_agsel.entry.arguments import for_deepspeed, read_config
 from ds_agsel.entry.preparation import Preparation, prepare, user_optimizer
 from ds_agsel.errors import ConfigError
@@ -53,10 +53,12 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             raise
         if ds_config is None or config is None or not config.enabled:
             agreement.post_plain(number)
+            why = "is disabled" if config is not None else "is missing"
+            announce.announce(f"the section {SECTION} of the ds_config {why}: DeepSpeed trains all blocks, as it is.")
             return deepspeed.initialize(*args, **kwargs)
         has_optimizer = call.arguments.get("optimizer") is not None or DsConfig.of(ds_config).has_optimizer
         if not has_optimizer or callers.only_evaluates():
-            logger.warning("adagrad_select: this engine only evaluates, so it is left to DeepSpeed.")
+            announce.announce("this engine has no optimizer or only evaluates, so it is left to DeepSpeed.")
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
         return _initialize_selective(number, call.arguments, ds_config, config)
@@ -66,13 +68,14 @@ def _initialize_selective(
     number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
 ) -> tuple[Any, Any, Any, Any]:
     process_group.start(arguments)
+    read = DsConfig.of(ds_config)
     try:
-        prepared = _prepare(arguments, DsConfig.of(ds_config), config)
+        prepared, epoch = _prepare(arguments, read, config)
     except ConfigError as error:
         _tell_other_ranks(number, arguments, error)
         raise
     agreement.require(number, _shared_parts(prepared, arguments["model"], ds_config))
-    choice = _step_device(DsConfig.of(ds_config), prepared)
+    choice = _step_device(read, prepared)
     changed = for_deepspeed(arguments, ds_config, prepared, choice)
     visits = choice is StepDevice.VISIT
 
@@ -85,20 +88,25 @@ def _initialize_selective(
     compat.swap_class(engine, SelectiveEngine)
     engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
+    announce.announce(announce.selection(prepared, read, choice, epoch))
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)
         logger.warning("ds_agsel was tested with deepspeed %s, not yet with %s.", known, deepspeed.__version__)
     return engine, engine.optimizer, dataloader, scheduler
 
 
-def _prepare(arguments: Mapping[str, Any], ds_config: DsConfig, config: SelectionConfig) -> Preparation:
+def _prepare(
+    arguments: Mapping[str, Any], ds_config: DsConfig, config: SelectionConfig
+) -> tuple[Preparation, epochs.EpochLength | None]:
     model = arguments["model"]
     refuse_unsupported(ds_config, model, arguments.get("mpu"), config)
     callers.warn_of_unseen_ranks()
     callers.warn_of_replaced_optimizer(arguments.get("optimizer"))
     optimizer = user_optimizer(arguments, ds_config)
-    steps = epochs.steps_per_epoch(config, ds_config, arguments.get("training_data"))
-    return prepare(model, config, optimizer, arguments.get("model_parameters"), steps)
+    epoch = epochs.known_length(config, ds_config, arguments.get("training_data"))
+    steps = None if epoch is None else epoch.steps
+    finder = epochs.EpochFinder(ds_config)
+    return prepare(model, config, optimizer, arguments.get("model_parameters"), steps, finder), epoch
 
 
 def _shared_parts(prepared: Preparation, model: Any, ds_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,14 @@ def prepare(
     optimizer: torch.optim.Optimizer | None,
     model_parameters: Any,
     steps_per_epoch: int | None,
+    find_steps_per_epoch: Callable[[], int] | None = None,
 ) -> Preparation:
     """Return what the run of ``model`` under ``config`` is made of.
 
     Args:
         optimizer: the caller's, or None where the ds_config names one, made over ``model_parameters``.
         model_parameters: None for all, parameters, or param groups.
+        find_steps_per_epoch: asked after the first step where ``steps_per_epoch`` is None.
 
     Raises ConfigError (ConfigErrors where there are several) for what can't work. Not collective.
     """
@@ -70,12 +72,16 @@ def prepare(
     if not split.groups:
         raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
     lottery = build_lottery(blocks, config, optimized=frozenset(split.blocks))
-    policy = _policy(blocks, lottery, config, steps_per_epoch)
+    policy = _policy(blocks, lottery, config, steps_per_epoch, find_steps_per_epoch)
     return Preparation(config, blocks, named, optimizer, groups, split, lottery, policy, steps_per_epoch)
 
 
 def _policy(
-    blocks: tuple[Block, ...], lottery: Lottery, config: SelectionConfig, steps_per_epoch: int | None
+    blocks: tuple[Block, ...],
+    lottery: Lottery,
+    config: SelectionConfig,
+    steps_per_epoch: int | None,
+    find_steps_per_epoch: Callable[[], int] | None,
 ) -> policies.Policy:
     return policies.create(
         policies.PolicyContext(
@@ -85,6 +91,7 @@ def _policy(
             block_names=tuple(blocks[index].name for index in lottery.drawn),
             steps_per_epoch=steps_per_epoch,
             block_indices=lottery.drawn,
+            find_steps_per_epoch=find_steps_per_epoch,
         )
     )
 

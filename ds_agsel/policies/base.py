@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +29,8 @@ class PolicyContext:
         block_names: (num_blocks,), for messages and for policies that are told names.
         steps_per_epoch: optimizer steps in epoch 1; None where it is not known.
         block_indices: (num_blocks,), what the model and selection.jsonl number them; None: 0 … B-1 too.
+        find_steps_per_epoch: gives ``steps_per_epoch`` once the first step has been applied, equal on all ranks. To be
+            called by `Policy.plan` alone, which all ranks call together; None: nobody can find it.
     """
 
     config: SelectionConfig
@@ -37,6 +39,7 @@ class PolicyContext:
     block_names: tuple[str, ...]
     steps_per_epoch: int | None
     block_indices: tuple[int, ...] | None = None
+    find_steps_per_epoch: Callable[[], int] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_selected <= self.num_blocks or len(self.block_names) != self.num_blocks:

@@ -1,0 +1,73 @@
+"""One line at `initialize`, on rank 0, whatever the logging level: what will be trained, or why nothing is selected."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from ds_agsel.ds_config import DsConfig
+from ds_agsel.entry.epochs import EpochLength
+from ds_agsel.entry.preparation import Preparation
+from ds_agsel.zero.step_device import StepDevice
+
+logger = logging.getLogger("ds_agsel")
+
+
+def announce(text: str) -> None:
+    """Tell ``text`` on rank 0: to the log where it shows INFO, else to stderr. A closed pipe is no error."""
+    ranked = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if ranked else int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        return
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info("adagrad_select: %s", text)
+        return
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a closed file
+        print(f"adagrad_select: {text}", file=sys.stderr, flush=True)
+
+
+def selection(prepared: Preparation, ds_config: DsConfig, choice: StepDevice, epoch: EpochLength | None) -> str:
+    """Return what a run will do: blocks a step, steps that may explore, where the optimizer states are."""
+    lottery, config = prepared.lottery, prepared.config
+    outside = [
+        f"{len(blocks)} {when}" for blocks, when in ((lottery.always, "always"), (lottery.never, "never")) if blocks
+    ]
+    parts = [
+        f"policy {config.policy} updates {prepared.max_selected} of {len(prepared.blocks)} blocks at each step"
+        f"{' (' + ', '.join(outside) + ')' if outside else ''}",
+        *_exploring(prepared, epoch),
+        _states(ds_config, choice),
+    ]
+    return f"{'; '.join(parts)}."
+
+
+def _exploring(prepared: Preparation, epoch: EpochLength | None) -> Iterator[str]:
+    if not prepared.policy.needs_steps_per_epoch:
+        return
+    rate = prepared.config.explore_rate
+    if rate == 0:
+        yield "no step explores"
+    elif epoch is None:
+        yield (
+            f"steps explore with a probability that starts at {rate:g} and falls until epoch 1 ends, whose length is "
+            "looked up after the first step"
+        )
+    else:
+        yield (
+            f"steps explore with a probability that starts at {rate:g} and falls until epoch 1 ends, after "
+            f"{epoch.steps} steps (from {epoch.source})"
+        )
+
+
+def _states(ds_config: DsConfig, choice: StepDevice) -> str:
+    if choice is StepDevice.VISIT:
+        return "optimizer states are in host memory, and visit the accelerator where their blocks are updated"
+    if choice is StepDevice.STAY:
+        return "optimizer states are in host memory, where the model is"
+    place = "on NVMe" if ds_config.offload_optimizer.device == "nvme" else "in host memory"
+    return f"optimizer states are {place}, and AdamW runs on the host"
