@@ -33,20 +33,11 @@ with imports_of_deepspeed():
         param_group_of,
         replace_masters,
         set_master,
-from ds_agsel.zero.compat.settings import ds_config_problems, zero_section_problems
+    )
+    from ds_agsel.zero.compat.settings import ds_config_problems, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
     from ds_agsel.zero.compat.weights import is_gathered, read_weights, write_weights
-from ds_agsel.zero.compat.adam import adam_step, cpu_adam_op, has_fused_adam, new_adam_state, new_cpu_adam_id
-from ds_agsel.zero.compat.engine import loads_through, mark_compiled, swap_class, whole_state_dict, writes_through
-from ds_agsel.zero.compat.gradients import gradient_partitions, is_coalescing, is_in_bucket, norm_dtype, reduce_buckets
-from ds_agsel.zero.compat.guard import require_known_deepspeed
-from ds_agsel.zero.compat.linking import link_adam_state, link_reordered_params, place_in_partition
-from ds_agsel.zero.compat.partitions import masters, masters_made_on_host, param_group_of, replace_masters, set_master
-from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
-from ds_agsel.zero.compat.versions import KNOWN_VERSIONS, deepspeed_version, is_known
-from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
-from ds_agsel.zero.compat.weights import is_gathered, read_weights, write_weights
 
 __all__ = [
     "KNOWN_VERSIONS",
