@@ -1,0 +1,150 @@
+"""Details of the controller that no other fast test noticed when a mutation run changed them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ds_agsel import policies
+from ds_agsel.blocks import Block
+from ds_agsel.config import SelectionConfig
+from ds_agsel.errors import CheckpointError
+from ds_agsel.lottery import Lottery
+from ds_agsel.policies import Policy, PolicyContext, registry
+from ds_agsel.selection import Selection
+
+NUM_BLOCKS = 5
+
+
+def make(lottery: Lottery | None = None, **section: Any) -> Selection:
+    parameters = {f"block{i}.weight": nn.Parameter(torch.ones(1)) for i in range(NUM_BLOCKS)}
+    blocks = tuple(Block(i, f"block{i}", (f"block{i}.weight",), 1) for i in range(NUM_BLOCKS))
+    lottery = lottery or Lottery(tuple(range(NUM_BLOCKS)))
+    config = SelectionConfig(steps_per_epoch=10, **section)
+    names = tuple(blocks[index].name for index in lottery.drawn)
+    context = PolicyContext(config, len(names), policies.num_selected(config.select_percent, len(names)), names, 10)
+    return Selection(blocks, policies.create(context), lottery, config, parameters)
+
+
+def step(selection: Selection, scores: Sequence[float] = (1.0, 5.0, 2.0, 4.0, 3.0)) -> None:
+    selection.open_window()
+    if selection.plan.blocks is None:
+        selection.choose(scores)
+    selection.commit()
+
+
+class Told(Policy):
+    """Explores at every step and keeps what it was told, which is its state."""
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.told: list[Any] = []
+
+    def plan(self, step: int, update_counts: Sequence[int]) -> None:
+        return None
+
+    def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
+        self.told.append([step, list(scores)])
+        return (1,)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"told": self.told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.told = list(state["told"])
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    policies.register("told", Told)
+    yield
+
+
+def test_counts_add_up_over_steps() -> None:
+    selection = make(policy="random", select_percent=40)
+    for _ in range(30):
+        step(selection)
+    counted = Counter(block for record in selection.history for block in record.blocks)
+    assert selection.update_counts == tuple(counted[block] for block in range(NUM_BLOCKS))
+    assert sum(selection.update_counts) == 60
+
+
+@pytest.mark.usefixtures("told")
+def test_a_policy_is_told_the_step_and_the_scores_of_its_blocks() -> None:
+    selection = make(Lottery((1, 3, 4), always=(0,)), policy="told")
+    step(selection)
+    step(selection, (9.0, 8.0, 7.0, 6.0, 5.0))
+    assert selection.policy.told == [[0, [5.0, 4.0, 3.0]], [1, [8.0, 6.0, 5.0]]]
+    assert selection.history[-1].blocks == (0, 3), "1 is the second of those that it chooses from"
+
+
+@pytest.mark.usefixtures("told")
+def test_a_resume_gives_a_policy_its_state_back() -> None:
+    selection = make(policy="told")
+    step(selection)
+    resumed = make(policy="told")
+    resumed.load_state_dict(json.loads(json.dumps(selection.state_dict())))
+    assert resumed.policy.told == selection.policy.told
+    assert (resumed.plan, resumed.update_counts) == (selection.plan, selection.update_counts)
+
+
+def test_a_resume_takes_the_saved_plan_and_draws_none() -> None:
+    selection = make(policy="random", select_percent=40)
+    step(selection)
+    state = json.loads(json.dumps(selection.state_dict()))
+    drawn = selection.plan.blocks
+    other = next([a, b] for a in range(NUM_BLOCKS) for b in range(a + 1, NUM_BLOCKS) if (a, b) != drawn)
+    assert tuple(state["plan"]["blocks"]) == drawn
+    state["plan"]["blocks"] = other
+    resumed = make(policy="random", select_percent=40)
+    resumed.load_state_dict(state)
+    assert resumed.plan.blocks == resumed.selected_blocks == resumed.planned_blocks == tuple(other)
+
+
+def test_a_resume_of_an_explore_step_chooses_again() -> None:
+    selection = make(policy="gradient_topk", select_percent=40)
+    step(selection)
+    resumed = make(policy="gradient_topk", select_percent=40)
+    resumed.load_state_dict(json.loads(json.dumps(selection.state_dict())))
+    assert resumed.plan == selection.plan and resumed.plan.blocks is None and not resumed.has_chosen
+    step(resumed, (5.0, 4.0, 3.0, 2.0, 1.0))
+    assert resumed.update_counts == (1, 2, 0, 1, 0)
+
+
+def test_a_policy_that_has_run_out_is_saved_and_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "selection.jsonl"
+    path.write_text('{"step": 0, "blocks": [2]}\n')
+    selection = make(policy="replay", replay_file=str(path))
+    step(selection)
+    state = json.loads(json.dumps(selection.state_dict()))
+    assert state["plan"] is None
+    path.write_text('{"step": 0, "blocks": [2]}\n{"step": 1, "blocks": [4]}\n')
+    resumed = make(policy="replay", replay_file=str(path))
+    resumed.load_state_dict(state)
+    assert resumed.plan.blocks == (4,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(version=0), r"version=0; .*, or load the weights alone: load_module_only=True\.$"),
+        (
+            lambda state: state["blocks"].pop(),
+            r"saved with 4 blocks that are not this run's 5\. Use the model and the adagrad_select\.blocks it was "
+            r"saved with, or load the weights alone: load_module_only=True\.$",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_with_the_remedy(change: Any, message: str) -> None:
+    state = make().state_dict()
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        make().check_compatible(state, "it")
