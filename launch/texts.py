@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 MIB, GIB = 2**20, 2**30
 NONE = "–"  # a cell for which there is no number
@@ -13,18 +13,19 @@ def number_text(value: float | None, digits: int, none: str = NONE) -> str:
     return none if value is None else f"{value:.{digits}f}"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table. Cells are Markdown: escape ``|`` in free text with `markdown_cell`."""
-    return [_markdown_row(head), "|---" * len(head) + "|", *map(_markdown_row, rows)]
+def markdown_head(columns: Sequence[str]) -> list[str]:
+    """Return the two lines that open a Markdown table."""
+    return [markdown_row(columns), "|---" * len(columns) + "|"]
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table. Cells are Markdown: free text goes through `markdown_cell`."""
+    return f"| {' | '.join(cells)} |"
 
 
 def markdown_cell(text: str) -> str:
     """Return free text as the cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

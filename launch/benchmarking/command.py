@@ -133,14 +133,14 @@ def row_processes() -> Iterator[dict[str, RowProcess]]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Samples by row and round, and the numel of each block."""
 
     samples: dict[str, dict[int, dict[str, Any]]]
     block_numels: list[int]
 
 
-def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> Measured:
+def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> Measurement:
     """``steps`` rounds of each group of ``rows``."""
     if workload.stage == 3 or workload.offload != "none":
         rows = [row for row in rows if row != VISIT]
@@ -170,7 +170,7 @@ def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> 
                 kind = "warm-up" if number < first_round else f"round {number - first_round + 1}/{steps}"
                 _say(f"{workload.mode}: {kind}: {seconds}")
             first_round += steps + WARMUP_STEPS
-        return Measured(samples, **processes[PLAIN].about)
+        return Measurement(samples, **processes[PLAIN].about)
 
 
 def _round(processes: Mapping[str, RowProcess], names: Sequence[str], number: int) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from ..texts import MIB, aligned
 from .processes import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, VISIT, Workload, exploit_row, explore_row
 
 PHASES = ("forward", "backward", "optimizer")
@@ -235,23 +236,15 @@ def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
             )
         )
     title = f"\n{mode}: seconds; MiB; D2H, H2D and elements stepped per step"
-    return "\n".join([title, *_aligned(lines)])
+    return "\n".join([title, *aligned(lines)])
 
 
 def bar_table(mode: str, judged: Sequence[Bar]) -> str:
     """The bars for a terminal."""
     lines = [("bar", "limit", "measured", "")]
     lines += [(bar.name, f"{bar.limit:.2f}", f"{bar.value:.3f}", "pass" if bar.met else "MISS") for bar in judged]
-    return "\n".join([f"\nbars, {mode}", *_aligned(lines)])
+    return "\n".join([f"\nbars, {mode}", *aligned(lines)])
 
 
 def _mib(count: float) -> str:
-    return f"{count / 2**20:.0f}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-        for line in lines
-    ]
+    return f"{count / MIB:.0f}"

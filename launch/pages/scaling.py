@@ -23,7 +23,8 @@ from ds_agsel.estimate.table import Estimate, as_text, estimate
 from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
 from ds_agsel.lottery import build_lottery
 
-GIB = 2**30
+from ..texts import GIB, markdown_head, markdown_row
+
 ROOT = Path(__file__).parents[2]
 MODELS = (
     "qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini", "llama-2-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b",
@@ -222,15 +223,14 @@ def _nvme_section() -> Iterator[str]:
         "",
         f"GiB read and written per step and rank, and the seconds at {NVME_BYTES_PER_SECOND / 1e9:.0f} GB/s per rank.",
         "",
-        "| model | " + " | ".join(["full", *(f"{percent} %" for percent in PERCENTAGES)]) + " |",
-        "|---" * (len(PERCENTAGES) + 2) + "|",
+        *markdown_head(["model", "full", *(f"{percent} %" for percent in PERCENTAGES)]),
     ]
     for name in MODELS:
         cells = []
         for way in _in_order(ways(name, 3, ranks, "nvme")):
             traffic = way.traffic
             cells.append(f"{_gib(traffic.nvme_read, traffic.nvme_write)}: {way.link_seconds()['NVMe']:.2f} s")
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        yield markdown_row([name, *cells])
     yield ""
 
 
@@ -282,11 +282,11 @@ def _in_order(found: dict[float | None, Way]) -> list[Way]:
 
 
 def _head(title: str, columns: Sequence[str]) -> list[str]:
-    return [f"| {title} | ranks | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    return markdown_head([title, "ranks", *columns])
 
 
 def _line(name: str, ranks: int, cells: Sequence[str]) -> str:
-    return f"| {name} | {ranks} | " + " | ".join(cells) + " |"
+    return markdown_row([name, str(ranks), *cells])
 
 
 def _gib(*amounts: int) -> str:

@@ -32,7 +32,7 @@ from ds_agsel.files import write_atomically
 
 from . import figures, results, running, tables
 from . import plan as plans
-from .plan import Cell, Plan
+from .plan import Cell, SweepPlan
 from .running import ROOT, Stopped, Sweep
 
 CONFIGS = ROOT / "configs" / "paper"
@@ -70,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _with_models(plan: Plan, named: Sequence[str]) -> Plan:
+def _with_models(plan: SweepPlan, named: Sequence[str]) -> SweepPlan:
     models = dict(plan.models)
     for word in named:
         name, _, path = word.partition("=")
@@ -81,7 +81,7 @@ def _with_models(plan: Plan, named: Sequence[str]) -> Plan:
     return plan.model_copy(update={"models": models})
 
 
-def _show_cost(plan: Plan, wanted: argparse.Namespace) -> int:
+def _show_cost(plan: SweepPlan, wanted: argparse.Namespace) -> int:
     from . import cost
 
     text = cost.page(plan, f"python launch/reproduce.py {_which(wanted)}")
@@ -96,7 +96,7 @@ def _which(wanted: argparse.Namespace) -> str:
     return f"--scale {wanted.scale}" if wanted.scale else f"--file {shlex.quote(str(wanted.file))}"
 
 
-def _sweep(plan: Plan, wanted: argparse.Namespace) -> int:
+def _sweep(plan: SweepPlan, wanted: argparse.Namespace) -> int:
     output = wanted.output or ROOT / "runs" / "reproduce" / plan.name
     sweep = Sweep(plan, output.resolve(), _say, retry=wanted.retry)
     cells = [*plans.search_cells(plan), *plans.final_cells(plan)]
@@ -131,7 +131,7 @@ def _is_as_known(sweep: Sweep, cell: Cell) -> bool:
     return known is not None and known in outcome.message
 
 
-def _announcement(plan: Plan, cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
+def _announcement(plan: SweepPlan, cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
     seconds = plans.expected_seconds(plan, todo)
     about = "" if seconds is None else f", about {seconds / 60:.0f} minutes on the machine that it is meant for"
     return f"{plan.name}: {len(todo)} of {len(cells)} cells to run{about}"

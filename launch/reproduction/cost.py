@@ -25,7 +25,7 @@ from ds_agsel.estimate.timeline import simulate
 from ds_agsel.policies import num_selected
 
 from . import plan as plans
-from .plan import Cell, Cost, Method, Plan, Variation
+from .plan import Cell, Cost, MethodEntry, SweepPlan, Variation
 from .running import ROOT
 
 _ADAM_BYTES = 28  # that AdamW reads and writes for each element
@@ -67,7 +67,7 @@ class _Work:
         return 2 * self.tokens * self.shape.numel / self.card.flops
 
 
-def prices(plan: Plan, cells: Sequence[Cell]) -> list[Price]:
+def prices(plan: SweepPlan, cells: Sequence[Cell]) -> list[Price]:
     """One for each model and method among ``cells``. Raises ConfigError where the plan has no ``cost``."""
     if plan.cost is None:
         raise ConfigError(f"{plan.name} has no section cost. Add one, as configs/paper/full.yaml has.")
@@ -88,7 +88,7 @@ def prices(plan: Plan, cells: Sequence[Cell]) -> list[Price]:
     return found
 
 
-def _work(plan: Plan, cost: Cost, model: str, method: str) -> _Work:
+def _work(plan: SweepPlan, cost: Cost, model: str, method: str) -> _Work:
     wanted, chosen = plan.models[model], plan.methods[method]
     variation = wanted.methods.get(method, Variation())
     options = {**plan.options, **wanted.options, **chosen.options, **variation.options}
@@ -107,11 +107,11 @@ def _work(plan: Plan, cost: Cost, model: str, method: str) -> _Work:
 # -- time
 
 
-def _rank(method: Method) -> int:
+def _rank(method: MethodEntry) -> int:
     return int(method.method_options["rank"] or 0)
 
 
-def _step_seconds(cost: Cost, work: _Work, method: Method) -> float | None:
+def _step_seconds(cost: Cost, work: _Work, method: MethodEntry) -> float | None:
     again = work.forward_seconds if work.checkpointed else 0.0
     if method.method == "full":
         return _full_seconds(work) + again
@@ -149,7 +149,7 @@ def _percent(work: _Work) -> float:
     return float(work.options.get("select-percent") or work.config["adagrad_select"]["select_percent"])
 
 
-def _explore_share(cost: Cost, method: Method) -> float:
+def _explore_share(cost: Cost, method: MethodEntry) -> float:
     """Of all steps. ε falls to 1 % by the end of epoch 1 and is 0 after it."""
     policy = method.options.get("policy", "adagrad_select")
     if policy == "adagrad_select":
@@ -158,7 +158,7 @@ def _explore_share(cost: Cost, method: Method) -> float:
     return 1.0 if policy == "gradient_topk" else 0.0
 
 
-def _by_measured_ratio(cost: Cost, work: _Work, method: Method) -> float | None:
+def _by_measured_ratio(cost: Cost, work: _Work, method: MethodEntry) -> float | None:
     ratios = cost.measured_step_ratios.get(f"{_percent(work):g}") if method.method == "adagrad_select" else None
     if ratios is None or not {_EXPLORES, _EXPLOITS} <= set(ratios):
         return None
@@ -171,7 +171,7 @@ def _by_measured_ratio(cost: Cost, work: _Work, method: Method) -> float | None:
 # -- memory
 
 
-def _accelerator_bytes(work: _Work, method: Method) -> int | None:
+def _accelerator_bytes(work: _Work, method: MethodEntry) -> int | None:
     section = work.config.get("adagrad_select") or {}
     result = _estimate(work, section)
     if method.method == "full":
@@ -190,7 +190,7 @@ def _estimate(work: _Work, section: dict[str, Any]) -> Estimate:
     return estimate(work.shape, work.setup, SelectionConfig(**section), [_percent(work)])
 
 
-def _is_ours(row: Row, work: _Work, section: dict[str, Any], method: Method) -> bool:
+def _is_ours(row: Row, work: _Work, section: dict[str, Any], method: MethodEntry) -> bool:
     stepping = "host" if work.setup.offload_optimizer != "none" else section.get("step_device") or "resident"
     phases = {"gradient_topk": {_EXPLORES}, "adagrad_select": {_EXPLORES, _EXPLOITS}}
     policy = str(method.options.get("policy", "adagrad_select"))
@@ -225,12 +225,12 @@ _WHAT = (
 )
 
 
-def page(plan: Plan, command: str) -> str:
+def page(plan: SweepPlan, command: str) -> str:
     """docs/reproduction.md: the exact command, and what it is expected to take."""
     return "\n".join(_page(plan, command))
 
 
-def _page(plan: Plan, command: str) -> Iterator[str]:
+def _page(plan: SweepPlan, command: str) -> Iterator[str]:
     cost = plan.cost
     found = prices(plan, plans.final_cells(plan))
     search = prices(plan, plans.search_cells(plan))

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from . import results
-from .plan import Plan
-from .results import Measured, Point
+from .plan import SweepPlan
+from .results import CellResult, Point
 
 _CURVES: dict[str, tuple[str, Callable[[Point], float | None]]] = {
     "loss_by_step": ("step", lambda point: point.step),
@@ -24,7 +24,7 @@ _CURVES: dict[str, tuple[str, Callable[[Point], float | None]]] = {
 _SWEPT = {"adagrad_select": "AdaGradSelect", "gradient_topk": "gradient_topk"}  # policies drawn by their percent
 
 
-def draw_all(plan: Plan, cells: Sequence[Measured], folder: Path) -> list[Path]:
+def draw_all(plan: SweepPlan, cells: Sequence[CellResult], folder: Path) -> list[Path]:
     """Write every figure that there is something for, one a model and kind; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -41,7 +41,7 @@ def draw_all(plan: Plan, cells: Sequence[Measured], folder: Path) -> list[Path]:
     return written
 
 
-def _curves(plan: Plan, cells: Sequence[Measured], label: str, along: Callable[[Point], float | None]) -> Figure:
+def _curves(plan: SweepPlan, cells: Sequence[CellResult], label: str, along: Callable[[Point], float | None]) -> Figure:
     """Held-out loss, a line a seed, a colour a method."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -56,7 +56,7 @@ def _curves(plan: Plan, cells: Sequence[Measured], label: str, along: Callable[[
     return figure
 
 
-def _percents(plan: Plan, model: str, cells: Sequence[Measured]) -> Figure:
+def _percents(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Figure:
     """Loss after equal steps, and accuracy with its intervals, by the percent of blocks that a step updates."""
     losses = results.losses_at_equal_steps(cells)
     datasets = list(dict.fromkeys(name for m in cells for name in m.accuracy))
@@ -87,7 +87,7 @@ def _errors(axes: Axes, label: str, points: Mapping[float, tuple[float, float, f
         axes.errorbar(x, middle, yerr=(below, above), marker="o", capsize=3, label=label)
 
 
-def _by_percent(plan: Plan, policy: str) -> dict[float, str]:
+def _by_percent(plan: SweepPlan, policy: str) -> dict[float, str]:
     found = {}
     for name, method in plan.methods.items():
         if method.options.get("policy") == policy and (percent := method.options.get("select-percent")) is not None:
@@ -95,7 +95,7 @@ def _by_percent(plan: Plan, policy: str) -> dict[float, str]:
     return dict(sorted(found.items()))
 
 
-def _time_and_memory(plan: Plan, cells: Sequence[Measured]) -> Figure:
+def _time_and_memory(plan: SweepPlan, cells: Sequence[CellResult]) -> Figure:
     """Median step seconds with the 90th percentile, and peak memory, a bar a method."""
     figure = Figure(figsize=(10, 1 + 0.3 * len(plan.methods)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -114,7 +114,7 @@ def _time_and_memory(plan: Plan, cells: Sequence[Measured]) -> Figure:
     return figure
 
 
-def _styles(plan: Plan, cells: Sequence[Measured]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _styles(plan: SweepPlan, cells: Sequence[CellResult]) -> Iterator[tuple[str, dict[str, Any]]]:
     present = [method for method in plan.methods if any(m.method == method for m in cells)]
     colors = [matplotlib.colormaps["tab10"](number) for number in range(10)]
     for number, method in enumerate(present):

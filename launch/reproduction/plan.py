@@ -39,7 +39,7 @@ class Model(_Strict):
     methods: dict[str, Variation] = {}
 
 
-class Method(_Strict):
+class MethodEntry(_Strict):
     """``method`` and ``method_options`` are launch/peers.py's. ``seeds``: null for all of the plan's. ``fails``: a part
     of the message with which it is known to fail."""
 
@@ -98,7 +98,7 @@ class Cost(_Strict):
     measured_step_ratios: dict[str, dict[str, float]] = {}
 
 
-class Plan(_Strict):
+class SweepPlan(_Strict):
     """All runs of a scale. ``options`` go to every run; a model's, a method's, then a variation's override them."""
 
     name: str
@@ -109,7 +109,7 @@ class Plan(_Strict):
     seeds: tuple[int, ...] = Field(min_length=1)
     models: dict[str, Model] = Field(min_length=1)
     families: dict[str, Family]
-    methods: dict[str, Method] = Field(min_length=1)
+    methods: dict[str, MethodEntry] = Field(min_length=1)
     reference: str
     search: Search | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -119,7 +119,7 @@ class Plan(_Strict):
     cost: Cost | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Plan:
+    def _fits_together(self) -> SweepPlan:
         for name in (*self.models, *self.methods, *self.families, self.name):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name: it becomes a folder's. Use letters, digits and ._-")
@@ -183,7 +183,7 @@ class Cell:
         return f"{self.kind}/{self.model}/{self.family if self.kind == 'search' else self.method}/{last}"
 
 
-def read(path: Path) -> Plan:
+def read(path: Path) -> SweepPlan:
     """The plan in the YAML file ``path``. Raises ConfigError, which names the setting."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -194,7 +194,7 @@ def read(path: Path) -> Plan:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no settings. See configs/paper/tiny.yaml.")
     try:
-        return Plan(**found)
+        return SweepPlan(**found)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_message(error)}") from None
 
@@ -206,7 +206,7 @@ def _first_message(error: ValidationError) -> str:
     return f"{where}={first['input']!r}: {text}. Correct it." if where else text
 
 
-def search_cells(plan: Plan) -> list[Cell]:
+def search_cells(plan: SweepPlan) -> list[Cell]:
     """The short runs of every model and family that has more than one learning rate."""
     if plan.search is None:
         return []
@@ -219,7 +219,7 @@ def search_cells(plan: Plan) -> list[Cell]:
     ]
 
 
-def final_cells(plan: Plan) -> list[Cell]:
+def final_cells(plan: SweepPlan) -> list[Cell]:
     """The runs that the tables are made of, seed by seed, so that a sweep that is cut short has each method."""
     return [
         Cell("final", model, name, method.family, seed, plan.steps, None)
@@ -230,7 +230,7 @@ def final_cells(plan: Plan) -> list[Cell]:
     ]
 
 
-def search_method(plan: Plan, family: str) -> str:
+def search_method(plan: SweepPlan, family: str) -> str:
     """The method whose short runs choose the family's learning rate."""
     return plan.families[family].search_with or next(n for n, m in plan.methods.items() if m.family == family)
 
@@ -241,7 +241,7 @@ def choose_lr(losses: Mapping[float, float | None]) -> float | None:
     return min(finished, key=lambda lr: (finished[lr], lr)) if finished else None
 
 
-def arguments(plan: Plan, cell: Cell, lr: float) -> list[str]:
+def arguments(plan: SweepPlan, cell: Cell, lr: float) -> list[str]:
     """What launch/peers.py is given for ``cell``, all but ``--output`` and how to treat what is there."""
     model, method = plan.models[cell.model], plan.methods[cell.method]
     variation = model.methods.get(cell.method, Variation())
@@ -271,7 +271,7 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def expected_seconds(plan: Plan, cells: Sequence[Cell]) -> float | None:
+def expected_seconds(plan: SweepPlan, cells: Sequence[Cell]) -> float | None:
     """About how long ``cells`` take one after the other, short runs ``search.jobs`` at a time."""
     if plan.expected is None:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..intervals import wilson_interval
 from . import plan as plans
-from .plan import Cell, Plan
+from .plan import Cell, SweepPlan
 from .running import EVALUATIONS, RUN, Sweep
 
 TEST = "the run's own test problems"
@@ -48,7 +48,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellResult:
     """A final cell. ``message`` says why it is not whole; what was not measured is None."""
 
     model: str
@@ -88,28 +88,28 @@ class Measured:
         return {**rest, "step_median_seconds": self.step_median, "step_p90_seconds": self.step_p90}
 
 
-def collect(sweep: Sweep) -> list[Measured]:
+def collect(sweep: Sweep) -> list[CellResult]:
     """Every final cell of the sweep's plan, in its order, also those that failed or were not run."""
     return [_measured(sweep, cell) for cell in plans.final_cells(sweep.plan)]
 
 
-def _measured(sweep: Sweep, cell: Cell) -> Measured:
+def _measured(sweep: Sweep, cell: Cell) -> CellResult:
     outcome = sweep.outcome(cell)
     name = (cell.model, cell.method, cell.seed)
     if outcome is None:
         lr, why = sweep.lr_of(cell)
-        return Measured(*name, lr=lr, message=why if lr is None else "not run yet")
+        return CellResult(*name, lr=lr, message=why if lr is None else "not run yet")
     folder = sweep.folder(cell)
     try:
         return read_cell(*name, folder=folder, lr=outcome.lr, message=outcome.message, seconds=outcome.seconds)
     except (OSError, ValueError, KeyError) as error:
         broken = f"its files can't be read: {type(error).__name__}: {error}"
-        return Measured(*name, lr=outcome.lr, message=outcome.message or broken)
+        return CellResult(*name, lr=outcome.lr, message=outcome.message or broken)
 
 
 def read_cell(
     model: str, method: str, seed: int, *, folder: Path, lr: float, message: str | None, seconds: float
-) -> Measured:
+) -> CellResult:
     """The cell in ``folder``. Raises OSError, ValueError or KeyError where a whole cell's files are damaged."""
     run = folder / RUN
     metrics = run / "metrics.jsonl"
@@ -117,7 +117,7 @@ def read_cell(
     train = [record for record in records if record["event"] == "train"]
     summary = json.loads((run / "summary.json").read_text()) if message is None else {}
     memory = summary.get("peak_memory_bytes") or {}
-    return Measured(
+    return CellResult(
         model=model,
         method=method,
         seed=seed,
@@ -190,13 +190,13 @@ def loss_at(points: Sequence[Point], processor_seconds: float) -> float | None:
     return known[-1][1]
 
 
-def shared_budget(cells: Iterable[Measured]) -> float | None:
+def shared_budget(cells: Iterable[CellResult]) -> float | None:
     """The processor time that "equal processor time" means: that of the quickest whole run without a fault."""
     spent = [m.processor_seconds for m in cells if m.is_whole and not m.faults and m.processor_seconds]
     return min(spent) if spent else None
 
 
-def losses_at_equal_time(cells: Sequence[Measured]) -> dict[tuple[str, str, int], float]:
+def losses_at_equal_time(cells: Sequence[CellResult]) -> dict[tuple[str, str, int], float]:
     """(model, method, seed) -> held-out loss at the processor time of the model's and seed's quickest run."""
     found = {}
     for model, seed in dict.fromkeys((m.model, m.seed) for m in cells):
@@ -209,7 +209,7 @@ def losses_at_equal_time(cells: Sequence[Measured]) -> dict[tuple[str, str, int]
     return found
 
 
-def losses_at_equal_steps(cells: Sequence[Measured]) -> dict[tuple[str, str, int], float]:
+def losses_at_equal_steps(cells: Sequence[CellResult]) -> dict[tuple[str, str, int], float]:
     """(model, method, seed) -> held-out loss after the last step, which is the same for all whole runs."""
     return {(m.model, m.method, m.seed): m.points[-1].loss for m in cells if m.is_whole and m.points}
 
@@ -243,7 +243,7 @@ def against(losses: Mapping[tuple[str, str, int], float], model: str, method: st
     return spread(apart)
 
 
-def mean_accuracy(cells: Iterable[Measured], model: str, method: str, dataset: str) -> Accuracy | None:
+def mean_accuracy(cells: Iterable[CellResult], model: str, method: str, dataset: str) -> Accuracy | None:
     """The mean over seeds, taken for one seed's number of problems: seeds may share them, so its interval is wide."""
     found = [m.accuracy[dataset] for m in cells if (m.model, m.method) == (model, method) and dataset in m.accuracy]
     if not found:
@@ -254,7 +254,7 @@ def mean_accuracy(cells: Iterable[Measured], model: str, method: str, dataset: s
 
 def chosen_rates(sweep: Sweep) -> list[tuple[str, str, dict[float, float | None], float | None]]:
     """(model, family, loss of each short run, the one chosen) for every search of the plan."""
-    plan: Plan = sweep.plan
+    plan: SweepPlan = sweep.plan
     pairs = dict.fromkeys((cell.model, cell.family) for cell in plans.search_cells(plan))
     found = []
     for model, family in pairs:

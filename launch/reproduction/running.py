@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ds_agsel.files import write_atomically
 
 from . import plan as plans
-from .plan import Cell, Evaluation, Plan
+from .plan import Cell, Evaluation, SweepPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER, EVALUATOR = "launch/peers.py", "launch/evaluate.py"
@@ -51,7 +51,7 @@ class Stopped(Exception):
 class Sweep:
     """The cells of a plan below one output folder."""
 
-    def __init__(self, plan: Plan, output: Path, say: Callable[[str], None], *, retry: bool = False) -> None:
+    def __init__(self, plan: SweepPlan, output: Path, say: Callable[[str], None], *, retry: bool = False) -> None:
         self.plan, self.output, self.retry = plan, output, retry
         self._say = say
         self._processes: set[subprocess.Popen[bytes]] = set()

@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..texts import MIB, NONE, markdown_cell, markdown_head, markdown_row, number_text
 from . import results
-from .plan import Plan
-from .results import Accuracy, Measured, Spread
+from .plan import SweepPlan
+from .results import Accuracy, CellResult, Spread
 
 Losses = Mapping[tuple[str, str, int], float]
 Rates = Sequence[tuple[str, str, Mapping[float, float | None], float | None]]
-NONE = "–"
 MEAN = "Mean over seeds ± half of the range; no ± where there is one seed."
 
 
-def page(plan: Plan, cells: Sequence[Measured], rates: Rates, published: Mapping[str, Any], machine: str) -> str:
+def page(plan: SweepPlan, cells: Sequence[CellResult], rates: Rates, published: Mapping[str, Any], machine: str) -> str:
     """All tables, by model."""
     lines = [f"# {plan.name}: results", "", *filter(None, [plan.about.strip(), ""]), machine, ""]
     for model in plan.models:
@@ -28,7 +28,7 @@ def page(plan: Plan, cells: Sequence[Measured], rates: Rates, published: Mapping
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _accuracy(plan: Plan, model: str, cells: Sequence[Measured], published: Mapping[str, Any]) -> Iterator[str]:
+def _accuracy(plan: SweepPlan, model: str, cells: Sequence[CellResult], published: Mapping[str, Any]) -> Iterator[str]:
     datasets = list(dict.fromkeys(name for m in cells for name in m.accuracy))
     if not datasets:
         return
@@ -40,17 +40,17 @@ def _accuracy(plan: Plan, model: str, cells: Sequence[Measured], published: Mapp
         "",
     ]
     columns = [column for name in datasets for column in (name, "paper")]
-    yield from _head(["method", *columns])
+    yield from markdown_head(["method", *columns])
     for method in plan.methods:
         row = [_name(plan, cells, method)]
         for name in datasets:
             said = ((published.get("accuracy") or {}).get(name) or {}).get(model) or {}
-            row += [_accuracy_text(results.mean_accuracy(cells, model, method, name)), _number(said.get(method), 1)]
-        yield _line(row)
+            row += [_accuracy_text(results.mean_accuracy(cells, model, method, name)), number_text(said.get(method), 1)]
+        yield markdown_row(row)
     yield ""
 
 
-def _losses(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
+def _losses(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Iterator[str]:
     steps, time = results.losses_at_equal_steps(cells), results.losses_at_equal_time(cells)
     reference = plan.label(plan.reference)
     budgets = [budget for seed in plan.seeds if (budget := results.shared_budget([m for m in cells if m.seed == seed]))]
@@ -66,20 +66,20 @@ def _losses(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
         "",
     ]
     head = ["method", "seeds", "equal steps", "equal processor time", "Δ equal steps", "Δ equal processor time"]
-    yield from _head(head)
+    yield from markdown_head(head)
     for method in plan.methods:
         found = [results.over_seeds(losses, model, method) for losses in (steps, time)]
         apart = [results.against(losses, model, method, plan.reference) for losses in (steps, time)]
         if method == plan.reference:
             apart = [None, None]
         seeds = str(found[0].count) if found[0] else "0"
-        yield _line([
+        yield markdown_row([
             _name(plan, cells, method), seeds, *map(_spread_text, found), *(_spread_text(a, sign="+") for a in apart)
         ])  # fmt: skip
     yield ""
 
 
-def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
+def _costs(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Iterator[str]:
     yield from [
         "### Time and memory",
         "",
@@ -88,13 +88,13 @@ def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
         "model, in fp32, has a peak of its own.",
         "",
     ]
-    yield from _head([
+    yield from markdown_head([
         "method", "step median s", "step p90 s", "processor s / step", "optimizer state MiB",
         "master weights MiB", "gradients MiB", "peak memory MiB", "peak in steps MiB", "whole cell s",
     ])  # fmt: skip
     for method in plan.methods:
         own = [m for m in cells if m.method == method and m.is_whole]
-        yield _line([
+        yield markdown_row([
             _name(plan, cells, method),
             _median(own, lambda m: m.step_median, 2),
             _median(own, lambda m: m.step_p90, 2),
@@ -109,7 +109,7 @@ def _costs(plan: Plan, model: str, cells: Sequence[Measured]) -> Iterator[str]:
     yield ""
 
 
-def _troubles(plan: Plan, cells: Sequence[Measured]) -> Iterator[str]:
+def _troubles(plan: SweepPlan, cells: Sequence[CellResult]) -> Iterator[str]:
     """Cells that are not whole, and faults of those that are; like ones of several seeds once."""
     said: dict[tuple[str, str], list[int]] = {}
     for m in cells:
@@ -118,13 +118,13 @@ def _troubles(plan: Plan, cells: Sequence[Measured]) -> Iterator[str]:
     if not said:
         return
     yield from ["### Failed, or wrong", "", "† above: a fault was seen.", ""]
-    yield from _head(["method", "seeds", "what"])
+    yield from markdown_head(["method", "seeds", "what"])
     for (method, text), seeds in said.items():
-        yield _line([plan.label(method), ", ".join(map(str, seeds)), _cell(text)])
+        yield markdown_row([plan.label(method), ", ".join(map(str, seeds)), markdown_cell(text)])
     yield ""
 
 
-def _name(plan: Plan, cells: Sequence[Measured], method: str) -> str:
+def _name(plan: SweepPlan, cells: Sequence[CellResult], method: str) -> str:
     return plan.label(method) + (" †" if any(m.faults for m in cells if m.method == method) else "")
 
 
@@ -138,11 +138,11 @@ def _rates(rates: Rates) -> Iterator[str]:
         "beyond.",
         "",
     ]
-    yield from _head(["model", "family", "short runs", "taken", ""])
+    yield from markdown_head(["model", "family", "short runs", "taken", ""])
     for model, family, losses, chosen in rates:
         tried = ", ".join(f"{lr:g}: {'failed' if loss is None else f'{loss:.4f}'}" for lr, loss in losses.items())
         edge = "edge" if chosen is not None and len(losses) > 1 and chosen in (min(losses), max(losses)) else ""
-        yield _line([model, family, tried or NONE, f"{chosen:g}" if chosen is not None else NONE, edge])
+        yield markdown_row([model, family, tried or NONE, f"{chosen:g}" if chosen is not None else NONE, edge])
     yield ""
 
 
@@ -150,22 +150,6 @@ def _published(published: Mapping[str, Any]) -> Iterator[str]:
     yield from ["## What the paper says", "", f"{published['source']}:", ""]
     yield from (f"- {claim}" for claim in published["claims"])
     yield ""
-
-
-def _head(columns: Sequence[str]) -> list[str]:
-    return [_line(columns), "|---" * len(columns) + "|"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _number(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
 
 
 def _spread_text(value: Spread | None, sign: str = "") -> str:
@@ -181,10 +165,10 @@ def _accuracy_text(value: Accuracy | None) -> str:
     return f"{value.percent:.1f} [{low:.1f}, {high:.1f}] of {value.rows}"
 
 
-def _median(cells: Sequence[Measured], read: Callable[[Measured], float | None], digits: int) -> str:
+def _median(cells: Sequence[CellResult], read: Callable[[CellResult], float | None], digits: int) -> str:
     values = [value for m in cells if (value := read(m)) is not None]
-    return _number(statistics.median(values) if values else None, digits)
+    return number_text(statistics.median(values) if values else None, digits)
 
 
 def _mib(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
+    return None if count is None else count / MIB

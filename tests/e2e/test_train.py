@@ -316,6 +316,40 @@ def test_a_stop_signal_saves_and_leaves(tiny_model: Path, tmp_path: Path, ranks:
     assert not (output / "model").exists()
 
 
+def test_an_interrupt_whose_log_has_no_reader_any_more_still_saves(tiny_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C under ``2>&1 | tee log`` ends tee, too: the pipe is broken before the save."""
+    output = tmp_path / "run"
+    selections = output / "selection.jsonl"
+    words = command(tiny_model, output, "configs/zero2_offload.json", 1, {"--steps": "100000", "--test-rows": "0"})
+    reader, writer = os.pipe()
+    log = subprocess.Popen(["cat"], stdin=reader, stdout=subprocess.DEVNULL)
+    os.close(reader)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    os.close(writer)
+    try:
+        deadline = time.monotonic() + 150
+        while not (selections.is_file() and len(lines_of(selections)) >= 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        log.kill()
+        log.wait()
+        os.killpg(process.pid, signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while group_is_alive(process.pid):
+            process.poll()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        log.kill()
+        if group_is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    [checkpoint] = [path for path in (output / "checkpoints").iterdir() if path.is_dir()]
+    assert (checkpoint / "manifest.json").is_file()
+    assert int(checkpoint.name.removeprefix("step")) == len(lines_of(selections))
+
+
 def group_is_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)

@@ -22,7 +22,7 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.shapes import known_models
 from launch.methods import lora
 from launch.reproduction import command, cost, figures, plan, results, running, tables
-from launch.reproduction.results import Accuracy, Measured, Point
+from launch.reproduction.results import Accuracy, CellResult, Point
 from launch.reproduction.running import Sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
@@ -46,8 +46,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small(**changes: Any) -> plan.Plan:
-    return plan.Plan(**{**copy.deepcopy(SMALL), **changes})
+def small(**changes: Any) -> plan.SweepPlan:
+    return plan.SweepPlan(**{**copy.deepcopy(SMALL), **changes})
 
 
 # -- the plan
@@ -293,7 +293,7 @@ def test_the_same_seed_is_compared() -> None:
 
 
 def test_accuracy_over_seeds_has_one_seed_s_interval() -> None:
-    cells = [Measured("m", "full", seed, accuracy={"d": Accuracy(right, 100)}) for seed, right in ((1, 40), (2, 60))]
+    cells = [CellResult("m", "full", seed, accuracy={"d": Accuracy(right, 100)}) for seed, right in ((1, 40), (2, 60))]
     mean = results.mean_accuracy(cells, "m", "full", "d")
     assert mean == Accuracy(50, 100)
 
