@@ -58,11 +58,13 @@ def _attribute(target, name, value):
          "; blocks on rank 1 ("),
         (CASE, CASE.but(zero={"reduce_bucket_size": 400}), {},
          "ds_config on rank 1 (zero_optimization.reduce_bucket_size: 400 there, 500 on rank 0)"),
+        (CASE, CASE.but(config={"optimizer": {"type": "AdamW", "params": {"lr": 2e-3}}}), {},
+         "ds_config on rank 1 (optimizer.params."),
         (CASE, CASE, {"lr": 2e-3}, "param groups on rank 1 ([0].lr: 0.002 there, 0.001 on rank 0)"),
         (CASE, CASE, {"version": "0.0.9"}, "versions on rank 1 (ds_agsel: 0.0.9 there, "),
         (CASE, CASE.but(section={**SELECT, "steps_per_epoch": 7}), {}, "steps_per_epoch on rank 1 (7 there, "),
     ],
-    ids=["seed", "section", "model", "blocks", "ds_config", "param groups", "versions", "steps_per_epoch"],
+    ids=["seed", "section", "model", "blocks", "ds_config", "optimizer", "param groups", "versions", "steps_per_epoch"],
 )  # fmt: skip
 def test_every_rank_is_told_what_differs_and_where(workers, case, of_rank_1, changes, told):
     for message, seconds in workers(2).run(error_of, case, of_rank_1, changes):
