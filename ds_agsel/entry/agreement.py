@@ -1,4 +1,4 @@
-"""Ranks that were started with different settings are told which, on every rank, before anything can hang.
+"""Compare the settings of all ranks before anything can hang; where they differ, every rank raises and names them.
 
 [Note: By the store] Ranks that differ may not meet in the same collective, so what they compare goes through the
 process group's key-value store, where nobody waits without end: each rank posts what it was started with, rank 0
@@ -36,12 +36,12 @@ _calls = itertools.count()
 
 
 def next_call() -> int:
-    """The number of this call of `initialize`, equal on ranks that make the same calls."""
+    """Return the number of this call of `initialize`; ranks that make the same calls get the same number."""
     return next(_calls)
 
 
 def parts(ds_config: Mapping[str, Any], config: SelectionConfig, model: nn.Module) -> dict[str, Any]:
-    """What all ranks must have alike of the caller's arguments, part by part."""
+    """Return the parts of the caller's arguments that must be equal on all ranks, by name."""
     section = config.model_dump(mode="json")
     seed = section.pop("seed")
     return {
@@ -56,7 +56,7 @@ def parts(ds_config: Mapping[str, Any], config: SelectionConfig, model: nn.Modul
 
 
 def versions() -> dict[str, str]:
-    """Of what must be the same on all ranks, but for DeepSpeed."""
+    """Return the package versions that must match on every rank, except DeepSpeed's."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"ds_agsel": ds_agsel.__version__, "torch": str(torch.__version__), "python": python}
 
@@ -100,7 +100,7 @@ def post_plain(call: int) -> None:
 
 
 def _verdict(store: Any, call: int, world_size: int, patience: timedelta) -> str:
-    """What is wrong, in words; empty where nothing is."""
+    """Return what is wrong as a sentence; "" where nothing is. Rank 0 only."""
     keys = [_key(call, rank) for rank in range(world_size)]
     with suppress(RuntimeError):
         store.wait(keys, patience)
@@ -118,7 +118,7 @@ def _verdict(store: Any, call: int, world_size: int, patience: timedelta) -> str
 
 
 def differences(of_ranks: Sequence[Mapping[str, Any]]) -> str:
-    """Which parts of which ranks are not rank 0's, in words; empty where all are."""
+    """Return which parts of which ranks differ from rank 0's, as a sentence; "" where none does."""
     found = []
     for name, (digest, shown) in of_ranks[0].items():
         others: dict[str, list[int]] = {}
@@ -133,7 +133,7 @@ def differences(of_ranks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _described(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Each part's sha256 and, where it is short, the part."""
+    """Return each part's sha256 and, where it is short, the part itself."""
     found = {}
     for name, part in own.items():
         text = json.dumps(part, sort_keys=True, default=_plain_value)
