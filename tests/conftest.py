@@ -19,14 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     What goes wrong at one rank alone (no padding, no collectives) is the same for the cases of such a class.
     """
-    at_two = {item.function for item in items if ranks(item) == 2}
+    at_two = {function(item) for item in items if ranks(item) == 2}
     seen = set()
     for item in items:
-        if ranks(item) == 1 and item.function in at_two and not item.get_closest_marker("slow"):
-            kind = (item.function, *class_of(parameters(item)))
+        if ranks(item) == 1 and function(item) in at_two and not item.get_closest_marker("slow"):
+            kind = (function(item), *class_of(parameters(item)))
             if kind in seen:
                 item.add_marker(pytest.mark.slow)
             seen.add(kind)
+
+
+def function(item: pytest.Item) -> Any:
+    return getattr(item, "function", None)
 
 
 def ranks(item: pytest.Item) -> int | None:

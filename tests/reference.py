@@ -1,13 +1,14 @@
 """AdaGradSelect on AdamW step by step in plain PyTorch: the slow twin that ds_agsel is compared with.
 
 Nothing here knows DeepSpeed, ZeRO, partitions or buffers. Ranks are a loop. Every step goes through the numbered
-paragraphs of DESIGN.md, section 2, in their order.
+paragraphs of "A step" in docs/design.md, in their order.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,11 @@ class Chooser(Protocol):
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None: ...
 
     def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]: ...
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum, added up from the first on."""
+    return functools.reduce(torch.add, tensors)
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,9 @@ class Reference:
         if self.reduces_each_micro_step:
             means = [self.mean_over_ranks(gradients) for gradients in zip(*shares, strict=True)]
             self.first_gradients = {name: gradient.float() for name, gradient in means[0].items()}
-            return {name: sum(mean[name].float() for mean in means) for name in self.parameters}
+            return {name: total(mean[name].float() for mean in means) for name in self.parameters}
         sums = [
-            {name: sum(share[name].float() for share in of_rank).to(weight.dtype) for name, weight in weights}
+            {name: total(share[name].float() for share in of_rank).to(weight.dtype) for name, weight in weights}
             for of_rank in shares
         ]
         return {name: mean.float() for name, mean in self.mean_over_ranks(sums).items()}
@@ -159,7 +165,7 @@ class Reference:
 
     def mean_over_ranks(self, gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """In the gradients' dtype."""
-        return {name: sum(gradient[name] / len(gradients) for gradient in gradients) for name in self.parameters}
+        return {name: total(each[name] / len(gradients) for each in gradients) for name in self.parameters}
 
     @torch.no_grad()
     def update_parameter(self, name: str, gradient: Tensor, count: int, lr: float) -> None:

@@ -51,7 +51,7 @@ class Twin:
                 still = self.still[group]
                 for key in MOMENTS:
                     still.state.setdefault(key, torch.zeros_like(still.master))
-                self._update({key: still.get(key) for key in self.keys}, number)
+                self._update({key: tensor for key in self.keys if (tensor := still.get(key)) is not None}, number)
             self.transfer.updated(block)
             self.transfer.carry_out(move for move in moves if move.after == block)
 
@@ -68,8 +68,10 @@ class Twin:
         for state, still in zip(self.states, self.still, strict=True):
             for key in self.keys:
                 expected, actual = still.get(key), state.get(key)
-                assert (expected is None) == (actual is None)
-                assert expected is None or torch.equal(expected, actual)
+                if expected is None or actual is None:
+                    assert expected is actual
+                else:
+                    assert torch.equal(expected, actual)
 
 
 def rehearse(device: Any, seed: int, steps: int = 8) -> Twin:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import signal
 import socket
 import unittest.mock
 from collections.abc import Iterator
@@ -90,7 +89,7 @@ class Ranks:
 
     def kill(self, rank: int) -> None:
         """SIGKILL, and wait for the end."""
-        os.kill(self.processes[rank].pid, signal.SIGKILL)
+        self.processes[rank].kill()
         self.processes[rank].join()
 
 

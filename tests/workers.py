@@ -202,7 +202,7 @@ class Workers:
             ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for connection in ready:
+            for connection in [each for each in pending if each in ready]:
                 rank = pending.pop(connection)
                 try:
                     ok, results[rank] = pickle.loads(connection.recv_bytes())
@@ -322,7 +322,7 @@ def _be_rank(connection: Connection, accelerator: str, environment: dict[str, st
             return
         try:
             module, name, args, kwargs = pickle.loads(job)
-            function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+            function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
             answer = (True, function(*args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())

@@ -133,7 +133,7 @@ class Operators:
             return self._run_for_host(op, kernel, lowered, named, accesses)
         if all(key is not None for key in plan.returned):
             self._queue.submit(str(op), lambda: kernel(*lowered, **named), accesses)
-            results = [args[key] if isinstance(key, int) else kwargs[key] for key in plan.returned]
+            results = [args[key] if isinstance(key, int) else kwargs[key or ""] for key in plan.returned]
             return results[0] if len(results) == 1 else tuple(results) if results else None
         try:
             predicted = self._predict(op, lowered, named)
@@ -163,8 +163,8 @@ class Operators:
 
     def _size_empty_outputs(self, op: Any, plan: _Plan, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Resize ``out=`` tensors that were made empty for the operator to size."""
-        outputs = [kwargs[key] if isinstance(key, str) else None for key in plan.returned]
-        if any(output is not None and output.numel() == 0 for output in outputs):
+        outputs = [kwargs[key] for key in plan.returned if isinstance(key, str)]
+        if len(outputs) == len(plan.returned) and any(output.numel() == 0 for output in outputs):
             predicted = self._predict(op, args, kwargs)
             for output, meta in zip(outputs, predicted if len(outputs) > 1 else [predicted], strict=True):
                 output.resize_(meta.size())
@@ -213,7 +213,9 @@ class Operators:
             source_alias, *read = self._backend.lower(source)
             target_alias, *written = self._backend.lower(target)
             self._queue.submit(
-                "copy D2D", lambda: target_alias.copy_(source_alias), [Access(*read, False), Access(*written, True)]
+                "copy D2D",
+                lambda: target_alias.copy_(source_alias),
+                [Access._make((*read, False)), Access._make((*written, True))],
             )
         elif target.device.type == DEVICE:
             self._copy_to_device(source, target, non_blocking)
@@ -225,7 +227,7 @@ class Operators:
         block, first, last = self._backend.pinned_extent(source)
         direct = block != 0 and source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
         alias, *written = self._backend.lower(target)
-        accesses = [Access(*written, True)]
+        accesses = [Access._make((*written, True))]
         if direct:
             accesses.append(Access(block, first, last, False))
             taken = source.detach()
@@ -241,7 +243,7 @@ class Operators:
         if not source.is_contiguous():
             source = source.contiguous()
         alias, *read = self._backend.lower(source)
-        accesses = [Access(*read, False)]
+        accesses = [Access._make((*read, False))]
         block, first, last = self._backend.pinned_extent(target)
         if block != 0:
             accesses.append(Access(block, first, last, True))

@@ -39,7 +39,7 @@ class Event:
 @dataclass(eq=False)
 class _Operation:
     name: str
-    run: Callable[[], None]
+    run: Callable[[], object]
 
 
 @dataclass(eq=False)
@@ -77,7 +77,9 @@ class Queue:
 
     # ------------------------------------------------------------------ put in
 
-    def submit(self, name: str, run: Callable[[], None], accesses: Sequence[Access], stream: int | None = None) -> None:
+    def submit(
+        self, name: str, run: Callable[[], object], accesses: Sequence[Access], stream: int | None = None
+    ) -> None:
         """Queue ``run`` on ``stream`` (default: the calling thread's current one)."""
         with self.lock:
             stream = self.current() if stream is None else stream
