@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 import os
@@ -13,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import AdamW, Reference
+from tiny_models import LENGTH, VOCABULARY, TinyNet, tiny_llama
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutput
 from workers import NVME
 
 MOSTLY_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]  # ranks; for variants of what both counts are held to
 
-BATCH, LENGTH, VOCABULARY = 2, 8, 37
+BATCH = 2
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 1e-5, 0.1
 STATES = ("masters", "exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,72 +73,11 @@ def tiny_model(case: Case) -> nn.Module:
     """fp32 weights, equal for equal cases."""
     with torch.random.fork_rng():
         torch.manual_seed(case.seed)
-        return tiny_llama(case) if case.model == "llama" else TinyNet(case)
-
-
-def tiny_llama(case: Case) -> LlamaForCausalLM:
-    """Four layers; weights large enough that the blocks' gradients differ."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=case.tied,
-        initializer_range=0.2,
-        attn_implementation="eager",
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-class TinyLayer(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.gain * torch.tanh(self.linear(hidden))
-
-
-class TinyNet(nn.Module):
-    """Four layers of odd sizes, each with a parameter of one element: partitions that are uneven, or empty.
-
-    The case's model "net" has a width of 5, "net66" of 66.
-    ``checkpointing`` "reentrant" or "non-reentrant" recomputes each layer in backward.
-    """
-
-    def __init__(self, case: Case, checkpointing: str | None = None):
-        super().__init__()
-        width = int(case.model.removeprefix("net") or 5)
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList(TinyLayer(width) for _ in range(4))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY)
-        self.checkpointing = checkpointing
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
-        hidden = self.embedding(input_ids)
-        for layer in self.layers:
-            if self.checkpointing:
-                hidden = checkpoint(layer, hidden, use_reentrant=self.checkpointing == "reentrant")
-            else:
-                hidden = layer(hidden)
-        logits = self.head(self.norm(hidden))
-        return CausalLMOutput(loss=nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+        return tiny_llama(case.tied) if case.model == "llama" else TinyNet(case.model)
 
 
 def model_blocks(model: nn.Module) -> dict[str, list[str]]:
-    """Block name -> parameter names, by DESIGN.md's definition, spelt out for the models here."""
+    """Block name -> parameter names, by docs/design.md's definition, spelt out for the models here."""
     blocks: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
         parts = name.removeprefix("model.").split(".")
@@ -426,108 +361,6 @@ def observe_state(event: str, engine: Any, step: int) -> dict[str, Any] | None:
         "counts": selection.update_counts,
         "plan": (selection.plan.step, selection.plan.phase, selection.plan.blocks),
     }
-
-
-class Fixed:
-    """A chooser that takes the same blocks at every step."""
-
-    def __init__(self, blocks: Sequence[int]):
-        self.blocks = tuple(blocks)
-
-    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
-        return self.blocks
-
-    def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
-        raise NotImplementedError
-
-
-def chooser(case: Case, names: Sequence[str]) -> Any:
-    """ds_agsel's policy for the drawn blocks ``names``; every block where the case has no section."""
-    from ds_agsel import policies
-    from ds_agsel.config import parse_section
-
-    if case.section is None:
-        return Fixed(range(len(names)))
-    config = parse_section(case.section)
-    return policies.create(
-        policies.PolicyContext(
-            config=config,
-            num_blocks=len(names),
-            num_selected=max(1, math.floor(config.select_percent * len(names) / 100)),
-            block_names=tuple(names),
-            steps_per_epoch=config.steps_per_epoch,
-        )
-    )
-
-
-def reference_run(
-    case: Case, world_size: int, schedule: Callable[[int], float] = lambda step: 1.0, decoupled: bool = True
-) -> tuple[Reference, list[dict[str, dict[str, Tensor]]]]:
-    """The reference after ``case``, and its weights, masters and moments before the first and after each step."""
-    model = tiny_model(case)
-    for parameter in model.parameters():
-        # Not `model.to(dtype)`: DeepSpeed leaves the buffers as they are, and rotary frequencies in bf16 are others.
-        parameter.data = parameter.data.to(DTYPES[case.dtype])
-    blocks = model_blocks(model)
-    section = case.section or {}
-    always = [list(blocks).index(name) for name in section.get("always_select", ())]
-    never = [list(blocks).index(name) for name in section.get("never_select", ())]
-    drawn = [name for index, name in enumerate(blocks) if index not in (*always, *never)]
-    adam = AdamW(
-        lr=LEARNING_RATE,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=lambda name: WEIGHT_DECAY if decays(name, case) else WEIGHT_DECAY / 10,
-        decoupled=decoupled,
-        schedule=schedule,
-    )
-    reference = Reference(
-        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2,
-        section.get("explore_on") == "first_micro_batch",
-    )  # fmt: skip
-    states = [reference_state(reference)]
-    for step in range(case.steps):
-        reference.step(
-            [[batch(case, step, micro, rank) for micro in range(case.accumulation)] for rank in range(world_size)]
-        )
-        states.append(reference_state(reference))
-    return reference, states
-
-
-def reference_state(reference: Reference) -> dict[str, dict[str, Tensor]]:
-    """What `full_state` gives of an engine."""
-    model_weights = {name: parameter.detach().clone() for name, parameter in reference.parameters.items()}
-    return {"weights": model_weights} | {kind: copy.deepcopy(getattr(reference, kind)) for kind in STATES}
-
-
-def assert_follows_reference(
-    case: Case,
-    runs: Sequence[Mapping[str, Any]],
-    tolerance: Mapping[str, float],
-    **reference_arguments: Any,
-) -> None:
-    """Each rank of ``runs`` (`train` with `observe_state`) took the reference's selections, and after each step each
-    parameter's master and moments are as near: L2 of the difference at most ``tolerance[kind]`` times L2 of how far
-    the reference has moved them."""
-    reference, states = reference_run(case, len(runs), **reference_arguments)
-    history = [(record.step, record.phase, record.blocks) for record in reference.history]
-    for run in runs:
-        assert run["history"] == history
-        assert list(run["counts"]) == reference.update_counts
-        assert list(run["blocks"].values()) == [list(names) for names in reference.blocks]
-        assert_identical(runs[0]["weights"], run["weights"])
-    for step, expected in enumerate(states):
-        actual = assemble([run["observed"][step] for run in runs])
-        for name, master in actual["masters"].items():
-            assert torch.equal(actual["weights"][name], master.to(actual["weights"][name].dtype)), (
-                name,
-                step,
-            )
-        for kind, allowed in tolerance.items():
-            start = states[0][kind]
-            errors = [(relative_error(e, actual[kind][n], start[n]), n) for n, e in expected[kind].items()]
-            worst = max(errors)
-            assert worst[0] <= allowed, f"{worst} is the worst of {kind} after step {step}, {allowed} is allowed"
 
 
 def differences(expected: Any, actual: Any, path: str = "") -> list[str]:

@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from support import SELECT, Case, assemble, assert_follows_reference, case_id, relative_error
+from reference_runs import assert_follows_reference
+from support import SELECT, Case, assemble, case_id, relative_error
 
 # numerics/ runs nearly every test on two ranks as well; what needs two stands here.
 UNEVEN = [

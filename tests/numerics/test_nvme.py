@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from reference_runs import assert_follows_reference
 from support import (
     ALL,
     SELECT,
     TOPK,
     Case,
-    assert_follows_reference,
     assert_identical,
     needs_nvme,
     train,

@@ -1,4 +1,4 @@
-"""Promise 2: with every block selected the bits are plain DeepSpeed's. Promise 8: switched off, all is DeepSpeed's."""
+"""With every block selected the bits are plain DeepSpeed's; switched off, everything is DeepSpeed's own."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Promise 3: selections, masters and moments follow the plain-PyTorch reference, step by step."""
+"""Selections, masters and moments follow the plain-PyTorch reference, step by step."""
 
 from __future__ import annotations
 
 from itertools import product
 
 import pytest
-from support import FIRST, MOSTLY_TWO, NARROW, SELECT, VISIT, Case, assert_follows_reference, case_id
+from reference_runs import assert_follows_reference
+from support import FIRST, MOSTLY_TWO, NARROW, SELECT, VISIT, Case, case_id
 
 # fp32 rounds by 2**-24 = 6e-8. A gradient element is a sum of a few hundred terms of size 0.1 to 1: its error is some
 # 1e-8 to 1e-7, 1e-6 of a gradient's L2, and so are the moments'; the steps feed it back. Seen: 1e-5. AdamW divides an

@@ -1,4 +1,4 @@
-"""Promise 5: save, kill, resume equals not having stopped, bit for bit."""
+"""Save, kill, resume equals not having stopped, bit for bit."""
 
 from __future__ import annotations
 

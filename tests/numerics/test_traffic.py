@@ -1,4 +1,4 @@
-"""Promise 6: at an exploit step nothing of an unselected block is computed, communicated or copied.
+"""At an exploit step nothing of an unselected block is computed, communicated or copied.
 
 Counted twice: by the engine's own counters, and from outside, by watching every operator that torch dispatches.
 """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_runs import assert_follows_reference
 from support import (
     ALL,
     BETAS,
@@ -16,8 +17,6 @@ from support import (
     SELECT,
     WEIGHT_DECAY,
     Case,
-    TinyNet,
-    assert_follows_reference,
     assert_identical,
     batch,
     build,
@@ -31,6 +30,7 @@ from support import (
     train,
 )
 from test_reference import FP32
+from tiny_models import TinyNet
 
 from ds_agsel.errors import ConfigError, TrainingError
 

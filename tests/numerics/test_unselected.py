@@ -1,4 +1,4 @@
-"""Promise 1: a block that was not selected is bit-identical after the step. Promise 4: what is selected, and where."""
+"""A block that was not selected is bit-identical after the step; all ranks and set-ups select the same blocks."""
 
 from __future__ import annotations
 

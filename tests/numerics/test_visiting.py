@@ -1,4 +1,4 @@
-"""Promise 7: what states take on the accelerator, and what of them moves, is what the selection says, to the byte."""
+"""What states take on the accelerator, and what of them moves, is what the selection says, to the byte."""
 
 from __future__ import annotations
 

@@ -10,9 +10,7 @@ import pytest
 import torch
 from support import (
     ALL,
-    LENGTH,
     SELECT,
-    VOCABULARY,
     Case,
     assert_identical,
     build,
@@ -23,6 +21,7 @@ from support import (
     tiny_model,
     weights,
 )
+from tiny_models import LENGTH, VOCABULARY
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.modeling_outputs import CausalLMOutput

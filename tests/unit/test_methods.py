@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Case, tiny_llama
+from tiny_models import tiny_llama
 from torch import nn
 
 from ds_agsel.errors import ConfigError
@@ -81,7 +81,7 @@ def test_masters_are_adamw_in_fp32_and_drop_what_is_frozen() -> None:
 
 
 def test_lisa_draws_layers_anew_each_period_and_always_trains_the_rest() -> None:
-    model = tiny_llama(Case())
+    model = tiny_llama()
     draw = LayerDraw(model, {"layers": 2, "every": 3}, seed=1)
     periods = []
     for step in range(12):
@@ -91,15 +91,15 @@ def test_lisa_draws_layers_anew_each_period_and_always_trains_the_rest() -> None
         periods.append(frozenset(name.split(".")[2] for name in draw.names if "layers" in name))
     assert all(len(layers) == 2 for layers in periods)
     assert all(len(set(periods[at : at + 3])) == 1 for at in (0, 3, 6, 9)) and len(set(periods)) > 1
-    again = LayerDraw(tiny_llama(Case()), {"layers": 2, "every": 3}, seed=1)
+    again = LayerDraw(tiny_llama(), {"layers": 2, "every": 3}, seed=1)
     again.thaw(9)
     assert again.names == draw.names
     with pytest.raises(ConfigError, match=r"layers=5 is outside \[1, 4\]"):
-        LayerDraw(tiny_llama(Case()), {"layers": 5, "every": 3}, seed=1)
+        LayerDraw(tiny_llama(), {"layers": 5, "every": 3}, seed=1)
 
 
 def test_buffers_keep_their_precision() -> None:
-    model = tiny_llama(Case())
+    model = tiny_llama()
     cast_parameters(model, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
@@ -107,7 +107,7 @@ def test_buffers_keep_their_precision() -> None:
 
 
 def test_only_matrices_of_layers_are_projected() -> None:
-    model = tiny_llama(Case())
+    model = tiny_llama()
     others, matrices = projected_groups(model, 2, scale=1.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert all("_proj" in names[parameter] for parameter in matrices["params"]) and matrices["rank"] == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import random
@@ -11,45 +9,26 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_contexts import context, make
 
-from ds_agsel import policies
-from ds_agsel.config import SelectionConfig
-from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
-from ds_agsel.policies import Policy, PolicyContext, num_selected, registry
+from ds_agsel.errors import ConfigError, TrainingError
+from ds_agsel.policies import Policy, num_selected
 from ds_agsel.policies.sampling import generator, gumbel_top_k, log_dirichlet, top_k
 
 # Properties hold for every example; a fixed order of examples keeps a run repeatable on a loaded machine.
 settings.register_profile("unit", deadline=None, derandomize=True)
 settings.load_profile("unit")
 
-BUILT_IN = ["adagrad_select", "all", "cyclic", "fixed", "gradient_topk", "random", "replay"]
 # Standard errors that a sampled mean may be off. The seeds are fixed, so a test passes always or never; the
 # bound only has to be wide enough for a right sampler's seed and narrow enough for a wrong one to miss.
 SIGMAS = 5
-
-
-def context(num_blocks: int = 6, k: int = 2, steps_per_epoch: int | None = 100, **section: Any) -> PolicyContext:
-    names = tuple(f"layers.{index}" for index in range(num_blocks))
-    return PolicyContext(SelectionConfig(**section), num_blocks, k, names, steps_per_epoch)
-
-
-def make(*args: Any, **kwargs: Any) -> Policy:
-    return policies.create(context(*args, **kwargs))
-
-
-def selection_file(folder: Path, *lines: object) -> str:
-    path = folder / "selection.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return str(path)
 
 
 def within(frequency: float, probability: float, draws: int) -> bool:
@@ -370,140 +349,6 @@ def test_fixed_refuses_a_block_that_can_not_be_chosen() -> None:
 def test_all_takes_every_block_whatever_k_is() -> None:
     policy = make(policy="all", steps_per_epoch=None)
     assert [policy.plan(step, [0] * 6) for step in (0, 99)] == [tuple(range(6))] * 2
-
-
-# replay
-
-
-def test_replay_gives_back_an_earlier_runs_blocks(tmp_path: Path) -> None:
-    path = selection_file(
-        tmp_path,
-        {"step": 0, "phase": "explore", "blocks": [4, 1]},
-        {"step": 1, "phase": "exploit", "blocks": [0, 5], "time": 3.2},
-        "",
-        {"step": 1, "phase": "exploit", "blocks": [0, 5]},  # written again after a resume
-    )
-    policy = make(policy="replay", replay_file=path, steps_per_epoch=None)
-    assert [policy.plan(step, [0] * 6) for step in (0, 1)] == [(1, 4), (0, 5)]
-    expected = f"adagrad_select.replay_file={json.dumps(path)} has no step 2; its steps are 0 to 1. Train no further"
-    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
-        policy.plan(2, [0] * 6)
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "Expecting property name"),
-        ("[1]", 'it is not an object with "step" and "blocks"'),
-        ({"step": 1}, 'it is not an object with "step" and "blocks"'),
-        ({"step": "1", "blocks": [1]}, "\"step\" is '1', not an integer from 0 on"),
-        ({"step": -1, "blocks": [1]}, '"step" is -1, not an integer from 0 on'),
-        ({"step": True, "blocks": [1]}, '"step" is True, not an integer from 0 on'),
-        ({"step": 1, "blocks": []}, '"blocks" is [], not a list of block indices'),
-        ({"step": 1, "blocks": 3}, '"blocks" is 3, not a list of block indices'),
-        ({"step": 1, "blocks": [1.0]}, '"blocks" is [1.0], not a list of block indices'),
-        ({"step": 1, "blocks": [2, 2]}, '"blocks" is [2, 2], which names a block twice'),
-        ({"step": 1, "blocks": [1, 6]}, '"blocks" is [1, 6], and the blocks that can be chosen here are 0 to 5'),
-        ({"step": 1, "blocks": [-1]}, '"blocks" is [-1], and the blocks that can be chosen here are 0 to 5'),
-        ({"step": 0, "blocks": [2]}, "step 0 stands in an earlier line with other blocks"),
-    ],
-)
-def test_replay_refuses_a_bad_line_with_its_number(tmp_path: Path, line: object, problem: str) -> None:
-    path = selection_file(tmp_path, {"step": 0, "phase": "explore", "blocks": [1]}, line)
-    with pytest.raises(ConfigError) as caught:
-        make(policy="replay", replay_file=path)
-    assert str(caught.value).startswith(f"adagrad_select.replay_file={json.dumps(path)}, line 2: {problem}")
-    assert str(caught.value).endswith('A line is {"step": 0, "phase": "exploit", "blocks": [3, 7]}.')
-
-
-def test_replay_reads_the_model_s_indices_where_blocks_stand_outside_the_lottery(tmp_path: Path) -> None:
-    path = selection_file(tmp_path, {"step": 0, "phase": "explore", "blocks": [5, 2]})
-    config = SelectionConfig(policy="replay", replay_file=path)
-    lottery = PolicyContext(config, 3, 1, ("b", "c", "f"), None, block_indices=(1, 2, 5))
-    assert policies.create(lottery).plan(0, [0] * 3) == (1, 2)
-    with pytest.raises(ConfigError, match=r"and the blocks that can be chosen here are \[1, 3, 5\]\."):
-        policies.create(dataclasses.replace(lottery, block_indices=(1, 3, 5)))
-
-
-def test_replay_refuses_a_missing_a_binary_and_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none.jsonl\" can't be read: .* Use the path of an earlier run's selection"):
-        make(policy="replay", replay_file=str(tmp_path / "none.jsonl"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="binary\" can't be read: "):
-        make(policy="replay", replay_file=str(tmp_path / "binary"))
-    with pytest.raises(ConfigError, match=r"selection.jsonl\" is empty. Use the selection.jsonl of a run that took"):
-        make(policy="replay", replay_file=selection_file(tmp_path, ""))
-
-
-# The registry, the state, and what an import costs
-
-
-@pytest.fixture
-def own_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
-    yield
-
-
-class Last(Policy):
-    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
-        return (self.context.num_blocks - 1,)
-
-
-@pytest.mark.usefixtures("own_names")
-def test_a_policy_of_the_users_own_by_call_and_by_decorator() -> None:
-    assert policies.register("last", Last) is Last
-    policy = make(policy="last", steps_per_epoch=None)
-    assert (policy.name, policy.plan(0, [0] * 6), policy.explore_probability(0)) == ("last", (5,), 0.0)
-    assert not policy.needs_steps_per_epoch
-
-    @policies.register("first")
-    class First(Last):
-        def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
-            return (0,)
-
-    assert make(policy="first").plan(0, [0] * 6) == (0,)
-    assert isinstance(make(policy="first"), First)
-
-
-@pytest.mark.usefixtures("own_names")
-def test_a_name_belongs_to_one_class_which_may_be_defined_again() -> None:
-    policies.register("last", Last)
-    again = type("Last", (Last,), {"__module__": Last.__module__, "__qualname__": Last.__qualname__})
-    policies.register("last", again)
-    assert policies.policy_class("last") is again
-    with pytest.raises(
-        ConfigError, match=r'^Policy "random" is already ds_agsel.policies.random.Random. Register Last'
-    ):
-        policies.register("random", Last)
-
-
-def test_what_is_no_policy_can_not_be_registered() -> None:
-    with pytest.raises(TypeError, match='can\'t be registered as policy "mine": it is not a subclass of Policy'):
-        policies.register("mine", dict)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match=r"^A policy's name is a non-empty string, not ''"):
-        policies.register("", Last)
-
-
-def test_an_unknown_policy_is_refused_with_the_nearest_and_all() -> None:
-    names = ", ".join(f'"{name}"' for name in BUILT_IN)
-    expected = f'adagrad_select.policy="cyclc" is unknown. Did you mean "cyclic"? Policies: {names}; register your own'
-    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
-        make(policy="cyclc")
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_the_built_in_policies_keep_no_state(name: str, tmp_path: Path) -> None:
-    settings_of: dict[str, dict[str, Any]] = {
-        "fixed": {"fixed_blocks": ["layers.1"]},
-        "replay": {"replay_file": selection_file(tmp_path, {"step": 0, "blocks": [1]})},
-    }
-    policy = make(policy=name, **settings_of.get(name, {}))
-    assert policy.name == name
-    assert policy.needs_steps_per_epoch == (name == "adagrad_select")
-    assert policy.state_dict() == {}
-    policy.load_state_dict({})
-    with pytest.raises(CheckpointError, match=f"^Policy \"{name}\" keeps no state, and the checkpoint has \\['x'\\]"):
-        policy.load_state_dict({"x": 1})
 
 
 def test_choosing_needs_neither_torch_nor_deepspeed() -> None:
