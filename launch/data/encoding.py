@@ -61,7 +61,7 @@ class Encoder:
         encoded: dict[str, list[Any]] = {name: [] for name in (*_unusable(""), files.PLACE)}
         for row in rows:
             for values in self._encode(row):
-                for name, value in {**values, files.PLACE: row[files.PLACE]}.items():
+                for name, value in {**values, files.PLACE: row.get(files.PLACE)}.items():
                     encoded[name].append(value)
         return encoded
 
@@ -120,7 +120,7 @@ class Encoder:
     def _ids_of(self, prompt: str) -> list[int]:
         # A chat template writes the special tokens itself; without one the tokenizer adds them, the last of
         # which may be an end of text that does not belong before a completion.
-        ids = self.tokenizer(prompt, add_special_tokens=not self.use_chat_template).input_ids
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not self.use_chat_template).input_ids
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     @property

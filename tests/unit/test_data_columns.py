@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_support import learnt, load, write_rows
+from data_support import byte_tokenizer, encoder, learnt, load, write_rows
 
 from ds_agsel.errors import DataError
 
@@ -70,3 +70,8 @@ def test_lists_of_a_parquet_file_are_refused_too(tmp_path: Path) -> None:
     Dataset.from_list([{"question": "Who?", "answer": {"text": ["Ann"]}}] * 3).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"^Row 1 of the train split .* its column 'answer' holds an object, not text"):
         learnt(str(tmp_path / "a.parquet"))
+
+
+def test_columns_of_text_alone_are_enough_for_an_encoder() -> None:
+    encoded = encoder(byte_tokenizer())({"question": ["a", ""], "answer": ["1", "2"]})
+    assert encoded["completion"] == ["1", ""] and encoded["problem"][1].startswith("its column 'question' is empty")
