@@ -1,5 +1,7 @@
 """Whole checkpoints: the manifest of a tag's files, written last. Needs neither torch nor deepspeed.
 
+Nothing that a file says is opened, changed or removed unless `files.inside` finds it in the tag's own folder.
+
 [Note: A whole tag] A tag is whole when its manifest, which checks itself, is there and every file it lists has the
 size and sha256 it had when it was saved. While a tag is being saved it holds `SAVING_FILE`; the manifest is written
 (temporary file, fsync, rename) once every file is on disk, and then `latest`. So at any moment of a save, and after
@@ -14,39 +16,35 @@ ds_agsel may have written, is refused; `seal` gives it one.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_agsel.errors import CheckpointError
-from ds_agsel.files import sync_folder, write_atomically
+from ds_agsel.files import inside, sync_folder, write_atomically
+from ds_agsel.metadata import (
+    STATE_VERSIONS,
+    Manifest,
+    SavingMarker,
+    SelectionState,
+    manifest_text,
+    parse_json,
+    read_manifest_text,
+    read_selection_state,
+)
+from ds_agsel.tag_owner import Run
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "adagrad_select.json"
 SAVING_FILE = ".saving"
 LATEST_FILE = "latest"
 LATEST_UNIVERSAL_FILE = "latest_universal"  # of DeepSpeed's converter
-MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 22
 _LISTED = 5  # problems that a message names
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a whole tag holds.
-
-    ``files``: path in the tag's folder -> (bytes, sha256). ``order``: later saves to one folder have higher ones.
-    ``facts``: of the run: world_size, stage, steps, section_sha256, versions.
-    """
-
-    files: dict[str, tuple[int, str]]
-    order: int
-    facts: dict[str, Any]
 
 
 def folder_of(directory: str | os.PathLike[str], tag: str) -> Path:
@@ -92,9 +90,16 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
     return found
 
 
-def make_room(folder: Path) -> None:
-    """Make ``folder`` ready to be saved to. A whole tag there waits under another name for `settle` or `give_up`."""
+def make_room(folder: Path, run: Run) -> None:
+    """Make ``folder`` ready to be saved to. A whole tag there waits under another name for `settle` or `give_up`.
+
+    No rank may still read the tag that is there. Raises CheckpointError where ``folder`` is a link or has links in it,
+    through which a save would write elsewhere.
+    """
     aside = _aside(folder)
+    for path in (folder, aside):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link, and links are not followed. Save under another tag, or remove it")
     if aside.exists() and not has_manifest(folder):  # a save over it was killed
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -102,8 +107,12 @@ def make_room(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     existed = folder.exists()
+    links = [path for path in folder.rglob("*") if path.is_symlink()] if existed else []
+    if links:
+        raise CheckpointError(f"{links[0]} is a link, and links are not followed. Save under another tag, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SAVING_FILE, "over what another program wrote" if existed else "")
+    marker = SavingMarker(run=run.id, is_new=not existed)
+    write_atomically(folder / SAVING_FILE, marker.model_dump_json())
     (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a damaged one
     sync_folder(folder.parent)
 
@@ -111,7 +120,8 @@ def make_room(folder: Path) -> None:
 def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]], facts: Mapping[str, Any]) -> None:
     """Declare ``folder`` whole. Raises CheckpointError where a file is missing: the folder is not shared by all ranks.
 
-    Every file must be on disk (`entries`). What lies in ``folder`` beside ``files`` is somebody else's.
+    Every file must be on disk (`entries`). Files in ``folder`` that ``files`` lacks belong to others. The marker of the
+    save stays until `settle`, so that `give_up` can still undo it.
     """
     for name, (size, _) in files.items():
         path = folder / name
@@ -121,20 +131,18 @@ def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]], facts: Ma
                 "all nodes share, or set checkpoint.use_node_local_storage=true."
             )
     order = 1 + max((manifest.order for manifest in _manifests(folder.parent).values()), default=0)
-    content = {
-        "version": MANIFEST_VERSION,
-        "order": order,
-        **facts,
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
-    }
-    write_atomically(folder / MANIFEST_FILE, json.dumps({**content, "sha256": _digest(content)}, indent=1))
-    (folder / SAVING_FILE).unlink(missing_ok=True)
+    write_atomically(folder / MANIFEST_FILE, manifest_text(files, order, facts))
 
 
 def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Declare ``folder`` whole as it is now: every file in it, whoever wrote it."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST_FILE, SAVING_FILE)]
+    """Declare ``folder`` whole as it is now: every file in it, whoever wrote it, links left out."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and path.name not in (MANIFEST_FILE, SAVING_FILE)
+    ]
     write_manifest(folder, entries(folder, files), facts or {})
+    (folder / SAVING_FILE).unlink(missing_ok=True)
 
 
 def settle(folder: Path) -> None:
@@ -148,12 +156,14 @@ def settle(folder: Path) -> None:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 path.rename(folder / name)
         _remove(aside)
+    (folder / SAVING_FILE).unlink(missing_ok=True)
 
 
 def give_up(folder: Path) -> None:
     """Undo `make_room` after a save that failed: remove what it wrote, put back what it was to replace."""
-    marker = folder / SAVING_FILE
-    if marker.exists() and not marker.read_text():  # else what was there has been written over: all of it stays
+    if folder.is_symlink():
+        return  # `make_room` refused it
+    if (folder / SAVING_FILE).exists() and _marker(folder).is_new:  # else others' files were there: all of it stays
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()
@@ -166,19 +176,26 @@ def write_latest(directory: Path, tag: str) -> None:
     write_atomically(directory / LATEST_FILE, tag)
 
 
-def prune(directory: Path, keep: int) -> list[str]:
-    """Remove all but the ``keep`` newest whole tags, and what killed saves have left; returns the removed tags.
+def prune(directory: Path, keep: int, run: Run) -> list[str]:
+    """Remove all but the ``keep`` newest tags of ``run``, and what its killed saves left; returns the removed tags.
 
-    Call it once the newest tag is verified. Only files that a manifest lists, or that a save of ours began, go.
+    Call it once the newest tag is verified. Tags of other runs stay ([Note: Whose tag] in `tag_owner`), and so do
+    links and files that no manifest lists.
     """
-    removed = []
-    for tag in tags(directory)[max(1, keep) :]:
+    run.claim(directory)
+    found, removed = _manifests(directory), []
+    own = [tag for tag in _newest_first(found) if run.may_remove(directory, found[tag].facts.get("run"))]
+    for tag in [tag for tag in own if not (directory / tag).is_symlink()][max(1, keep) :]:
         _remove(directory / tag)
         removed.append(tag)
     for marker in directory.glob(f"*/{SAVING_FILE}"):
-        if not has_manifest(marker.parent) and not marker.read_text() and not _aside(marker.parent).exists():
-            shutil.rmtree(marker.parent)
-            removed.append(marker.parent.name)
+        folder = marker.parent
+        if folder.is_symlink() or has_manifest(folder) or _aside(folder).exists():
+            continue
+        left = _marker(folder)
+        if left.is_new and run.may_remove(directory, left.run):
+            shutil.rmtree(folder)
+            removed.append(folder.name)
     return removed
 
 
@@ -197,27 +214,30 @@ def is_verifiable(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of ``folder``. Raises CheckpointError where there is none, or a damaged one."""
-    path = folder / MANIFEST_FILE
+    """The manifest of ``folder``. Raises CheckpointError where there is none, a damaged one, or one that is not signed
+    although `metadata.KEY_VARIABLE` is set."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        expected = content.pop("sha256")
-        if _digest(content) != expected:
-            raise ValueError("it does not have the sha256 it names")
-        version, order, files = content.pop("version"), int(content.pop("order")), content.pop("files")
-        listed = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        text = inside(folder, MANIFEST_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(
             f"no {MANIFEST_FILE}: its saving was interrupted, or another program or an older ds_agsel wrote it (where "
             "it is known to be whole, ds_agsel.checkpoints.seal gives it one)"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{MANIFEST_FILE} is damaged: {error}") from None
-    if version != MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{MANIFEST_FILE} has version={version!r}; this ds_agsel reads {MANIFEST_VERSION}, another one wrote it"
-        )
-    return Manifest(listed, order, content)
+    return read_manifest_text(text, MANIFEST_FILE)
+
+
+def read_state(folder: Path) -> SelectionState:
+    """The selection's state in ``folder``. Raises CheckpointError that names the field for one that is wrong, and
+    FileNotFoundError where there is none."""
+    try:
+        content = parse_json(inside(folder, STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{STATE_FILE} can't be read ({error}). Load an earlier checkpoint with tag=.") from None
+    return read_selection_state(content, STATE_FILE)
 
 
 def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
@@ -234,13 +254,27 @@ def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     largest_first = sorted(files, key=lambda name: (-files[name][0], name))
-    return [found for name in largest_first[index::count] if (found := _problem(folder, name, files[name]))]
+    wrong = [found for name in largest_first[index::count] if (found := _problem(folder, name, files[name]))]
+    if index == 0 and not wrong and STATE_FILE in files:
+        wrong += _state_problems(folder)
+    return wrong
+
+
+def _state_problems(folder: Path) -> list[str]:
+    try:
+        content = parse_json(inside(folder, STATE_FILE).read_text(encoding="utf-8"))
+        version = content.get("version") if isinstance(content, dict) else None
+        if type(version) is int and version > STATE_VERSIONS[-1]:
+            return []  # of a newer ds_agsel: no damage, and `read_state` says so
+        read_selection_state(content, STATE_FILE)
+    except (OSError, ValueError, CheckpointError) as error:
+        return [f"{error}" if isinstance(error, CheckpointError) else f"{STATE_FILE} can't be read ({error})"]
+    return []
 
 
 def tags(directory: Path) -> list[str]:
     """The tags in ``directory`` that have a readable manifest, the one saved last first. Their files are not read."""
-    found = _manifests(directory)
-    return sorted(found, key=lambda tag: (found[tag].order, tag), reverse=True)
+    return _newest_first(_manifests(directory))
 
 
 def candidates(directory: Path, latest: str = LATEST_FILE) -> list[str]:
@@ -251,11 +285,11 @@ def candidates(directory: Path, latest: str = LATEST_FILE) -> list[str]:
     """
     named: list[str] = []
     with suppress(FileNotFoundError):
-        tag = (directory / latest).read_text(encoding="utf-8", errors="replace").strip()
         try:
+            tag = inside(directory, latest).read_text(encoding="utf-8", errors="replace").strip()
             named += [folder_of(directory, tag).name] if tag else []
-        except CheckpointError as error:
-            raise CheckpointError(f"{directory / latest}: {error} Or pass tag=.") from None
+        except (CheckpointError, ValueError) as error:
+            raise CheckpointError(f"{directory / latest}: {str(error).rstrip('.')}. Or pass tag=.") from None
     others = tags(directory) if latest == LATEST_FILE else []
     return named + [tag for tag in others if tag not in named]
 
@@ -279,24 +313,30 @@ def in_words(found: Sequence[str]) -> str:
 
 def _manifests(directory: Path) -> dict[str, Manifest]:
     found = {}
-    for path in directory.glob(f"*/{MANIFEST_FILE}"):
-        with suppress(CheckpointError):
+    for path in filter(Path.is_file, directory.glob(f"*/{MANIFEST_FILE}")):
+        with suppress(CheckpointError):  # a bad one stops nothing: whoever wants that tag is told
             found[path.parent.name] = read_manifest(folder_of(directory, path.parent.name))
     return found
 
 
+def _newest_first(found: Mapping[str, Manifest]) -> list[str]:
+    return sorted(found, key=lambda tag: (found[tag].order, tag), reverse=True)
+
+
 def _problem(folder: Path, name: str, entry: tuple[int, str]) -> str | None:
     size, digest = entry
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.parent.resolve()):
-        return f"{name} lies outside {folder.parent}"
     try:
+        path = inside(folder, name)
+        if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for
+            return f"{name} is not a file"
         found = path.stat().st_size
         if found != size:
             return f"{name} has {found} bytes, not {size}"
         return None if entry_of(path)[1] == digest else f"{name} has changed since it was saved"
     except FileNotFoundError:
         return f"{name} is missing"
+    except ValueError as error:
+        return str(error)
     except OSError as error:
         return f"{name} can't be read ({error})"
 
@@ -312,8 +352,11 @@ def _remove(folder: Path) -> None:
     except CheckpointError:
         files = []
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    for name in files:
-        (folder / name).unlink(missing_ok=True)
+    for name in (*files, SAVING_FILE):
+        with suppress(ValueError, FileNotFoundError):  # a name that leads elsewhere, one that is gone already
+            path = inside(folder, name)
+            if stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):
             path.rmdir()
@@ -321,5 +364,9 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _marker(folder: Path) -> SavingMarker:
+    """What ``folder`` says of the save that is under way, or was killed."""
+    try:
+        return SavingMarker.parse(inside(folder, SAVING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return SavingMarker()

@@ -1,4 +1,4 @@
-"""Files that hold either their old content or all of the new one."""
+"""Files that hold either their old content or all of the new one, and names that stay inside their folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,37 @@ import os
 from pathlib import Path
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of ``name``, which a file gave, in ``folder``; the file need not exist.
+
+    Raises ValueError where ``name`` is absolute, has ``..`` or empty parts, or passes through a link below ``folder``.
+    Use it for every path that is read out of a file, before that path is opened, changed or removed.
+    """
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") or Path(part).drive for part in parts):
+        raise ValueError(f"{name!r} lies outside {folder}")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ValueError(f"{name} is reached through the link {path}, and links are not followed")
+    return path
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either its old content or all of the new one, also after a power cut."""
+    """Write ``text`` so that ``path`` holds either its old content or all of the new one, also after a power cut.
+
+    A link at ``path`` is replaced, not followed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)  # a killed process of the same number left it
+        with open(temporary, "x", encoding="utf-8") as file:  # "x" follows no link
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

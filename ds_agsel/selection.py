@@ -9,21 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
 
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
-from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
+from ds_agsel.errors import CheckpointError, TrainingError
 from ds_agsel.lottery import Lottery
-from ds_agsel.policies import Policy
+from ds_agsel.metadata import STATE_VERSIONS, SelectionState, read_selection_state
+from ds_agsel.policies import Policy, checked_choice, checked_plan
 
 logger = logging.getLogger("ds_agsel")
 
 Phase = Literal["explore", "exploit"]
-FORMAT_VERSION = 1
+# Records and traffic counters that are kept in memory and in checkpoints. The whole record is in selection.jsonl.
+TAIL_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,18 @@ class Traffic:
     stepped_numel: int = 0
 
 
+_COUNTERS = tuple(counter.name for counter in fields(Traffic) if counter.name != "step")
+
+
 @dataclass
 class Selection:
-    """Which blocks are updated, at each optimizer step, and the record of it."""
+    """Which blocks are updated, at each optimizer step, and the record of it.
+
+    Attributes:
+        history: the last `TAIL_STEPS` applied steps, the newest last. `num_steps`, `steps_by_phase` and
+            `update_counts` count all of them.
+        traffic: what each of the last `TAIL_STEPS` steps of this process moved; `mean_traffic` is of all of them.
+    """
 
     blocks: tuple[Block, ...]
     policy: Policy
@@ -78,6 +89,9 @@ class Selection:
 
     def __post_init__(self) -> None:
         self._counts = [0] * len(self.blocks)
+        self._steps_by_phase: dict[Phase, int] = {"explore": 0, "exploit": 0}
+        self._traffic_sums = dict.fromkeys(_COUNTERS, 0)
+        self._traffic_steps = 0
         self._chosen: tuple[int, ...] | None = None
         self._frozen: list[nn.Parameter] = []
         self.window_is_open = False
@@ -106,6 +120,23 @@ class Selection:
     def update_counts(self) -> tuple[int, ...]:
         """f: how many optimizer steps updated each block."""
         return tuple(self._counts)
+
+    @property
+    def num_steps(self) -> int:
+        """How many optimizer steps were applied."""
+        return sum(self._steps_by_phase.values())
+
+    @property
+    def steps_by_phase(self) -> Mapping[Phase, int]:
+        """How many applied steps explored, and how many exploited."""
+        return dict(self._steps_by_phase)
+
+    @property
+    def mean_traffic(self) -> dict[str, float] | None:
+        """Each counter of `Traffic`, its mean over this process's applied steps; None before the first."""
+        if not self._traffic_steps:
+            return None
+        return {name: total / self._traffic_steps for name, total in self._traffic_sums.items()}
 
     @property
     def explore_probability(self) -> float:
@@ -167,7 +198,7 @@ class Selection:
 
     def choose(self, scores: Sequence[float]) -> tuple[int, ...]:
         """The blocks of an explore step: the policy's choice by ``scores`` (one a block), and `always_select`."""
-        drawn = self.policy.choose(self.plan.step, [scores[index] for index in self.lottery.drawn])
+        drawn = checked_choice(self.policy, self.plan.step, [scores[index] for index in self.lottery.drawn])
         self._chosen = self._with_always(drawn)
         return self._chosen
 
@@ -176,8 +207,11 @@ class Selection:
         record = Record(self.plan.step, self.plan.phase, self.selected_blocks)
         for index in record.blocks:
             self._counts[index] += 1
+        self._steps_by_phase[record.phase] += 1
         self.history.append(record)
-        self.traffic.append(self.current_traffic)
+        self._count_traffic()
+        for tail in (self.history, self.traffic):
+            del tail[:-TAIL_STEPS]
         self._close_window()
         self._plan_ahead()
         return record
@@ -192,16 +226,24 @@ class Selection:
             parameter.requires_grad_(True)
         self._frozen = []
         self.window_is_open = False
-        self.current_traffic = Traffic(step=len(self.history))
+        self.current_traffic = Traffic(step=self.num_steps)
+
+    def _count_traffic(self) -> None:
+        self.traffic.append(self.current_traffic)
+        self._traffic_steps += 1
+        for name in _COUNTERS:
+            self._traffic_sums[name] += getattr(self.current_traffic, name)
 
     def _plan_ahead(self) -> None:
+        """Draw the next plan. What goes wrong is raised by `plan`, where training goes on and nothing has changed yet:
+        a policy that has run out of steps, one whose answer can't be used, or one that raises."""
         self._plan = self._chosen = None
-        with suppress(ConfigError):  # a policy that has run out is only an error where training goes on
+        with suppress(Exception):
             self._plan = self._draw_plan()
 
     def _draw_plan(self) -> Plan:
-        step = len(self.history)
-        drawn = self.policy.plan(step, [self._counts[index] for index in self.lottery.drawn])
+        step = self.num_steps
+        drawn = checked_plan(self.policy, step, [self._counts[index] for index in self.lottery.drawn])
         blocks = None if drawn is None else self._with_always(drawn)
         self._chosen = blocks
         return Plan(step, "explore" if blocks is None else "exploit", blocks)
@@ -210,25 +252,21 @@ class Selection:
         return tuple(sorted([self.lottery.drawn[index] for index in drawn] + list(self.lottery.always)))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resume needs, in types that JSON has."""
+        """Return all that a resume needs, in types that JSON has, the history's tail among it."""
         return {
-            "version": FORMAT_VERSION,
+            "version": STATE_VERSIONS[-1],
             "blocks": [[block.name, list(block.parameter_names)] for block in self.blocks],
             "section": self.config.model_dump(mode="json"),
             "update_counts": list(self._counts),
+            **{f"{phase}_steps": count for phase, count in self._steps_by_phase.items()},
             "history": [[record.step, record.phase, list(record.blocks)] for record in self.history],
             "plan": None if self._plan is None else asdict(self._plan),
             "policy": self.policy.state_dict(),
         }
 
-    def check_compatible(self, state: Mapping[str, Any], source: str) -> None:
+    def check_compatible(self, state: SelectionState, source: str) -> None:
         """Raise CheckpointError, naming ``source``, unless ``state`` was saved with the same blocks."""
-        if state.get("version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source} has version={state.get('version')!r}; this ds_agsel reads version {FORMAT_VERSION}. "
-                "Load it with the ds_agsel that wrote it, or load the weights alone: load_module_only=True."
-            )
-        saved = [(name, tuple(parameters)) for name, parameters in state["blocks"]]
+        saved = [(name, tuple(parameters)) for name, parameters in state.blocks]
         here = [(block.name, block.parameter_names) for block in self.blocks]
         if saved != here:
             odd = next((f"{theirs} there, {ours} here" for theirs, ours in zip(saved, here) if theirs != ours), "")
@@ -239,22 +277,29 @@ class Selection:
                 "load_module_only=True."
             )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``. A section that has changed since is followed from the next step on."""
+    def load_state_dict(self, state: Mapping[str, Any] | SelectionState) -> None:
+        """Go on from ``state``. A section that has changed since is followed from the next step on.
+
+        Raises CheckpointError, before anything changes, for a state that is wrong or of other blocks.
+        """
+        if not isinstance(state, SelectionState):
+            state = read_selection_state(state, "the selection state")
         self.check_compatible(state, "the selection state")
         self._close_window()
-        self._counts = [int(count) for count in state["update_counts"]]
-        self.history = [Record(step, phase, tuple(blocks)) for step, phase, blocks in state["history"]]
-        self.traffic = []
-        self.current_traffic = Traffic(step=len(self.history))
-        if state["section"] != self.config.model_dump(mode="json"):
+        self._counts = list(state.update_counts)
+        self._steps_by_phase = {"explore": state.explore_steps, "exploit": state.exploit_steps}
+        rows = state.history[-TAIL_STEPS:]
+        self.history = [Record(step, phase, tuple(blocks)) for step, phase, blocks in rows]
+        self.traffic, self._traffic_steps, self._traffic_sums = [], 0, dict.fromkeys(_COUNTERS, 0)
+        self.current_traffic = Traffic(step=self.num_steps)
+        if state.section != self.config.model_dump(mode="json"):
             logger.warning("adagrad_select: the section differs from the checkpoint's; the next step is planned anew.")
             self._plan_ahead()
             return
-        self.policy.load_state_dict(state["policy"])
-        if state["plan"] is None:
+        self.policy.load_state_dict(state.policy)
+        if state.plan is None:
             self._plan_ahead()
             return
-        plan = Plan(**state["plan"])
-        self._plan = replace(plan, blocks=None if plan.blocks is None else tuple(plan.blocks))
+        planned = state.plan.blocks
+        self._plan = Plan(state.plan.step, state.plan.phase, None if planned is None else tuple(planned))
         self._chosen = self._plan.blocks

@@ -12,7 +12,7 @@ import ds_agsel
 from ds_agsel import policies
 
 
-@policies.register("all_then_last")
+@policies.register("mine")
 class AllThenLast(policies.Policy):
     def plan(self, step, update_counts):
         return (5,) if step else tuple(range(6))
@@ -35,6 +35,6 @@ def moves(select):
 
 deepspeed.utils.logger.setLevel("ERROR")
 print(f"{'step after the freeze':24}| plain DeepSpeed | ds_agsel")
-for step, pair in enumerate(zip(moves({}), moves({"adagrad_select": {"policy": "all_then_last"}})), start=1):
+for step, pair in enumerate(zip(moves({}), moves({"adagrad_select": {"policy": "mine", "select_percent": 100}})), 1):
     print(f"{step:<24}| {pair[0]:15.1e} | {pair[1]:.1e}")
 deepspeed.comm.destroy_process_group()

@@ -18,7 +18,7 @@ from ds_agsel.entry.preparation import Preparation, prepare, user_optimizer
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
-from ds_agsel.zero import compat, step_device
+from ds_agsel.zero import compat, plain_loads, step_device
 from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
@@ -55,7 +55,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             agreement.post_plain(number)
             why = "is disabled" if config is not None else "is missing"
             announce.announce(f"the section {SECTION} of the ds_config {why}: DeepSpeed trains all blocks, as it is.")
-            return deepspeed.initialize(*args, **kwargs)
+            plain = deepspeed.initialize(*args, **kwargs)
+            if config is not None:
+                plain_loads.name_the_remedy(plain[0])
+            return plain
         has_optimizer = call.arguments.get("optimizer") is not None or DsConfig.of(ds_config).has_optimizer
         if not has_optimizer or callers.only_evaluates():
             announce.announce("this engine has no optimizer or only evaluates, so it is left to DeepSpeed.")

@@ -9,7 +9,17 @@ from ds_agsel.policies import (  # noqa: F401  (importing a policy's module regi
     random,
     replay,
 )
+from ds_agsel.policies.answers import checked_choice, checked_plan
 from ds_agsel.policies.base import Policy, PolicyContext, num_selected
 from ds_agsel.policies.registry import create, policy_class, register
 
-__all__ = ["Policy", "PolicyContext", "create", "num_selected", "policy_class", "register"]
+__all__ = [
+    "Policy",
+    "PolicyContext",
+    "checked_choice",
+    "checked_plan",
+    "create",
+    "num_selected",
+    "policy_class",
+    "register",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import distributed
 from ds_agsel.files import write_atomically
 from ds_agsel.report.runs import BLOCKS_FILE, METRICS_FILE, SELECTION_FILE, SUMMARY_FILE
 from ds_agsel.selection import Record
+
+logger = logging.getLogger("ds_agsel")
 
 __all__ = ["BLOCKS_FILE", "METRICS_FILE", "SELECTION_FILE", "SUMMARY_FILE", "JsonLines", "SelectionLog"]
 
@@ -47,7 +50,7 @@ class SelectionLog:
 
     Args:
         folder: made where it does not exist. A selection.jsonl in it keeps the lines of the steps that
-            its history has (a resumed run's); steps of the history that it lacks are written
+            the selection has applied (a resumed run's); steps of its history that the file lacks are written
             without traffic, and any others are dropped.
         optimizer: that of an engine which `ds_agsel.initialize` returned; it has the selection.
     """
@@ -59,25 +62,31 @@ class SelectionLog:
         write_atomically(folder / BLOCKS_FILE, json.dumps(self._blocks(), indent=1) + "\n")
         path = folder / SELECTION_FILE
         known = _lines_by_step(path)
-        history = self._selection.history
-        kept = [known.get(record.step) or json.dumps(_line(record)) for record in history]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._num_written = len(history)
+        applied, recorded = self._selection.num_steps, {record.step: record for record in self._selection.history}
+        kept = {step: line for step, line in known.items() if 0 <= step < applied}
+        kept = {step: json.dumps(_line(record)) for step, record in recorded.items()} | kept
+        write_atomically(path, "".join(f"{kept[step]}\n" for step in sorted(kept)))
+        self._num_written = applied
         self._log = JsonLines(path, len(kept))
 
     def update(self) -> None:
-        """Append the steps that were applied since the last call; without any, do nothing."""
-        history = self._selection.history
-        if len(history) == self._num_written:
+        """Append the steps that were applied since the last call; without any, do nothing.
+
+        Call it at least once in `selection.TAIL_STEPS` steps: earlier ones are no longer known, and a warning says so.
+        """
+        new = self._selection.num_steps - self._num_written
+        if new == 0:
             return
-        traffic = {entry.step: entry for entry in self._selection.traffic[self._num_written - len(history) :]}
-        for record in history[self._num_written :]:
+        records, traffic = self._selection.history[-new:], {entry.step: entry for entry in self._selection.traffic}
+        if len(records) < new:
+            logger.warning("adagrad_select: %s lacks %d steps, written too late.", self._log.path, new - len(records))
+        for record in records:
             line = _line(record)
             line["explore_rate"] = self._selection.policy.explore_probability(record.step)
             line["traffic"] = {key: value for key, value in asdict(traffic[record.step]).items() if key != "step"}
             line["state_bytes"] = self._optimizer.state_bytes()
             self._log.write(line)
-        self._num_written = len(history)
+        self._num_written += new
 
     def close(self) -> None:
         """Close the file."""

@@ -43,7 +43,10 @@ def block_counts(selection: Selection) -> dict[str, float]:
 
 
 def block_shares(selection: Selection, num_steps: int) -> dict[str, float]:
-    """``selected/NAME`` of every block: the share of the last ``num_steps`` steps that updated it; for one, 1 or 0."""
+    """``selected/NAME`` of every block: the share of the last ``num_steps`` steps that updated it; for one, 1 or 0.
+
+    At most the `selection.TAIL_STEPS` steps that the history has.
+    """
     last = selection.history[-num_steps:] if num_steps > 0 else []
     return {
         f"selected/{block.name}": sum(block.index in record.blocks for record in last) / max(1, len(last))

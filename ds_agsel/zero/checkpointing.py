@@ -12,29 +12,33 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.constants import (
+    PARAM_SHAPES,
     UNIVERSAL_CHECKPOINT_INFO,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 
 import ds_agsel
-from ds_agsel import checkpoints
+from ds_agsel import checkpoints, metadata
 from ds_agsel.errors import CheckpointError
+from ds_agsel.files import write_atomically
 from ds_agsel.selection import Selection
+from ds_agsel.tag_owner import Run
 from ds_agsel.zero import compat
-from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, load_lazily, model_states
+from ds_agsel.zero.collective import Errors, Place, gather, of_rank_0
+from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, model_states
+from ds_agsel.zero.tag_files import TagFiles, restricted_unpickling
 
-SELECTION_KEY = "adagrad_select"  # in the client_state, beside which a universal checkpoint keeps nothing of ours
+SELECTION_KEY = "adagrad_select"  # in rank 0's client_state, all of ours that DeepSpeed's universal converter keeps
 FIRST_MODEL_STATES = "*mp_rank_00_model_states.pt"
 
 logger = logging.getLogger("ds_agsel")
@@ -44,6 +48,20 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
     """The part of `SelectiveEngine` that saves and loads."""
 
     selection: Selection
+    _saving: Errors  # of the save that is under way
+    _saved_states: SavedStates | None = None  # of the load that is under way, where states are cut by name
+
+    @cached_property
+    def _run(self) -> Run:
+        return Run()
+
+    @compat.overrides
+    def destroy(self) -> None:
+        """`DeepSpeedEngine.destroy`; another run may then clear up after this one."""
+        self._run.release()
+        super().destroy()
+
+    # ------------------------------------------------------------------ saving
 
     @compat.overrides
     def save_checkpoint(
@@ -57,49 +75,43 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
     ) -> bool:
         """`DeepSpeedEngine.save_checkpoint`, with the selection and a manifest in the tag's folder; ``latest`` last.
 
-        ``keep``: once the new tag is verified, remove all but the ``keep`` newest whole ones. Collective. Raises
-        CheckpointError on every rank where any could not write: what this call wrote is then removed, what it was to
-        replace is put back, and ``latest`` names the tag before.
+        ``keep``: read the new tag back, then remove all but the ``keep`` newest whole ones of this run and of the runs
+        it goes on from; other runs' tags stay. Where the environment variable DS_AGSEL_CHECKPOINT_KEY is set, the
+        manifest is signed by that key. Collective. Raises CheckpointError on every rank where any could not write, for
+        a state that can't be saved and, with ``keep``, for a tag that reads back wrong: what this call wrote is then
+        removed, what it was to replace is put back, and ``latest`` names the tag before.
         """
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         directory, folder = Path(save_dir), checkpoints.folder_of(save_dir, tag)
-        place = _Place.of(self)
-        errors = _Errors()
-        if place.leads:
-            errors.attempt(checkpoints.make_room, folder)
+        place = Place.of(self)
+        self._saving = errors = Errors()
+        # Also the barrier: a slower rank may still read the tag whose folder `make_room` renames.
+        state = errors.attempt(self._state_texts)
         failure = errors.first_of_all_ranks()
         if failure is None:
-            state = self.selection.state_dict()
-            ours_and_theirs = {**universal_info(), **(client_state or {}), SELECTION_KEY: state}
-            with self.selection.thawed(), compat.writes_through(self, errors.attempt) as written:
-                super().save_checkpoint(os.fspath(save_dir), tag, ours_and_theirs, False, exclude_frozen_parameters)
             if place.leads:
-                errors.attempt((folder / checkpoints.STATE_FILE).write_text, json.dumps(state), encoding="utf-8")
-                written.append(folder / checkpoints.STATE_FILE)
-            ours = errors.attempt(checkpoints.entries, folder, written)
-            failure = errors.first_of_all_ranks()
-            if failure is None:
-                of_all = _gather((place.leader, ours))
-                if place.leads:
-                    files: dict[str, Any] = {}
-                    for leader, entries in of_all:
-                        files.update(entries if leader == place.leader else {})
-                    errors.attempt(checkpoints.write_manifest, folder, files, self._facts())
-                failure = errors.first_of_all_ranks()
+                errors.attempt(checkpoints.make_room, folder, self._run)
+            failure = errors.first_of_all_ranks() or self._write(
+                folder, place, client_state, state, exclude_frozen_parameters
+            )
+            if failure is None and keep is not None:
+                wrong = self._problems(folder, place)
+                failure = f"it reads back wrong: {checkpoints.in_words(wrong)}" if wrong else None
+            if failure is not None and place.leads:
+                with suppress(OSError):
+                    checkpoints.give_up(folder)
         if failure is not None:
-            if place.leads:
-                checkpoints.give_up(folder)
             dist.barrier()
             raise CheckpointError(
                 f"checkpoint {folder} could not be written: {failure}. '{checkpoints.LATEST_FILE}' still names the "
-                "checkpoint before it. Make room, or save to another folder."
+                "checkpoint before it. Make room, or save to another folder, where that is the reason."
             )
         if place.leads:
             if save_latest:
                 errors.attempt(checkpoints.write_latest, directory, tag)
             errors.attempt(checkpoints.settle, folder)
-        if keep is not None and not self._problems(folder, place) and place.leads:
-            errors.attempt(checkpoints.prune, directory, keep)
+            if keep is not None:
+                errors.attempt(checkpoints.prune, directory, keep, self._run)
         failure = errors.first_of_all_ranks()
         if failure is not None:
             raise CheckpointError(
@@ -108,11 +120,66 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
             )
         return True
 
+    def _state_texts(self) -> tuple[str, str]:
+        """The selection's state for our own file, and without its history for the client_state, as JSON."""
+        state = self.selection.state_dict()
+        try:
+            whole = json.dumps(state, allow_nan=False)
+            return whole, json.dumps({**state, "history": []}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"the selection's state is not JSON ({error}). policy={self.selection.config.policy!r}: its "
+                "state_dict() may hold dicts with text keys, lists, text, finite numbers, booleans and None; convert "
+                "numpy values with .tolist()"
+            ) from None
+
+    def _write(
+        self,
+        folder: Path,
+        place: Place,
+        client_state: Mapping[str, Any] | None,
+        state: tuple[str, str],
+        exclude_frozen_parameters: bool,
+    ) -> str | None:
+        """Write all files, then the manifest; returns what went wrong on any rank. Collective."""
+        errors = self._saving
+        all_of_it = {**universal_info(), **(client_state or {})}
+        if dist.get_rank() == 0:
+            all_of_it[SELECTION_KEY] = json.loads(state[1])
+        with self.selection.thawed(), compat.writes_through(self, errors.attempt) as written:
+            super().save_checkpoint(os.fspath(folder.parent), folder.name, all_of_it, False, exclude_frozen_parameters)
+        if place.leads:
+            errors.attempt(write_atomically, folder / checkpoints.STATE_FILE, state[0])
+            written.append(folder / checkpoints.STATE_FILE)
+        ours = errors.attempt(checkpoints.entries, folder, written)
+        failure = errors.first_of_all_ranks()
+        if failure is not None:
+            return failure
+        of_all = gather((place.leader, ours))
+        facts = self._facts()
+        if place.leads:
+            files: dict[str, Any] = {}
+            for leader, entries in of_all:
+                files.update(entries if leader == place.leader else {})
+            errors.attempt(checkpoints.write_manifest, folder, files, {**facts, **self._run.facts()})
+        return errors.first_of_all_ranks()
+
+    # What these two raise on one rank alone must not keep it from the barrier that ends a save (engine.py:4964).
+
+    @compat.overrides
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saving.attempt(super()._save_checkpoint, *args, **kwargs)
+
+    @compat.overrides
+    def _save_zero_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saving.attempt(super()._save_zero_checkpoint, *args, **kwargs)
+
     def _facts(self) -> dict[str, Any]:
         section = json.dumps(self.selection.config.model_dump(mode="json"), sort_keys=True)
         return {
             "world_size": dist.get_world_size(),
             "stage": int(self.zero_optimization_stage()),
+            "dtype": self._dtype(),
             "steps": self.global_steps,
             "layout_sha256": self._layout(),
             "section_sha256": _sha256(section),
@@ -131,6 +198,11 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
     def _form(self) -> str:
         return "3" if self.zero_optimization_partition_weights() else "1 and 2"
 
+    def _dtype(self) -> str:
+        return "bf16" if self.bfloat16_enabled() else "fp16" if self.fp16_enabled() else "fp32"
+
+    # ----------------------------------------------------------------- loading
+
     @compat.overrides
     def load_checkpoint(
         self, load_dir: str | os.PathLike[str], tag: str | None = None, *args: Any, **kwargs: Any
@@ -139,8 +211,15 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
 
         Without ``tag``: the one that ``latest`` names or, where that is not whole, the newest that is; a warning then
         says why. With ``load_module_only=True`` or ``load_optimizer_states=False`` the selection starts afresh.
+
+        Files run no code: they are read with ``weights_only=True`` and the classes that DeepSpeed stores. A
+        client_state with other classes needs `torch.serialization.add_safe_globals`, or the environment variable
+        DS_AGSEL_TRUST_CHECKPOINTS=1, with which whoever wrote the file can run code here. Where
+        DS_AGSEL_CHECKPOINT_KEY is set, only checkpoints that were signed by that key load.
+
         Collective. Raises CheckpointError on every rank, before anything is loaded, for a named tag that is damaged,
-        where none is whole, and for a checkpoint of other blocks or one that plain DeepSpeed wrote.
+        where none is whole, for a file that would run code, and for a checkpoint of other blocks, shapes or stages or
+        one that plain DeepSpeed wrote.
         """
         directory = Path(load_dir)
         names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
@@ -150,85 +229,119 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         if tag is None:
             logger.warning("adagrad_select: %s holds no checkpoint; nothing was loaded.", directory)
             return None, None
-        state = None
-        if with_states:
-            state = read_selection_state(directory / tag, self.load_universal_checkpoint())
-            self._check_form(directory / tag)
-            self.selection.check_compatible(state, f"checkpoint {directory / tag}")
-        with self.selection.thawed():
-            result = super().load_checkpoint(os.fspath(load_dir), tag, *args, **kwargs)
+        errors = Errors()
+        prepared = errors.attempt(self._prepare, directory / tag, with_states)
+        failure = errors.first_of_all_ranks()
+        if failure is not None:
+            raise CheckpointError(f"{failure}.")
+        files, state, self._saved_states = prepared
+        try:
+            reads = partial(files.load, lazily=self.optimizer.states_are_on_disk)
+            with self.selection.thawed(), restricted_unpickling(), compat.loads_through(self, reads):
+                result = super().load_checkpoint(os.fspath(load_dir), tag, *args, **kwargs)
+        finally:
+            self._saved_states = None
         if state is not None and result[0] is not None:
             self.selection.load_state_dict(state)
+            self._run.go_on_from({} if files.manifest is None else files.manifest.facts)
         path, client_state = result
         ours = (SELECTION_KEY, *universal_info())
         return path, client_state and {key: value for key, value in client_state.items() if key not in ours}
 
-    def _check_form(self, folder: Path) -> None:
-        if self.load_universal_checkpoint():
-            UniversalFolder(folder)
+    def _prepare(
+        self, folder: Path, with_states: bool
+    ) -> tuple[TagFiles, metadata.SelectionState | None, SavedStates | None]:
+        """Open what this rank will read of ``folder``. Raises CheckpointError for anything that does not fit."""
+        files = TagFiles(folder)
+        for name in self._get_all_ckpt_names(os.fspath(folder.parent), folder.name):
+            files.load(name)
+        if not with_states:
+            return files, None, UniversalFolder(files) if self.load_universal_checkpoint() else None
+        state = read_selection_state(files, self.load_universal_checkpoint())
+        self._check_form(files)
+        self.selection.check_compatible(state, f"checkpoint {folder}")
+        self._check_shapes(files)
+        saved = self._states_to_cut(files)
+        if saved is None:
+            files.load(self._get_zero_ckpt_name(os.fspath(folder.parent), folder.name))
+            return files, state, None
+        needed = {name for layout in self.optimizer.layouts() for name in layout.names}
+        missing = sorted(needed - set(saved.names))
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {folder} has no states of {checkpoints.in_words(missing)}. Load it into the model it was "
+                "saved from, or load the weights alone: load_module_only=True."
+            )
+        return files, state, saved
+
+    def _check_form(self, files: TagFiles) -> None:
+        if self.load_universal_checkpoint() or files.manifest is None:
             return
-        if not checkpoints.has_manifest(folder):
-            return
-        stage = checkpoints.read_manifest(folder).facts.get("stage", 2)
+        stage = files.manifest.facts.get("stage", 2)
         if (stage == 3) != self.zero_optimization_partition_weights():
             raise CheckpointError(
-                f"checkpoint {folder} was saved with zero_optimization.stage={stage}; a run with stage="
+                f"checkpoint {files.folder} was saved with zero_optimization.stage={stage}; a run with stage="
                 f"{int(self.zero_optimization_stage())} can't load it as it is. Make a universal checkpoint of it "
                 "(python -m deepspeed.checkpoint.ds_to_universal) and set checkpoint.load_universal=true, or use the "
                 "same stage."
             )
 
+    def _check_shapes(self, files: TagFiles) -> None:
+        saved = {name: tuple(shape) for group in model_states(files)[PARAM_SHAPES] for name, shape in group.items()}
+        here = {name: tuple(shape) for group in self._get_zero_param_shapes() for name, shape in group.items()}
+        for name in sorted(saved.keys() & here.keys()):
+            if saved[name] != here[name]:
+                raise CheckpointError(
+                    f"checkpoint {files.folder} has {name} of shape {saved[name]}, and this model's is {here[name]}. "
+                    "Load it into the model it was saved from."
+                )
+
+    def _states_to_cut(self, files: TagFiles) -> SavedStates | None:
+        """The states, where this rank's own file is not what it needs: [Note: By name] in `repartition`."""
+        if self.load_universal_checkpoint():
+            return UniversalFolder(files)
+        facts = {} if files.manifest is None else files.manifest.facts
+        here = self._layout()
+        same_dtype = (facts.get("dtype") or _dtype_by_names(files)) in (None, self._dtype())
+        same_layout = facts.get("layout_sha256", here) == here
+        if same_dtype and same_layout and model_states(files)["dp_world_size"] == dist.get_world_size():
+            return None
+        return ZeroFiles(files, keeps_loss_scale=same_dtype)
+
     @compat.overrides
     def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
         """Stock where this rank's file is what it needs; otherwise [Note: By name] in `repartition`."""
-        folder = Path(load_dir) / tag
-        saved: SavedStates
-        if self.load_universal_checkpoint():
-            saved = UniversalFolder(folder)
-            if not self.zero_optimization_partition_weights():
-                self._load_what_zero_does_not_manage(folder)
-        elif self._is_ours_to_cut(folder):
-            saved = ZeroFiles(folder)
-        else:
+        if self.load_universal_checkpoint() and not self.zero_optimization_partition_weights():
+            self._load_what_zero_does_not_manage(TagFiles(Path(load_dir) / tag))
+        if self._saved_states is None:
             return super()._load_zero_checkpoint(load_dir, tag, load_optimizer_states)
         self.optimizer.load_by_name(
-            saved,
+            self._saved_states,
             load_optimizer_states=load_optimizer_states,
             load_from_fp32_weights=True,
             param_shapes=self._get_zero_param_shapes(),
         )
         return True
 
-    @compat.overrides
-    def _get_all_zero_checkpoint_state_dicts(self, zero_ckpt_names: list[str]) -> list[Any]:
-        """Stock; where states live on disk, they are read as they are stored there, and not all at once before."""
-        with compat.loads_through(self, load_lazily) if self.optimizer.states_are_on_disk else nullcontext():
-            return super()._get_all_zero_checkpoint_state_dicts(zero_ckpt_names)
-
-    def _is_ours_to_cut(self, folder: Path) -> bool:
-        facts = checkpoints.read_manifest(folder).facts if checkpoints.has_manifest(folder) else {}
-        here = self._layout()
-        return self.loaded_checkpoint_dp_world_size != dist.get_world_size() or facts.get("layout_sha256", here) != here
-
-    def _load_what_zero_does_not_manage(self, folder: Path) -> None:
+    def _load_what_zero_does_not_manage(self, files: TagFiles) -> None:
         """Buffers and frozen parameters, which DeepSpeed's universal load leaves as they are (engine.py:4660)."""
         own = self.module.state_dict()
-        module = model_states(folder)["module"]
+        module = model_states(files)["module"]
         fitting = {name: value for name, value in module.items() if name in own and own[name].shape == value.shape}
         self.module.load_state_dict(fitting, strict=False)
 
     @compat.overrides
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
         """Stock, or the first rank's file where the saving run had fewer ranks or another stage."""
-        found = super()._get_all_ckpt_names(checkpoints_path, tag)
+        found: list[str] = super()._get_all_ckpt_names(checkpoints_path, tag)
         return found or [os.fspath(path) for path in sorted(Path(checkpoints_path, tag).glob(FIRST_MODEL_STATES))[:1]]
 
     def _whole_tag(self, directory: Path, wanted: str | None) -> str | None:
         """The tag to load, the same on all ranks; None where there is none and none is wanted. Collective."""
-        place = _Place.of(self)
+        place = Place.of(self)
         passed_over: dict[str, list[str]] = {}
         latest = checkpoints.LATEST_UNIVERSAL_FILE if self.load_universal_checkpoint() else checkpoints.LATEST_FILE
-        for tag, is_verifiable in _of_rank_0(lambda: _candidates(directory, wanted, latest)):
+        for tag, is_verifiable in of_rank_0(lambda: _candidates(directory, wanted, latest)):
             if not is_verifiable:
                 self._warn(f"{directory / tag} has no {checkpoints.MANIFEST_FILE}, so it can't be verified.")
                 return tag
@@ -243,9 +356,9 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         remedy = "Save anew, or start afresh." if wanted is None else "Without tag= the newest whole one is loaded."
         raise CheckpointError(f"{directory}: no whole checkpoint to load: {_reasons(passed_over)}. {remedy}")
 
-    def _problems(self, folder: Path, place: _Place) -> list[str]:
+    def _problems(self, folder: Path, place: Place) -> list[str]:
         """What is wrong with ``folder``, on any node. Collective."""
-        of_all = _gather(checkpoints.problems(folder, place.index, place.count))
+        of_all = gather(checkpoints.problems(folder, place.index, place.count))
         return list(dict.fromkeys(problem for found in of_all for problem in found))
 
     def _warn(self, message: str) -> None:
@@ -263,24 +376,27 @@ def _reasons(passed_over: Mapping[str, list[str]]) -> str:
     return "; ".join(f"{tag} ({checkpoints.in_words(why)})" for tag, why in passed_over.items())
 
 
-def read_selection_state(folder: Path, universal: bool = False) -> dict[str, Any]:
-    """The selection saved in a checkpoint folder. Raises CheckpointError where there is none, or a damaged one."""
-    path = folder / checkpoints.STATE_FILE
+def read_selection_state(files: TagFiles, universal: bool = False) -> metadata.SelectionState:
+    """The selection saved in a tag. Raises CheckpointError where there is none, or one that is wrong."""
+    folder = files.folder
     try:
         if universal:  # which has what DeepSpeed's converter copies alone
-            return model_states(folder)[SELECTION_KEY]
-        if (folder / "zero" / "optimizer_state.pt").is_file():
+            return metadata.read_selection_state(model_states(files)[SELECTION_KEY], f"checkpoint {folder}")
+        if files.has("zero/optimizer_state.pt"):
             raise CheckpointError(
                 f"{folder} is a universal checkpoint. Set checkpoint.load_universal=true in the ds_config to load it."
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return checkpoints.read_state(folder)
     except (FileNotFoundError, KeyError):
         raise CheckpointError(
             f"{folder} has no {checkpoints.STATE_FILE}: plain DeepSpeed wrote it. Its weights alone can be "
             "loaded, and selection then starts afresh: load_checkpoint(..., load_module_only=True)."
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}). Load an earlier checkpoint with tag=.") from error
+
+
+def _dtype_by_names(files: TagFiles) -> str | None:
+    """The dtype that an older ds_agsel saved, as its files' names tell it; None where they do not (fp16 or fp32)."""
+    return "bf16" if files.names("bf16_zero_pp_rank_*_optim_states.pt") else None
 
 
 def universal_info() -> dict[str, Any]:
@@ -290,71 +406,3 @@ def universal_info() -> dict[str, Any]:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """This rank among the ``count`` that see the same checkpoint folder: the ``index``-th, after rank ``leader``."""
-
-    leader: int
-    index: int
-    count: int
-
-    @property
-    def leads(self) -> bool:
-        return self.index == 0
-
-    @classmethod
-    def of(cls, engine: compat.DeepSpeedEngine) -> _Place:
-        """Collective."""
-        if not engine.use_node_local_storage():
-            return cls(0, engine.global_rank, dist.get_world_size())
-        leader = engine.global_rank - int(engine.local_rank)
-        return cls(leader, int(engine.local_rank), _gather(leader).count(leader))
-
-
-def _gather(item: Any) -> list[Any]:
-    """Every rank's ``item``, by rank. Collective."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, item)
-    return found
-
-
-def _of_rank_0(look: Callable[[], Any]) -> Any:
-    """What ``look()`` gives or raises on rank 0, the only one to call it. Collective."""
-    answer: Any = None
-    if dist.get_rank() == 0:
-        try:
-            answer = look()
-        except (CheckpointError, OSError) as error:
-            answer = CheckpointError(str(error))
-    answer = _gather(answer)[0]
-    if isinstance(answer, CheckpointError):
-        raise answer
-    return answer
-
-
-class _Errors:
-    """The errors that this rank met. They are kept, not raised: one rank alone that raised would leave the others at a
-    barrier."""
-
-    def __init__(self) -> None:
-        self._errors: list[Exception] = []
-
-    def attempt(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``work(...)``, or None where it fails or an earlier attempt has failed."""
-        if self._errors:
-            return None
-        try:
-            return work(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk; ours is one too
-            self._errors.append(error)
-            return None
-
-    def first_of_all_ranks(self) -> str | None:
-        """What went wrong, on this rank or on another; None where all went well. Collective."""
-        failed = torch.tensor([bool(self._errors)], dtype=torch.int32, device=get_accelerator().current_device_name())
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if not failed.item():
-            return None
-        return f"{self._errors[0]}" if self._errors else "another rank could not write"

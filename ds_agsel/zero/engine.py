@@ -47,9 +47,9 @@ class SelectiveEngine(CheckpointingEngine):
 
         The blocks' update counts follow every ``steps_per_print`` steps.
         """
-        applied = len(self.selection.history)
+        applied = self.selection.num_steps
         super().step(lr_kwargs)
-        if len(self.selection.history) > applied and self.monitor.enabled and self.global_rank == 0:
+        if self.selection.num_steps > applied and self.monitor.enabled and self.global_rank == 0:
             scalars = metrics.scalars(self.selection)
             if self.steps_per_print() and self.global_steps % self.steps_per_print() == 0:  # it may be null
                 scalars.update(metrics.block_counts(self.selection))

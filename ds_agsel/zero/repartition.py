@@ -12,10 +12,9 @@ one element seen many times, which takes no room: `ds_to_universal` (0.19.8) ask
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +24,11 @@ from torch import Tensor
 from ds_agsel.errors import CheckpointError
 from ds_agsel.residency.states import MOMENTS
 from ds_agsel.zero import compat
+from ds_agsel.zero.tag_files import TagFiles
 
 MASTER = constants.FP32_WEIGHT_KEY
-_OF_THE_RUN = (constants.LOSS_SCALER, "dynamic_loss_scale", "overflow", constants.CLIP_GRAD, constants.DS_VERSION)
+_LOSS_SCALE = (constants.LOSS_SCALER, "dynamic_loss_scale")
+_OF_THE_RUN = (*_LOSS_SCALE, "overflow", constants.CLIP_GRAD, constants.DS_VERSION)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Layout:
 
 class SavedStates(Protocol):
     """What a checkpoint holds, by parameter name."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Return the parameters that it has states of."""
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
         """Elements ``start`` to ``start + numel`` of the flat master (`MASTER`) or moment of a parameter."""
@@ -140,13 +145,23 @@ def _steps(layout: Layout, saved: SavedStates) -> int:
 
 
 class ZeroFiles:
-    """The `*_optim_states.pt` of any number of ranks, of stages 1, 2 and 3."""
+    """The `*_optim_states.pt` of any number of ranks, of stages 1, 2 and 3.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        paths = folder.glob("*zero_pp_rank_*_optim_states.pt")
-        by_rank = {int(re.findall(r"zero_pp_rank_(\d+)_", path.name)[0]): path for path in paths}
-        self._files = [load_lazily(by_rank[rank])[constants.OPTIMIZER_STATE_DICT] for rank in sorted(by_rank)]
+    ``keeps_loss_scale``: whether the run that loads has the dtype of the one that saved; another dtype scales its loss
+    otherwise.
+    """
+
+    def __init__(self, tag: TagFiles, keeps_loss_scale: bool = True) -> None:
+        self._tag = tag
+        self._folder = tag.folder
+        self._keeps_loss_scale = keeps_loss_scale
+        found = tag.names("*zero_pp_rank_*_optim_states.pt")
+        by_rank = {int(re.findall(r"zero_pp_rank_(\d+)_", name)[0]): name for name in found}
+        self._files = [tag.load(by_rank[rank])[constants.OPTIMIZER_STATE_DICT] for rank in sorted(by_rank)]
+        if not self._files:
+            raise CheckpointError(
+                f"{tag.folder} has no *_optim_states.pt. Load the weights alone: load_module_only=True."
+            )
         self._where: dict[str, list[tuple[int, int, Slice]]] = {}
         ends: dict[str, int] = {}
         for rank, file in enumerate(self._files):
@@ -157,7 +172,11 @@ class ZeroFiles:
 
     @cached_property
     def _shapes(self) -> list[dict[str, torch.Size]]:
-        return model_states(self._folder)[constants.PARAM_SHAPES]
+        return model_states(self._tag)[constants.PARAM_SHAPES]
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._where.keys()
 
     def _pieces(self, rank: int, file: Mapping[str, Any]) -> Iterator[tuple[int, str, int, int]]:
         """(group, parameter, place in the partition, elements) of one rank."""
@@ -204,35 +223,35 @@ class ZeroFiles:
 
     @property
     def of_the_run(self) -> Mapping[str, Any]:
-        return self._files[0]
+        found = self._files[0]
+        return found if self._keeps_loss_scale else {key: found[key] for key in found if key not in _LOSS_SCALE}
 
 
 class UniversalFolder:
     """What `ds_to_universal` makes of a checkpoint: a folder for each parameter."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        path = folder / "zero" / "optimizer_state.pt"
-        if not path.is_file():
+    def __init__(self, tag: TagFiles) -> None:
+        self._tag = tag
+        if not tag.has("zero/optimizer_state.pt"):
             raise CheckpointError(
-                f"{folder} has no zero/optimizer_state.pt: it is no universal checkpoint. Make one with DeepSpeed's "
-                "ds_to_universal, or set checkpoint.load_universal=false."
+                f"{tag.folder} has no zero/optimizer_state.pt: it is no universal checkpoint. Make one with "
+                "DeepSpeed's ds_to_universal, or set checkpoint.load_universal=false."
             )
-        self._common = load_lazily(path)
+        self._common = tag.load("zero/optimizer_state.pt")
         self._index = {
-            name: index for index, shapes in enumerate(model_states(folder)[constants.PARAM_SHAPES]) for name in shapes
+            name: index for index, shapes in enumerate(model_states(tag)[constants.PARAM_SHAPES]) for name in shapes
         }
+
+    @property
+    def names(self) -> Collection[str]:
+        return [name for name in self._index if self._tag.has(f"zero/{name}/{MASTER}.pt")]
 
     @property
     def _base(self) -> Mapping[str, Any]:
         return self._common.get(constants.OPTIMIZER_STATE_DICT, self._common)  # stage 3 has a whole state_dict there
 
     def _file(self, name: str, key: str) -> Any:
-        path = self._folder / "zero" / name / f"{key}.pt"
-        try:
-            return load_lazily(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing. Load it into the model it was saved from.") from None
+        return self._tag.load(f"zero/{name}/{key}.pt")
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
         found = self._file(name, key)
@@ -240,7 +259,7 @@ class UniversalFolder:
         return full.reshape(-1).narrow(0, start, numel)
 
     def step(self, name: str) -> int:
-        if (self._folder / "zero" / name / "step.pt").exists():
+        if self._tag.has(f"zero/{name}/step.pt"):
             return int(self._file(name, "step"))
         return int(self._base["state"][self._index[name]]["step"])
 
@@ -253,14 +272,9 @@ class UniversalFolder:
         return self._common
 
 
-def model_states(folder: Path) -> Mapping[str, Any]:
+def model_states(tag: TagFiles) -> Mapping[str, Any]:
     """The first rank's `*_model_states.pt` of any stage, its tensors left on disk until they are read."""
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        if (folder / name).is_file():
-            return load_lazily(folder / name)
-    raise CheckpointError(f"{folder} has no *_model_states.pt. Load another checkpoint.")
-
-
-def load_lazily(path: str | Path) -> Any:
-    """What `torch.save` wrote, its tensors left on disk until they are read."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        if tag.has(name):
+            return tag.load(name)
+    raise CheckpointError(f"{tag.folder} has no *_model_states.pt. Load another checkpoint.")

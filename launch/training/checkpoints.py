@@ -7,8 +7,11 @@ from typing import Any
 
 from ds_agsel import checkpoints
 from ds_agsel.errors import CheckpointError
+from ds_agsel.tag_owner import Run
 
 from . import ranks
+
+RUN = Run()  # where plain DeepSpeed saves; with a selection the engine has its own
 
 
 def tag_of(step: int) -> str:
@@ -33,8 +36,8 @@ def save(engine: Any, folder: Path, step: int, client_state: dict[str, Any], *, 
     failure: Exception | None = None
     if ranks.is_main():
         try:
-            checkpoints.seal(target)
-            checkpoints.prune(folder, keep)
+            checkpoints.seal(target, RUN.facts())
+            checkpoints.prune(folder, keep, RUN)
         except (OSError, CheckpointError) as error:
             failure = error
     if ranks.any_rank(failure is not None):
@@ -58,5 +61,6 @@ def load(engine: Any, folder: Path) -> tuple[Path, dict[str, Any]]:
         if tag is None:
             reasons = "; ".join(f"{name} ({checkpoints.in_words(why)})" for name, why in passed_over.items())
             raise CheckpointError(f"{folder}: no whole checkpoint: {reasons}. Start without --resume.")
+        RUN.go_on_from(checkpoints.read_manifest(folder / tag).facts)
     path, client_state = engine.load_checkpoint(str(folder), tag=tag)
     return Path(path).parent, client_state or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -127,24 +126,20 @@ def selection_summary(selection: Any | None) -> dict[str, Any] | None:
     """
     if selection is None:
         return None
-    blocks, history, traffic = selection.blocks, selection.history, selection.traffic
+    blocks, counts, steps = selection.blocks, selection.update_counts, selection.num_steps
     total_numel = sum(block.numel for block in blocks)
-    stepped = [sum(blocks[index].numel for index in record.blocks) for record in history]
+    stepped_numel = sum(count * block.numel for count, block in zip(counts, blocks))
     counters = [counter.name for counter in fields(Traffic) if counter.name != "step"]
     return {
         "policy": selection.config.policy,
         "blocks": len(blocks),
-        "update_counts": {block.name: count for block, count in zip(blocks, selection.update_counts)},
-        "explore_steps": sum(record.phase == "explore" for record in history),
-        "exploit_steps": sum(record.phase == "exploit" for record in history),
-        "share_of_blocks": _mean([len(record.blocks) / len(blocks) for record in history]),
-        "share_of_parameters": _mean([numel / total_numel for numel in stepped]),
-        "traffic_per_step": {name: _mean([getattr(step, name) for step in traffic]) for name in counters},
+        "update_counts": {block.name: count for block, count in zip(blocks, counts)},
+        "explore_steps": selection.steps_by_phase["explore"],
+        "exploit_steps": selection.steps_by_phase["exploit"],
+        "share_of_blocks": sum(counts) / len(blocks) / steps if steps else None,
+        "share_of_parameters": stepped_numel / total_numel / steps if steps else None,
+        "traffic_per_step": selection.mean_traffic or dict.fromkeys(counters),
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
 
 
 def table(summary: Mapping[str, Any]) -> str:

@@ -7,18 +7,23 @@ import json
 from pathlib import Path
 
 import pytest
+from test_checkpoint_trust import STATE
 
 from ds_agsel import checkpoints
 from ds_agsel.errors import CheckpointError
+from ds_agsel.tag_owner import Run
 
+RUN = Run()
 FILES = {"mp_rank_00_model_states.pt": b"weights" * 100, "zero/optim.pt": b"\0\1\2" * 50, "empty.pt": b""}
 
 
 def save(directory: Path, tag: str, content: bytes = b"", latest: bool = True) -> Path:
     folder = checkpoints.folder_of(directory, tag)
-    checkpoints.make_room(folder)
+    checkpoints.make_room(folder, RUN)
     write_files(folder, content)
-    checkpoints.write_manifest(folder, checkpoints.entries(folder, [folder / name for name in FILES]), {"stage": 2})
+    checkpoints.write_manifest(
+        folder, checkpoints.entries(folder, [folder / name for name in FILES]), {"stage": 2, **RUN.facts()}
+    )
     if latest:
         checkpoints.write_latest(directory, tag)
     checkpoints.settle(folder)
@@ -41,7 +46,7 @@ def test_a_saved_tag_is_whole_and_says_what_it_is(tmp_path):
     folder = save(tmp_path, "a")
     assert checkpoints.problems(folder) == []
     manifest = checkpoints.read_manifest(folder)
-    assert manifest.facts == {"stage": 2} and manifest.files["empty.pt"][0] == 0
+    assert manifest.facts == {"stage": 2, **RUN.facts()} and manifest.files["empty.pt"][0] == 0
     assert sorted(manifest.files) == sorted(FILES)
     assert checkpoints.newest_whole(tmp_path) == ("a", {})
     assert {path.name for path in folder.iterdir()} == {name.split("/")[0] for name in (*FILES, "manifest.json")}
@@ -110,7 +115,9 @@ def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(tmp_path):
     path = inside / "a" / "empty.pt"
     path.unlink()
     path.symlink_to(outside / "b" / "empty.pt")
-    assert checkpoints.problems(inside / "a") == [f"empty.pt lies outside {inside}"]
+    assert checkpoints.problems(inside / "a") == [
+        f"empty.pt is reached through the link {path}, and links are not followed"
+    ]
 
 
 def test_latest_goes_first_and_a_damaged_one_is_passed_over(tmp_path):
@@ -128,7 +135,7 @@ def test_latest_goes_first_and_a_damaged_one_is_passed_over(tmp_path):
 def test_a_save_that_was_killed_is_not_whole_at_any_moment(tmp_path):
     save(tmp_path, "a")
     folder = checkpoints.folder_of(tmp_path, "b")
-    checkpoints.make_room(folder)
+    checkpoints.make_room(folder, RUN)
     assert checkpoints.problems(folder) == ["its saving was interrupted"] and checkpoints.is_verifiable(folder)
     write_files(folder, b"")
     assert checkpoints.problems(folder) == ["its saving was interrupted"]
@@ -142,7 +149,7 @@ def test_saving_a_tag_anew_keeps_the_whole_one_until_the_new_one_is(tmp_path):
     folder = save(tmp_path, "last", b"one")
     (folder / "tokenizer.json").write_text("somebody's")
     for _ in range(2):  # killed twice in a row
-        checkpoints.make_room(folder)
+        checkpoints.make_room(folder, RUN)
         write_files(folder, b"two")
         tag, passed_over = checkpoints.newest_whole(tmp_path)
         assert tag == ".last.replaced" and passed_over == {"last": ["its saving was interrupted"]}
@@ -167,7 +174,7 @@ def test_a_kill_while_room_is_made_leaves_nothing_that_passes_for_plain_deepspee
     (folder / damaged).write_text("damage")
     monkeypatch.setattr(checkpoints, "write_atomically", kill)
     with pytest.raises(Killed):
-        checkpoints.make_room(folder)
+        checkpoints.make_room(folder, RUN)
     assert checkpoints.is_verifiable(folder)
     assert checkpoints.newest_whole(tmp_path)[0] == "a"
 
@@ -176,7 +183,7 @@ def test_what_another_program_has_put_there_outlives_a_save_that_fails(tmp_path)
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    checkpoints.make_room(folder)
+    checkpoints.make_room(folder, RUN)
     write_files(folder, b"")
     checkpoints.give_up(folder)
     assert (folder / "mine.txt").read_text() == "mine"
@@ -188,17 +195,17 @@ def test_pruning_removes_old_whole_tags_and_what_kills_left_and_nothing_else(tmp
     (tmp_path / "a" / "notes.txt").write_text("mine")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mp_rank_00_model_states.pt").write_bytes(b"of plain DeepSpeed")
-    checkpoints.make_room(tmp_path / "killed")
-    assert sorted(checkpoints.prune(tmp_path, 2)) == ["a", "b", "killed"]
+    checkpoints.make_room(tmp_path / "killed", RUN)
+    assert sorted(checkpoints.prune(tmp_path, 2, RUN)) == ["a", "b", "killed"]
     assert (tmp_path / "a" / "notes.txt").exists() and (tmp_path / "plain" / "mp_rank_00_model_states.pt").exists()
     assert not list((tmp_path / "a").rglob("*.pt"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "d", "latest", "plain"]
-    assert checkpoints.prune(tmp_path, 0) == ["c"] and checkpoints.problems(tmp_path / "d") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ds_agsel.lock", "a", "c", "d", "latest", "plain"]
+    assert checkpoints.prune(tmp_path, 0, RUN) == ["c"] and checkpoints.problems(tmp_path / "d") == []
 
 
 def test_a_file_that_this_rank_does_not_see_is_a_folder_that_is_not_shared(tmp_path):
     folder = tmp_path / "a"
-    checkpoints.make_room(folder)
+    checkpoints.make_room(folder, RUN)
     write_files(folder, b"")
     files = checkpoints.entries(folder, [folder / name for name in FILES])
     (folder / "zero/optim.pt").unlink()
@@ -210,7 +217,7 @@ def test_a_file_that_this_rank_does_not_see_is_a_folder_that_is_not_shared(tmp_p
 def test_ours_without_a_manifest_is_refused_until_it_is_sealed(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / "adagrad_select.json").write_text("{}")
+    (folder / "adagrad_select.json").write_text(json.dumps(STATE))
     (tmp_path / "latest").write_text("a")
     tag, passed_over = checkpoints.newest_whole(tmp_path)
     assert tag is None and "seal" in passed_over["a"][0]

@@ -1,0 +1,18 @@
+"""The classes of DeepSpeed's that its checkpoint files hold, as objects rather than as plain data (0.19.8)."""
+
+from __future__ import annotations
+
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleProfile, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+# Loss scale, stage and slices are in the optimizer's files; the enums may also stand in the ds_config that both hold.
+STORED_CLASSES = (
+    LossScaler,
+    DynamicLossScaler,
+    LossScaleProfile,
+    ZeroStageEnum,
+    OffloadDeviceEnum,
+    fragment_address,
+)
