@@ -56,7 +56,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             why = "is disabled" if config is not None else "is missing"
             announce.announce(f"the section {SECTION} of the ds_config {why}: DeepSpeed trains all blocks, as it is.")
             plain = deepspeed.initialize(*args, **kwargs)
-            if config is not None:
+            if config is not None and isinstance(plain[0], compat.DeepSpeedEngine):
                 plain_loads.name_the_remedy(plain[0])
             return plain
         has_optimizer = call.arguments.get("optimizer") is not None or DsConfig.of(ds_config).has_optimizer
