@@ -255,8 +255,9 @@ def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
         return [str(error)]
     largest_first = sorted(files, key=lambda name: (-files[name][0], name))
     wrong = [found for name in largest_first[index::count] if (found := _problem(folder, name, files[name]))]
-    if index == 0 and not wrong and STATE_FILE in files:
-        wrong += _state_problems(folder)
+    if index == 0 and not wrong and (folder / STATE_FILE).exists():
+        unlisted = [f"{STATE_FILE} is not in its {MANIFEST_FILE}"] if STATE_FILE not in files else []
+        wrong += unlisted or _state_problems(folder)
     return wrong
 
 

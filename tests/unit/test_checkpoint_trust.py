@@ -37,6 +37,12 @@ OLD_STATE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what reaches the disk is tested elsewhere; here it would only cost seconds."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def save(directory: Path, tag: str, state: Any = STATE, run: Run = RUN, keep: int | None = None) -> Path:
     folder = directory / tag
     checkpoints.make_room(folder, run)
@@ -327,7 +333,7 @@ def suppress_newer(state: Any) -> contextlib.AbstractContextManager[Any]:
 FIELD = st.sampled_from(["version", "order", "files", "stage", "world_size", "run", "ancestors", "dtype", "versions"])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     manifest=st.dictionaries(FIELD, JSON, max_size=2),
     state=st.dictionaries(st.sampled_from(list(STATE)), JSON, max_size=2) | st.text(max_size=30),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from ds_agsel.tag_owner import Run
 
 RUN = Run()
 FILES = {"mp_rank_00_model_states.pt": b"weights" * 100, "zero/optim.pt": b"\0\1\2" * 50, "empty.pt": b""}
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what reaches the disk is tested elsewhere; here it would only cost seconds."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def save(directory: Path, tag: str, content: bytes = b"", latest: bool = True) -> Path:
