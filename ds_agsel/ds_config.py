@@ -155,11 +155,6 @@ class DsConfig:
         return any(path in self.autos for path in ("bf16.enabled", "bfloat16.enabled"))
 
     @property
-    def fp16_is_auto(self) -> bool:
-        """Whether fp16 is left to whoever fills the values "auto"."""
-        return "fp16.enabled" in self.autos
-
-    @property
     def autocasts_to_fp16(self) -> bool:
         """Whether forward computes in fp16 by ``torch_autocast``."""
         return self.autocast_dtype in _FP16_NAMES
@@ -223,14 +218,10 @@ class _Reader:
     def offload(self, name: str, buffer_count: int) -> Offload:
         section = _section(_section(self._settings, _ZERO), name)
         device, folder = section.get("device", "none"), section.get("nvme_path")
-        path = f"{_ZERO}.{name}"
         if device not in DEVICES:
-            self.unreadable[f"{path}.device"] = unknown_device(name, device)
-        return Offload(
-            device=str(device),
-            nvme_path=str(folder) if folder else None,
-            buffer_count=self.whole(f"{path}.buffer_count", buffer_count),
-        )
+            self.unreadable[f"{_ZERO}.{name}.device"] = unknown_device(name, device)
+        count = self.whole(f"{_ZERO}.{name}.buffer_count", buffer_count)
+        return Offload(str(device), str(folder) if folder else None, count)
 
     def precision(self) -> str:
         for name in ("bf16", "fp16"):
@@ -269,10 +260,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    twice = [f'"{key}"' for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
-        names = ", ".join(f'"{key}"' for key in twice)
-        raise ValueError(f"the key {names} stands in it twice")
+        raise ValueError(f"the key {', '.join(twice)} stands in it twice")
     return dict(pairs)
 
 
@@ -381,11 +371,8 @@ def with_bf16(raw: Mapping[str, Any], enabled: bool) -> dict[str, Any]:
 def with_batch(raw: Mapping[str, Any], micro_batch_size: int, accumulation_steps: int) -> dict[str, Any]:
     """Return ``raw`` with these rows per micro-batch and accumulation steps; DeepSpeed multiplies them itself."""
     kept = {key: value for key, value in raw.items() if key != "train_batch_size"}
-    sizes = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-    }
-    return {**kept, **sizes}
+    kept["train_micro_batch_size_per_gpu"] = micro_batch_size
+    return {**kept, "gradient_accumulation_steps": accumulation_steps}
 
 
 def _with_params(raw: Mapping[str, Any], name: str, **params: Any) -> dict[str, Any]:
