@@ -11,13 +11,17 @@ A product can't be set, only multiplied up, but it need not be for ever: it is r
 1 in fp32 from 2**-25 downwards. Once both products are below that, one call brings an object to any count. So the
 number of calls is bounded by the β and not by the count: at most 18,013 for β2 = 0.999 (15 ms on two CPU cores), and
 1 from there on.
+
+Where βs change on the way (a scheduler that cycles the momentum), an object takes its powers anew at that count, its
+origin, and multiplies on from there. Origins go into checkpoints (`state_dict`), so that a resumed run does the same.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,7 @@ class HostAdam:
         self._op = compat.cpu_adam_op(optimizer)
         self._ids: dict[int, int] = {}
         self._counts: dict[int, int] = {}
+        self._origins: dict[int, _Origin] = {}
         weakref.finalize(self, _destroy, self._op, self._ids)
 
     @contextmanager
@@ -57,17 +62,33 @@ class HostAdam:
         with bound:
             yield
         self._counts[group] = count + 1
+        betas = _fp32_betas(param_group)
+        if self._origins[group].betas != betas:
+            self._origins[group] = _Origin(count + 1, betas)
+
+    def state_dict(self) -> dict[int, list[float]]:
+        """Return what step counts do not tell, by group: the count of its origin, and the βs since."""
+        return {group: [origin.count, *origin.betas] for group, origin in self._origins.items()}
+
+    def load_state_dict(self, state: Mapping[int, Sequence[float]]) -> None:
+        """Take up a `state_dict`; a group that is not in it has had its βs from the start. Objects are made anew."""
+        self._counts.clear()
+        self._origins = {group: _Origin(int(count), (b1, b2)) for group, (count, b1, b2) in state.items()}
 
     def _bring_to(self, count: int, group: int, param_group: dict[str, Any]) -> None:
-        beta1, beta2 = param_group["betas"]
         lr, eps, decay = float(param_group["lr"]), param_group["eps"], param_group["weight_decay"]
         if group not in self._ids:
             self._ids[group] = compat.new_cpu_adam_id()
         done = self._counts.get(group)
         if done is None or done > count:
+            origin = self._origins.get(group)
+            if origin is None or origin.count > count:
+                origin = _Origin(0, _fp32_betas(param_group))
+            self._origins[group] = origin
             adamw = bool(self._optimizer.adam_w_mode)  # type: ignore[attr-defined]
-            self._op.create_adam(self._ids[group], lr, beta1, beta2, eps, decay, adamw, False)
-            done = 0
+            self._op.create_adam(self._ids[group], lr, *origin.betas, eps, decay, adamw, False)
+            done = max(0, origin.count - 1)  # its call is the first: from 0 to any other count but 1 it takes powers
+        beta1, beta2 = self._origins[group].betas
         nothing = torch.empty(0)
         correction = bool(param_group["bias_correction"])
         next_step = done + 1
@@ -86,6 +107,20 @@ def is_spent(beta: float, count: int) -> bool:
     """
     fp32_beta = float(np.float32(beta))
     return fp32_beta ** min(count, LAST_DRIFT_STEP) <= NEGLIGIBLE_PRODUCT
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where an object's products began: with ``betas`` at ``count``, as powers; 0: at the start."""
+
+    count: int
+    betas: tuple[float, float]
+
+
+def _fp32_betas(param_group: Mapping[str, Any]) -> tuple[float, float]:
+    """The βs as the op takes them."""
+    beta1, beta2 = param_group["betas"]
+    return float(np.float32(beta1)), float(np.float32(beta2))
 
 
 class _FusedStep:

@@ -25,6 +25,8 @@ from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
 from ds_agsel.zero.states.home import StateHome
 
+HOST_ADAM_KEY = "ds_agsel_host_adam"  # in DeepSpeed's state dict: [Note: Hidden Adam state] in host_adam
+
 
 class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     """Goes before DeepSpeed's optimizer class among a restricted one's bases.
@@ -284,6 +286,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             state_dict = super().state_dict()
             self.home.keep_readable(state_dict)
         add_empty_states(state_dict)
+        if self._host_adam is not None:
+            state_dict[HOST_ADAM_KEY] = self._host_adam.state_dict()
         return state_dict
 
     def _weights_follow(self) -> AbstractContextManager[None]:
@@ -297,6 +301,10 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
                 drop_empty_states(state_dict)
         with self.home.writable(), self._weights_follow():
             super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
+        if self._host_adam is not None:
+            rank = dist.get_rank(group=self.dp_process_group)
+            own = state_dict_list[rank] if rank < len(state_dict_list) else None
+            self._host_adam.load_state_dict((own or {}).get(HOST_ADAM_KEY, {}))
         self._link.pull(self.optimizer.param_groups)
 
     @compat.overrides

@@ -34,6 +34,8 @@ CASES = [
     Case(accumulation=3, decay_groups=True, offload="cpu"),
     Case(model="net", decay_groups=True),
     Case(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}}),
+    Case(offload="cpu", config={"scheduler": {"type": "OneCycle", "params": {
+        "cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 3, "cycle_momentum": True}}}),
     Case(section={**SELECT, "policy": "cyclic"}),
     Case(section={**SELECT, **NARROW}, dtype="bf16", clip=0.3),
     Case(stage=3, section={**SELECT, **VISIT}, decay_groups=True, zero={"sub_group_size": 300}),

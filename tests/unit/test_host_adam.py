@@ -200,6 +200,48 @@ def test_a_count_of_zero_is_never_spent() -> None:
     assert not host_adam.is_spent(0.999999, 10**9), "its product leaves its power behind: too much rounding to say"
 
 
+CYCLE = [(0.9, 0.999)] * 3 + [(0.85, 0.99), (0.8, 0.99), (0.8, 0.99), (0.9, 0.999)] + [(0.9, 0.999)] * 6
+
+
+def cycled(run: Run, first: int, last: int) -> list[tuple[float, float]]:
+    """Steps ``first`` to ``last`` of a run whose βs follow `CYCLE`."""
+    got = []
+    for betas in CYCLE[first:last]:
+        run.optimizer.param_groups[0]["betas"] = betas
+        got.append(run.step())
+    return got
+
+
+@pytest.mark.parametrize("stop", range(1, len(CYCLE)))
+def test_betas_that_change_on_the_way_are_resumed_with_the_same_bits(op: Op, stop: int) -> None:
+    """As a scheduler that cycles the momentum changes them: at each change the op takes powers anew."""
+    whole = cycled(Run(op), 0, len(CYCLE))
+    begun = Run(op)
+    assert cycled(begun, 0, stop) == whole[:stop]
+    resumed = Run(op, (stop,))
+    resumed.adam.load_state_dict(begun.adam.state_dict())
+    assert cycled(resumed, stop, len(CYCLE)) == whole[stop:]
+
+
+def test_a_state_has_the_groups_that_were_updated(op: Op) -> None:
+    run = Run(op, (0, 0))
+    run.step(1)
+    first, second = (float(np.float32(beta)) for beta in BETAS)
+    assert run.adam.state_dict() == {1: [0, first, second]}
+    run.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+    run.step(1)
+    assert run.adam.state_dict() == {1: [2, 0.5, 0.5]}
+
+
+def test_a_loaded_state_replaces_what_an_engine_did_before(op: Op) -> None:
+    run = Run(op)
+    cycled(run, 0, 8)
+    run.adam.load_state_dict({})
+    run.optimizer.param_groups[0]["betas"] = BETAS
+    run.optimizer.state[run.partitions[0]]["step"] = 8
+    assert run.step() == product_corrections(9)
+
+
 def test_each_group_has_an_object_of_its_own(op: Op) -> None:
     run = Run(op, (0, 5))
     assert run.step(1) == product_corrections(6)
