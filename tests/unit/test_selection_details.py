@@ -51,7 +51,8 @@ class Told(Policy):
         return None
 
     def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
-        self.told.append([step, list(scores)])
+        if [step, list(scores)] not in self.told:  # it may be asked twice, to see that it says the same
+            self.told.append([step, list(scores)])
         return (1,)
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def test_a_policy_that_has_run_out_is_saved_and_resumed(tmp_path: Path) -> None:
     [
         (lambda state: state.update(version=0), r"version=0; .*, or load the weights alone: load_module_only=True\.$"),
         (
-            lambda state: state["blocks"].pop(),
+            lambda state: state.update(blocks=state["blocks"][:4], update_counts=[0] * 4),
             r"saved with 4 blocks that are not this run's 5\. Use the model and the adagrad_select\.blocks it was "
             r"saved with, or load the weights alone: load_module_only=True\.$",
         ),
@@ -147,4 +148,4 @@ def test_a_state_that_does_not_fit_is_refused_with_the_remedy(change: Any, messa
     state = make().state_dict()
     change(state)
     with pytest.raises(CheckpointError, match=message):
-        make().check_compatible(state, "it")
+        make().load_state_dict(state)
