@@ -39,6 +39,9 @@ from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, m
 from ds_agsel.zero.tag_files import TagFiles, restricted_unpickling
 
 SELECTION_KEY = "adagrad_select"  # in rank 0's client_state, all of ours that DeepSpeed's universal converter keeps
+_LOAD_OPTIONS = (
+    "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only", "custom_load_fn",
+)  # fmt: skip
 FIRST_MODEL_STATES = "*mp_rank_00_model_states.pt"
 
 logger = logging.getLogger("ds_agsel")
@@ -222,9 +225,10 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         one that plain DeepSpeed wrote.
         """
         directory = Path(load_dir)
-        names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
-        options = {**dict(zip(names, args)), **kwargs}
+        options: dict[str, Any] = {**dict(zip(_LOAD_OPTIONS, args)), **kwargs}
         with_states = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+        if self.zero_optimization_partition_weights() and not with_states:
+            options["load_optimizer_states"] = False  # else DeepSpeed 0.19.8 loads no weights either (engine.py:4612)
         tag = self._whole_tag(directory, None if tag is None else str(tag))
         if tag is None:
             logger.warning("adagrad_select: %s holds no checkpoint; nothing was loaded.", directory)
@@ -237,8 +241,13 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         files, state, self._saved_states = prepared
         try:
             reads = partial(files.load, lazily=self.optimizer.states_are_on_disk)
-            with self.selection.thawed(), restricted_unpickling(), compat.loads_through(self, reads):
-                result = super().load_checkpoint(os.fspath(load_dir), tag, *args, **kwargs)
+            with (
+                self.selection.thawed(),
+                restricted_unpickling(),
+                compat.loads_through(self, reads),
+                compat.fp32_weights_of(tag),
+            ):
+                result = super().load_checkpoint(os.fspath(load_dir), tag, **options)
         finally:
             self._saved_states = None
         if state is not None and result[0] is not None:

@@ -275,6 +275,29 @@ def test_with_the_section_switched_off_a_load_names_the_remedy(workers, tmp_path
         assert found["all"] == "SelectiveEngine" and found["missing"] != "CheckpointError"
 
 
+def load_weights_alone(stage: int, directory: Path) -> None:
+    """Of a tag that ``latest`` does not name."""
+    case, saved = CASE.but(stage=stage), []
+    engine = build(case)
+    for step in (0, 1):
+        run_steps(engine, case, step, step + 1)
+        engine.save_checkpoint(str(directory), f"tag{step}")
+        saved.append(weights(engine))
+    engine.destroy()
+    for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
+        engine = build(case.but(seed=99))
+        engine.load_checkpoint(str(directory), "tag0", **options)
+        assert_identical(saved[0], weights(engine))
+        assert engine.selection.num_steps == 0
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_alone_are_those_of_the_tag(workers, tmp_path, stage):
+    """DeepSpeed 0.19.8 loads nothing into ZeRO-3 with the first option, and another tag's with the second."""
+    workers(2).run(load_weights_alone, stage, tmp_path)
+
+
 # ---------------------------------------------------------------- another dtype
 
 

@@ -17,7 +17,14 @@ with imports_of_deepspeed():
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     from ds_agsel.zero.compat.adam import adam_step, cpu_adam_op, has_fused_adam, new_adam_state, new_cpu_adam_id
-    from ds_agsel.zero.compat.engine import loads_through, mark_compiled, swap_class, whole_state_dict, writes_through
+    from ds_agsel.zero.compat.engine import (
+        fp32_weights_of,
+        loads_through,
+        mark_compiled,
+        swap_class,
+        whole_state_dict,
+        writes_through,
+    )
     from ds_agsel.zero.compat.gradients import (
         gradient_partitions,
         is_coalescing,
@@ -56,6 +63,7 @@ __all__ = [
     "cpu_adam_op",
     "deepspeed_version",
     "ds_config_problems",
+    "fp32_weights_of",
     "gradient_partitions",
     "has_fused_adam",
     "is_coalescing",

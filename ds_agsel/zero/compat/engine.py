@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_agsel.errors import ConfigError
@@ -48,6 +49,14 @@ def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iter
         attribute(engine, _copy_recovery_script=partial(attempt, engine._copy_recovery_script)),
     ):
         yield written
+
+
+@contextmanager
+def fp32_weights_of(tag: str) -> Iterator[None]:
+    """Inside, ZeRO-3's load of the weights alone reads ``tag``: stock reads the one in ``latest`` (engine.py:4614)."""
+    read = partial(engine_module.get_fp32_state_dict_from_zero_checkpoint, tag=tag)
+    with attribute(engine_module, get_fp32_state_dict_from_zero_checkpoint=read):
+        yield
 
 
 @contextmanager
