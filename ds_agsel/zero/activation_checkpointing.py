@@ -38,7 +38,7 @@ class InputGradients:
 
         Idempotent. Call it before the first forward of a step: a framework may enable checkpointing at any time.
         """
-        hooked = [owner for owner in self._owners if _has_hook(owner)]
+        hooked: list[Any] = [owner for owner in self._owners if _has_hook(owner)]
         if not hooked:
             return False
         checkpointed = [layer for layer in self._modules if getattr(layer, "gradient_checkpointing", False)]
