@@ -51,8 +51,9 @@ def test_nan_is_the_largest_key_of_the_running_top_k() -> None:
 
 def test_keys_of_any_dtype_are_ordered_as_numbers() -> None:
     assert top_k(np.array([0, 2, 1], dtype=np.uint8), 1) == (1,)  # negated as it is, 0 would stay the least
-    tiny = np.array([1e-40, 1e-44], dtype=np.float32)
-    assert log_dirichlet(tiny, np.random.default_rng(0)).dtype == np.float64
+    single = np.array([0.1, 0.3, 7.7], dtype=np.float32)  # and 1 more than 0.1 is another number in fp32
+    drawn = [log_dirichlet(alpha, np.random.default_rng(0)) for alpha in (single, single.astype(np.float64))]
+    assert np.array_equal(*drawn)
 
 
 # ------------------------------------------------------------------------------ policies
