@@ -1,14 +1,15 @@
-"""The controller that an engine carries as ``engine.selection``: plan, choice, record, freezing.
+"""The controller that an engine carries as ``engine.selection``: plan, choice, record.
 
-One optimizer step passes through it as `open_window` (before the first forward), `choose` (explore steps,
-once the scores are known) and `commit` or `skip`. It knows nothing of devices, ranks or ZeRO.
+One optimizer step passes through it as `choose` (explore steps, once the scores are known), `leave_out` (blocks
+without a gradient) and `commit` or `skip`. It knows nothing of devices, ranks or ZeRO; what is frozen meanwhile is
+the step's window's (zero/window.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -93,8 +94,6 @@ class Selection:
         self._traffic_sums = dict.fromkeys(_COUNTERS, 0)
         self._traffic_steps = 0
         self._chosen: tuple[int, ...] | None = None
-        self._frozen: list[nn.Parameter] = []
-        self.window_is_open = False
         self.current_traffic = Traffic(step=0)
         self._plan: Plan | None = None
         self._plan_ahead()
@@ -162,48 +161,18 @@ class Selection:
             raise TrainingError(f"step {self.plan.step} explores: its blocks are chosen after backward.")
         return self._chosen
 
-    def open_window(self) -> None:
-        """Freeze what this step does not need. Before the first forward of an accumulation window; idempotent."""
-        if self.window_is_open:
-            return
-        self._freeze_all_but(self.active_blocks)
-        self.window_is_open = True
-
-    def narrow_window(self) -> None:
-        """Freeze what an explore step has left out, for the rest of its window. After `choose`, before a forward."""
-        self._freeze_all_but(self.selected_blocks)
-
-    def _freeze_all_but(self, blocks: Sequence[int]) -> None:
-        frozen = set(map(id, self._frozen))
-        for block in self.blocks:
-            if block.index in blocks:
-                continue
-            for name in block.parameter_names:
-                parameter = self.parameters[name]
-                if id(parameter) not in frozen:
-                    parameter.requires_grad_(False)
-                    self._frozen.append(parameter)
-
-    @contextmanager
-    def thawed(self) -> Iterator[None]:
-        """Every parameter trainable inside, as DeepSpeed expects them when it saves (engine.py:5433)."""
-        frozen = self._frozen
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-
     def choose(self, scores: Sequence[float]) -> tuple[int, ...]:
         """The blocks of an explore step: the policy's choice by ``scores`` (one a block), and `always_select`."""
         drawn = checked_choice(self.policy, self.plan.step, [scores[index] for index in self.lottery.drawn])
         self._chosen = self._with_always(drawn)
         return self._chosen
 
+    def leave_out(self, blocks: Collection[int]) -> None:
+        """Take ``blocks`` out of this step: they are neither updated nor counted, though planned or chosen."""
+        self._chosen = tuple(block for block in self.selected_blocks if block not in blocks)
+
     def commit(self) -> Record:
-        """Count and record the step that was applied, thaw everything and plan the next step."""
+        """Count and record the step that was applied and plan the next one."""
         record = Record(self.plan.step, self.plan.phase, self.selected_blocks)
         for index in record.blocks:
             self._counts[index] += 1
@@ -212,20 +181,16 @@ class Selection:
         self._count_traffic()
         for tail in (self.history, self.traffic):
             del tail[:-TAIL_STEPS]
-        self._close_window()
+        self._start_traffic()
         self._plan_ahead()
         return record
 
     def skip(self) -> None:
         """Forget a step that was not applied: no count, no record; its plan stands for the retry."""
-        self._close_window()
+        self._start_traffic()
         self._chosen = self.plan.blocks
 
-    def _close_window(self) -> None:
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
-        self.window_is_open = False
+    def _start_traffic(self) -> None:
         self.current_traffic = Traffic(step=self.num_steps)
 
     def _count_traffic(self) -> None:
@@ -285,7 +250,6 @@ class Selection:
         if not isinstance(state, SelectionState):
             state = read_selection_state(state, "the selection state")
         self.check_compatible(state, "the selection state")
-        self._close_window()
         self._counts = list(state.update_counts)
         self._steps_by_phase = {"explore": state.explore_steps, "exploit": state.exploit_steps}
         rows = state.history[-TAIL_STEPS:]

@@ -18,7 +18,7 @@ from ds_agsel.entry.preparation import Preparation, prepare, user_optimizer
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
-from ds_agsel.zero import compat, plain_loads, step_device
+from ds_agsel.zero import compat, plain_loads, step_device, window
 from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
@@ -55,22 +55,30 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             agreement.post_plain(number)
             why = "is disabled" if config is not None else "is missing"
             announce.announce(f"the section {SECTION} of the ds_config {why}: DeepSpeed trains all blocks, as it is.")
+            if call.arguments.get("model") is not None and _trains(call.arguments, ds_config):
+                window.retire(call.arguments["model"].parameters())  # of an engine of ours that trained it so far
             plain = deepspeed.initialize(*args, **kwargs)
             if config is not None and isinstance(plain[0], compat.DeepSpeedEngine):
                 plain_loads.name_the_remedy(plain[0])
             return plain
-        has_optimizer = call.arguments.get("optimizer") is not None or DsConfig.of(ds_config).has_optimizer
-        if not has_optimizer or callers.only_evaluates():
+        if not _trains(call.arguments, ds_config) or callers.only_evaluates():
             announce.announce("this engine has no optimizer or only evaluates, so it is left to DeepSpeed.")
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
         return _initialize_selective(number, call.arguments, ds_config, config)
 
 
+def _trains(arguments: Mapping[str, Any], ds_config: Mapping[str, Any] | None) -> bool:
+    """Whether the engine is to have an optimizer."""
+    named = ds_config is not None and DsConfig.of(ds_config).has_optimizer
+    return arguments.get("optimizer") is not None or named
+
+
 def _initialize_selective(
     number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
 ) -> tuple[Any, Any, Any, Any]:
     process_group.start(arguments)
+    window.lift(arguments["model"].parameters())  # of an engine that trains it so far, in the middle of a window
     read = DsConfig.of(ds_config)
     try:
         prepared, epoch = _prepare(arguments, read, config)
@@ -91,6 +99,7 @@ def _initialize_selective(
     compat.swap_class(engine, SelectiveEngine)
     engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
+    engine.optimizer.window.watch(engine.module)
     announce.announce(announce.selection(prepared, read, choice, epoch))
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)

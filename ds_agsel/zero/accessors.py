@@ -272,8 +272,8 @@ def _zeros(shape: torch.Size | int) -> Tensor:
 def _trainable(param: ZeroParameter) -> Iterator[None]:
     """``param`` requires gradients inside: stock accessors answer None for one that is frozen."""
     required = param.requires_grad
-    param.requires_grad_(True)
+    param.requires_grad = True  # not by requires_grad_, which a frozen one takes for the user's word
     try:
         yield
     finally:
-        param.requires_grad_(required)
+        param.requires_grad = required

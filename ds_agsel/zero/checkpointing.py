@@ -149,7 +149,8 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         all_of_it = {**universal_info(), **(client_state or {})}
         if dist.get_rank() == 0:
             all_of_it[SELECTION_KEY] = json.loads(state[1])
-        with self.selection.thawed(), compat.writes_through(self, errors.attempt) as written:
+        self.optimizer.window.lift()  # DeepSpeed records what is frozen as the user's (engine.py:5433)
+        with compat.writes_through(self, errors.attempt) as written:
             super().save_checkpoint(os.fspath(folder.parent), folder.name, all_of_it, False, exclude_frozen_parameters)
         if place.leads:
             errors.attempt(write_atomically, folder / checkpoints.STATE_FILE, state[0])
@@ -241,12 +242,8 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         files, state, self._saved_states = prepared
         try:
             reads = partial(files.load, lazily=self.optimizer.states_are_on_disk)
-            with (
-                self.selection.thawed(),
-                restricted_unpickling(),
-                compat.loads_through(self, reads),
-                compat.fp32_weights_of(tag),
-            ):
+            self.optimizer.window.lift()
+            with restricted_unpickling(), compat.loads_through(self, reads), compat.fp32_weights_of(tag):
                 result = super().load_checkpoint(os.fspath(load_dir), tag, **options)
         finally:
             self._saved_states = None

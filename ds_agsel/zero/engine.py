@@ -1,8 +1,9 @@
-"""The engine: opens a step's window before its first forward, and tells the monitor."""
+"""The engine: what a user calls around a step, and what the monitor is told."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,21 +26,53 @@ class SelectiveEngine(CheckpointingEngine):
 
     @compat.overrides
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """`DeepSpeedEngine.forward`. Raises TrainingError where another engine trains the model now."""
         if torch.is_grad_enabled():
-            self.optimizer.open_window()
+            self.optimizer.window.refuse_if_retired()
         return super().forward(*inputs, **kwargs)
 
     @compat.overrides
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """`DeepSpeedEngine.backward`. Raises TrainingError, with the remedy, for a loss that nothing selected reaches,
-        of which DeepSpeed says that it is no scalar (engine.py:3397)."""
+        """`DeepSpeedEngine.backward`. With an exception the step's window ends: its gradients are dropped.
+
+        Raises TrainingError, with the remedy, for a loss that nothing selected reaches, of which DeepSpeed says that it
+        is no scalar (engine.py:3397); unless no selected block took part in forward, so that there is nothing to do.
+        """
+        window = self.optimizer.window
+        window.prepare()
+        # DeepSpeed says so at the outputs of `forward`, which a forward through `engine.module` passes by.
+        self.optimizer.set_gradient_accumulation_boundary(self.is_gradient_accumulation_boundary())
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
-            raise TrainingError(
-                f"step {self.selection.plan.step}: the loss requires no gradient. With activation checkpointing, set "
-                "use_reentrant=False (TrainingArguments: gradient_checkpointing_kwargs): the reentrant form drops the "
-                "gradients of a segment whose inputs require none."
-            )
-        return super().backward(loss, *args, **kwargs)
+            if not window.explains_silence():
+                raise TrainingError(
+                    f"step {self.selection.plan.step}: the loss requires no gradient. With activation checkpointing, "
+                    "set use_reentrant=False (TrainingArguments: gradient_checkpointing_kwargs): the reentrant form "
+                    "drops the gradients of a segment whose inputs require none."
+                )
+            loss = loss.detach().requires_grad_() * 1  # DeepSpeed counts the micro-step, and reaches no parameter
+        try:
+            return super().backward(loss, *args, **kwargs)
+        except BaseException:
+            window.abandon()
+            raise
+
+    @compat.overrides
+    def zero_grad(self) -> None:
+        """`DeepSpeedEngine.zero_grad`; what an explore step has scored is dropped, and scored anew."""
+        super().zero_grad()
+        self.optimizer.window.zero_grad()
+
+    @compat.overrides
+    def load_checkpoint(
+        self, load_dir: str | os.PathLike[str], tag: str | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """`CheckpointingEngine.load_checkpoint`. A load within an accumulation window ends it: its gradients are
+        dropped, which plain DeepSpeed adds to those of the loaded weights, and the next micro-step is the first."""
+        result = super().load_checkpoint(load_dir, tag, *args, **kwargs)
+        if result[0] is not None:
+            self.optimizer.window.abandon()
+            self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
+        return result
 
     @compat.overrides
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:

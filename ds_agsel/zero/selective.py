@@ -16,7 +16,6 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ds_agsel.errors import TrainingError
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
@@ -24,6 +23,7 @@ from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
 from ds_agsel.zero.states.home import StateHome
+from ds_agsel.zero.window import StepWindow
 
 HOST_ADAM_KEY = "ds_agsel_host_adam"  # in DeepSpeed's state dict: [Note: Hidden Adam state] in host_adam
 
@@ -51,6 +51,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
         self._stream: ExploreStream | None = None
+        self.window = StepWindow(selection, self)
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
         self._entered: tuple[int, int] | None = None  # index in DeepSpeed's lists, group; whose state is being updated
 
@@ -82,6 +83,20 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         """Forget the gradients of ``blocks``, which the choice has left out."""
         raise NotImplementedError
 
+    def _begin_window(self) -> None:
+        """Make room for the planned step. Its window opens: no gradient has come."""
+        self._blocks_with_gradient.clear()
+        self._stream = self._new_stream() if self._can_stream() else None
+        self._hold_gradient_buffers()
+        self._prefetch()
+
+    def _forget_gradients(self) -> None:
+        """Drop every gradient of the window, and DeepSpeed's record of them."""
+        self._blocks_with_gradient.clear()
+        self._stream = None
+        compat.forget_backward(self)
+        self._drop_gradients(set(self._block_of_group))
+
     def _before_update(self, groups: Sequence[int]) -> None:
         """Make room for what the update of ``groups`` writes."""
 
@@ -110,19 +125,27 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     @compat.overrides
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Choose where the step explores, then update the chosen blocks. Collective."""
+        with self.window.stepping():
+            self._step()
+
+    def _step(self) -> None:
         self._link.push(self.optimizer.param_groups)
         selection = self.selection
         active = selection.active_blocks
+        if selection.has_chosen:
+            self._leave_out_what_did_not_run()
         self._complete_gradients(sorted(self._blocks_to_keep()))
-        if selection.plan.blocks is not None:
-            self._require_gradients(selection.plan.blocks)
-        elif not selection.has_chosen:
+        if not selection.has_chosen:
             scores = self._explore_scores()
             if not torch.isfinite(scores).all():
                 self._skip_step()
                 return
             selection.choose(scores.tolist())
-            self._drop_gradients(set(active) - set(selection.selected_blocks))
+            self._leave_out_what_did_not_run()
+        self._drop_gradients(set(active) - set(selection.selected_blocks))
+        if not selection.selected_blocks:
+            self._step_on_nothing()
+            return
         groups = self.home.begin(selection.selected_blocks)
         self._before_update(groups)
         self._shown_groups = groups
@@ -136,6 +159,29 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             return
         self._after_update(groups)
         selection.commit()
+        self._prefetch()
+
+    def _leave_out_what_did_not_run(self) -> None:
+        """Take blocks that took part in no rank's forward out of the step. Collective.
+
+        Not where every block is updated: DeepSpeed's way with those is a gradient of zero. Raises TrainingError for
+        planned blocks that ran and received no gradient; a chosen one's score, 0, has said so.
+        """
+        selection = self.selection
+        if selection.selected_blocks == selection.lottery.active:
+            self.window.require_gradients(selection.selected_blocks)
+            return
+        not_run = self.window.not_run(selection.selected_blocks, refuse_dropped=selection.plan.blocks is not None)
+        self.window.tell_not_run(not_run)
+        selection.leave_out(not_run)
+
+    def _step_on_nothing(self) -> None:
+        """A step of which no selected block took part in forward: it counts as a step, and changes nothing."""
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self._update_scale(False)
+        self._forget_gradients()
+        self.selection.commit()
         self._prefetch()
 
     def _explore_scores(self) -> Tensor:
@@ -180,19 +226,25 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             self._overflow_is_known = False
         self.selection.skip()
 
-    def _require_gradients(self, planned: Sequence[int]) -> None:
-        """Raise TrainingError if a block of ``planned`` received no gradient.
+    @compat.overrides
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=set_to_none)
+        self.window.zero_grad()
 
-        Reentrant activation checkpointing drops the gradients of a segment none of whose inputs requires any.
-        """
-        silent = [self.selection.blocks[block].name for block in planned if block not in self._blocks_with_gradient]
-        if silent:
-            raise TrainingError(
-                f"step {self.selection.plan.step}: no parameter of the selected block(s) {', '.join(silent)} received "
-                "a gradient. With activation checkpointing, set use_reentrant=False or call "
-                "model.enable_input_require_grads(): the reentrant form drops the gradients of a segment whose inputs "
-                "require none. A block that the forward pass does not use belongs in adagrad_select.never_select."
-            )
+    @compat.overrides
+    def backward_prologue(self) -> None:
+        self.window.begin_backward()
+        super().backward_prologue()
+
+    @compat.overrides
+    def backward_epilogue(self, *args: Any, **kwargs: Any) -> None:
+        super().backward_epilogue(*args, **kwargs)
+        self.window.end_backward()
+
+    @compat.overrides
+    def destroy(self) -> None:
+        self.window.retire()
+        super().destroy()
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
@@ -226,7 +278,15 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             for block in stream.kept.difference(self.selection.choose(scores.tolist())):
                 self._forget_block(block)
             self._hold_gradient_buffers()
-            self.selection.narrow_window()
+
+    def _restart_stream(self) -> None:
+        """Drop the gradients that an explore step has scored: the user does not want them."""
+        if self._stream is not None:
+            self._forget_gradients()
+            self._begin_window()
+
+    def _remove_gradient_hooks(self) -> None:
+        compat.remove_gradient_hooks(self)
 
     # ------------------------------------------------------------------------ states
 

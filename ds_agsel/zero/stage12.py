@@ -73,18 +73,11 @@ class SelectiveZeroOptimizer(Zero12Accessors):
 
     # ------------------------------------------------------------------ window
 
-    def open_window(self) -> None:
-        """Freeze and make room for the planned step. Before the first forward of an accumulation window; idempotent."""
-        if self.selection.window_is_open:
-            return
-        self.selection.open_window()
-        self._blocks_with_gradient.clear()
-        self._stream = self._new_stream() if self._can_stream() else None
-        self._hold_gradient_buffers()
+    def _begin_window(self) -> None:
+        super()._begin_window()
         if self.cpu_offload:
             for gradient in self.accumulated_grads_in_cpu.values():
                 gradient.zero_()  # sums start from 0 also for a parameter that misses the first micro-step
-        self._prefetch()
 
     def _can_stream(self) -> bool:
         """Not with ZeRO-1, which keeps whole gradients to the end."""
@@ -129,6 +122,7 @@ class SelectiveZeroOptimizer(Zero12Accessors):
 
     @compat.overrides
     def process_gradients(self, param: nn.Parameter, i: int) -> None:
+        self.window.open()
         if not self._is_wanted(param, i):
             return
         if self._stream is not None and compat.is_coalescing(self):

@@ -13,7 +13,7 @@ weight decay applies, as in an expert that got no token. Buffers exist for the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -77,16 +77,18 @@ class SelectiveZero3Optimizer(Zero3Accessors):
 
     # ------------------------------------------------------------------ window
 
-    def open_window(self) -> None:
-        """Freeze and make room for the planned step. Before the first forward of an accumulation window; idempotent."""
-        if self.selection.window_is_open:
-            return
-        self.selection.open_window()
-        self._blocks_with_gradient.clear()
+    def _begin_window(self) -> None:
         self._received.clear()
-        self._stream = self._new_stream() if self._can_stream() else None
-        self._hold_gradient_buffers()
-        self._prefetch()
+        super()._begin_window()
+
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        self._received.clear()
+
+    @compat.overrides
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=set_to_none)
+        self._received.clear()  # DeepSpeed's sums begin anew (stage3.py:2374)
 
     def _hold_gradient_buffers(self, *coming: int) -> None:
         """Hold buffers for the blocks that have gradients, and for those that are ``coming``."""
@@ -113,6 +115,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
 
     @compat.overrides
     def reduce_ready_partitions_and_remove_grads(self, param: ZeroParameter) -> None:
+        self.window.open()
         block = self._block_of(param)
         if block not in self._wanted_blocks():  # a leaf module, or a backward without the engine's forward
             param.grad = None
@@ -200,11 +203,6 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         self._hold_gradient_buffers()
 
     # -------------------------------------------------------------------- step
-
-    @compat.overrides
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        super().step(closure)
-        self._received.clear()
 
     @compat.overrides
     def _partition_all_parameters(self) -> None:

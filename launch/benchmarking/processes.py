@@ -35,6 +35,7 @@ from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.states import visiting
+from ds_agsel.zero.window import StepWindow
 
 from ..training.costs import peak_resident_bytes, reset_peak_resident
 
@@ -175,7 +176,7 @@ class PlanningClock:
     """Host seconds that ds_agsel spends on what to choose, to freeze and to move, since `take` was called last."""
 
     TIMED = (
-        (Selection, "open_window"), (Selection, "choose"), (Selection, "commit"), (visiting, "plan_moves"),
+        (StepWindow, "prepare"), (Selection, "choose"), (Selection, "commit"), (visiting, "plan_moves"),
     )  # fmt: skip
 
     def __init__(self) -> None:

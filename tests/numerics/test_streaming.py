@@ -28,6 +28,7 @@ class GradientWatch:
 
     def __init__(self) -> None:
         self.most_blocks = 0
+        self.trains: set[int] = set()  # blocks with a parameter that required gradients in the last forward
 
     def observe(self, event: str, engine: Any, step: int) -> dict[str, Any] | None:
         zero = engine.optimizer
@@ -35,11 +36,16 @@ class GradientWatch:
         if (event, step) == ("start", 0):
             for parameter in engine.module.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda _: self._look(zero, block_of))
+
+            def note(*args: Any) -> None:
+                named = engine.module.named_parameters()
+                self.trains = {block_of[name] for name, parameter in named if parameter.requires_grad}
+
+            next(engine.module.children()).register_forward_pre_hook(note)
             return None
         if event == "backward":
             self._look(zero, block_of)
-            trains = {block_of[name] for name, p in engine.module.named_parameters() if p.requires_grad}
-            return {"most_blocks": self.most_blocks, "trains": trains}
+            return {"most_blocks": self.most_blocks, "trains": self.trains}
         return None
 
     def _look(self, zero: Any, block_of: dict[str, int]) -> None:
@@ -94,8 +100,9 @@ def test_the_first_micro_batch_decides_for_the_window(workers, stage, ranks):
     for run in workers(ranks).run(train_and_watch, case):
         seen = [step["trains"] for step in run["observed"]]
         assert {phase for _, phase, _ in run["history"]} == {"explore", "exploit"}
-        for step, (_, _, blocks) in enumerate(run["history"]):
-            assert seen[3 * step : 3 * step + 3] == [set(blocks)] * 3
+        for step, (_, phase, blocks) in enumerate(run["history"]):
+            first = set(range(len(run["blocks"]))) if phase == "explore" else set(blocks)
+            assert seen[3 * step : 3 * step + 3] == [first, set(blocks), set(blocks)]
 
 
 def step_on_two_backwards(case: Case) -> str:

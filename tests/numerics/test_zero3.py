@@ -174,7 +174,7 @@ def train_unevenly(case: Case, leaf: bool) -> dict[str, Any]:
     traffic = [counters.reduced_bytes for counters in engine.selection.traffic]
     padded = {
         block.index: sum(
-            2 * 4 * parameter.partition_numel()
+            2 * 4 * getattr(parameter, "partition_numel", parameter.numel)()
             for name, parameter in engine.module.named_parameters()
             if name in block.parameter_names
         )

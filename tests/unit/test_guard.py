@@ -237,9 +237,9 @@ def test_an_override_that_takes_other_arguments_is_refused(
 
 
 def test_a_method_that_deepspeed_gets_later_is_not_replaced_unawares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeepSpeedZeroOptimizer, "open_window", method_of("x"), raising=False)
+    monkeypatch.setattr(DeepSpeedZeroOptimizer, "_begin_window", method_of("x"), raising=False)
     with pytest.raises(
-        ConfigError, match=r"has a DeepSpeedZeroOptimizer\.open_window, which \w+\.open_window would rep"
+        ConfigError, match=r"has a DeepSpeedZeroOptimizer\._begin_window, which \w+\._begin_window would rep"
     ):
         make_again(SelectiveZeroOptimizer)
     make_again(SelectiveZero3Optimizer)

@@ -31,54 +31,43 @@ def make(num_blocks=5, lottery=None, name="block", **section):
     return Selection(blocks, policies.create(context), lottery, config, parameters)
 
 
-def trainable(selection):
-    return [p.requires_grad for p in selection.parameters.values()]
-
-
 def step(selection, scores=(1.0, 5.0, 2.0, 4.0, 3.0)):
-    selection.open_window()
     if selection.plan.blocks is None:
         selection.choose(scores)
     return selection.commit()
 
 
-def test_an_explore_step_leaves_all_trainable_and_takes_the_highest_scores():
+def test_an_explore_step_needs_all_gradients_and_takes_the_highest_scores():
     selection = make(policy="gradient_topk", select_percent=40)
-    selection.open_window()
-    assert trainable(selection) == [True] * 5
+    assert selection.active_blocks == (0, 1, 2, 3, 4)
     with pytest.raises(TrainingError, match="step 0 explores"):
         _ = selection.selected_blocks
-    assert selection.choose([1.0, 5.0, 2.0, 4.0, 3.0]) == (1, 3)
+    assert selection.choose([1.0, 5.0, 2.0, 4.0, 3.0]) == selection.active_blocks == (1, 3)
     assert selection.commit() == Record(0, "explore", (1, 3))
     assert selection.update_counts == (0, 1, 0, 1, 0)
 
 
-def test_an_exploit_step_freezes_the_rest_from_the_first_forward_to_the_commit():
+def test_a_block_that_is_left_out_is_not_counted_and_comes_back_with_the_next_try():
     selection = make(policy="fixed", fixed_blocks=["block0", "block4"])
-    assert trainable(selection) == [True] * 5, "nothing is frozen before the window opens"
-    selection.open_window()
-    selection.open_window()
-    assert trainable(selection) == [True, False, False, False, True]
-    with selection.thawed():
-        assert trainable(selection) == [True] * 5
-    assert trainable(selection) == [True, False, False, False, True]
-    assert selection.commit() == Record(0, "exploit", (0, 4))
-    assert trainable(selection) == [True] * 5
+    selection.leave_out([4])
+    assert selection.selected_blocks == (0,)
+    selection.skip()
+    assert selection.selected_blocks == (0, 4)
+    selection.leave_out([0, 4])
+    assert selection.commit() == Record(0, "exploit", ())
+    assert selection.update_counts == (0,) * 5 and selection.plan.step == 1
 
 
 def test_a_skipped_step_counts_for_nothing_and_its_plan_stands():
     selection = make(policy="random", select_percent=40)
     plan = selection.plan
-    selection.open_window()
     selection.current_traffic.reduced_bytes += 8
     selection.skip()
     assert selection.plan == plan and selection.selected_blocks == plan.blocks
     assert selection.history == [] and selection.update_counts == (0,) * 5
-    assert trainable(selection) == [True] * 5
     assert selection.current_traffic.reduced_bytes == 0
 
     explore = make(policy="gradient_topk", select_percent=40)
-    explore.open_window()
     explore.choose([5.0, 4.0, 3.0, 2.0, 1.0])
     explore.skip()
     with pytest.raises(TrainingError):
@@ -89,8 +78,6 @@ def test_always_and_never_stand_outside_the_lottery():
     lottery = Lottery(drawn=(1, 3, 4), always=(0,), never=(2,))
     selection = make(lottery=lottery, policy="gradient_topk", select_percent=34)
     assert selection.active_blocks == (0, 1, 3, 4)
-    selection.open_window()
-    assert trainable(selection) == [True, True, False, True, True]
     assert selection.choose([0.0, 1.0, 99.0, 7.0, 3.0]) == (0, 3)
 
 
@@ -142,5 +129,4 @@ def test_a_policy_that_has_run_out_is_an_error_only_where_training_goes_on(tmp_p
     assert step(selection).blocks == (1,)
     assert selection.state_dict()["plan"] is None
     with pytest.raises(ValueError, match="step 1"):
-        selection.open_window()
-    assert trainable(selection) == [True] * 5
+        _ = selection.active_blocks

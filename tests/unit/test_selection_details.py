@@ -34,7 +34,7 @@ def make(lottery: Lottery | None = None, **section: Any) -> Selection:
 
 
 def step(selection: Selection, scores: Sequence[float] = (1.0, 5.0, 2.0, 4.0, 3.0)) -> None:
-    selection.open_window()
+    _ = selection.active_blocks
     if selection.plan.blocks is None:
         selection.choose(scores)
     selection.commit()

@@ -39,7 +39,6 @@ def _optimizer(**fields: object) -> SimpleNamespace:
 
 def _train(optimizer: SimpleNamespace, steps: int, log: SelectionLog | None = None) -> None:
     for _ in range(steps):
-        optimizer.selection.open_window()
         if optimizer.selection.plan.blocks is None:
             optimizer.selection.choose([1.0, 9.0, 2.0, 8.0])
         optimizer.selection.current_traffic.stepped_numel = 5

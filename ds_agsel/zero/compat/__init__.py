@@ -17,6 +17,7 @@ with imports_of_deepspeed():
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     from ds_agsel.zero.compat.adam import adam_step, cpu_adam_op, has_fused_adam, new_adam_state, new_cpu_adam_id
+    from ds_agsel.zero.compat.backward import forget_backward, remove_gradient_hooks
     from ds_agsel.zero.compat.engine import (
         fp32_weights_of,
         loads_through,
@@ -63,6 +64,7 @@ __all__ = [
     "cpu_adam_op",
     "deepspeed_version",
     "ds_config_problems",
+    "forget_backward",
     "fp32_weights_of",
     "gradient_partitions",
     "has_fused_adam",
@@ -88,6 +90,7 @@ __all__ = [
     "place_in_partition",
     "read_weights",
     "reduce_buckets",
+    "remove_gradient_hooks",
     "replace_masters",
     "require_known_deepspeed",
     "require_known_engine",
