@@ -69,7 +69,7 @@ WRONG = [
 def test_a_wrong_answer_is_an_error_before_anything_changes(method: str, answer: Any, message: str) -> None:
     wrong = selection(lambda: answer, method)
     with pytest.raises(TrainingError, match=rf'policy="own": .*Own\.{method} answered .* for step 0, .*{message}'):
-        wrong.open_window()
+        _ = wrong.plan
         wrong.choose([1.0] * BLOCKS)
     assert wrong.num_steps == 0 and wrong.update_counts == (0,) * BLOCKS and wrong.history == []
 
@@ -86,7 +86,7 @@ def test_other_answers_at_each_call_are_an_error(method: str) -> None:
     calls = itertools.count()
     random = selection(lambda: (next(calls) % 4,), method)
     with pytest.raises(TrainingError, match="The same arguments must give the same answer"):
-        random.open_window()
+        _ = random.plan
         random.choose([1.0] * BLOCKS)
 
 
@@ -100,9 +100,8 @@ def test_a_wrong_plan_of_the_next_step_leaves_the_step_that_was_applied() -> Non
     """The next step is planned at the end of this one, whose error must not interrupt it."""
     answers = iter([(1,), (1,), ()])
     going = selection(lambda: next(answers, ()))
-    going.open_window()
+    _ = going.plan
     going.commit()
     assert going.num_steps == 1 and going.history[0].blocks == (0, 2)
     with pytest.raises(TrainingError, match="which selects nothing"):
-        going.open_window()
-    assert all(parameter.requires_grad for parameter in going.parameters.values())
+        _ = going.plan
