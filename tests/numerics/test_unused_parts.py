@@ -21,6 +21,7 @@ from support import (
     weights,
 )
 from test_zero3 import train_unevenly
+from tiny_models import VOCABULARY, TinyLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
