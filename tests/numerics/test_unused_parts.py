@@ -7,19 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    ALL,
-    VOCABULARY,
-    Case,
-    TinyLayer,
-    assert_identical,
-    batch,
-    build,
-    case_id,
-    finish,
-    partitions,
-    weights,
-)
+from support import ALL, Case, assert_identical, batch, build, case_id, finish, partitions, weights
 from test_zero3 import train_unevenly
 from tiny_models import VOCABULARY, TinyLayer
 from torch import Tensor, nn
