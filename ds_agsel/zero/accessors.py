@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ds_agsel.errors import TrainingError
 from ds_agsel.residency.states import MOMENTS
 from ds_agsel.zero import compat
+from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import SelectiveStep
 
 ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 hangs on it: ds_id, ds_numel, ds_shape, ds_tensor, ...
@@ -90,6 +91,15 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
                 param.set_full_hp_param = partial(self._set_full_hp_param, param, group, param.set_full_hp_param)
                 param.get_full_hp_grad = partial(self._get_full_hp_grad, group, param.get_full_hp_grad)
                 param.set_full_hp_grad = partial(self._set_full_hp_grad, group, param.set_full_hp_grad)
+
+    def layouts(self) -> list[Layout]:
+        found = []
+        for params, partition in zip(self.bit16_groups, self.single_partition_of_fp32_groups):
+            names = tuple(self.param_names[param] for param in params)
+            places = [compat.place_in_partition(param) for param in params]
+            slices = tuple(Slice(name, *place) for name, place in zip(names, places) if place is not None)
+            found.append(Layout(names, partition.numel(), slices))
+        return found
 
     def _get_full_hp_param(
         self, param: nn.Parameter, group: int, stock: Callable[..., Tensor], optim_state_key: str | None = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from ds_agsel.zero import compat
 
 
 class HostGradientBuffers:
@@ -85,3 +88,58 @@ class FlatGradients:
     def _allocate(self, numel: int) -> torch.Tensor:
         buffer = torch.zeros(numel, dtype=self._dtype, device=self._device)
         return get_accelerator().pin_memory(buffer) if self._pin_memory else buffer
+
+
+class Zero3GradientBuffers:
+    """The flat gradient partitions of a ZeRO-3 optimizer, and with CPU offload their fp32 copies, for active groups.
+
+    Where the optimizer's states are offloaded both lie on the host. Parameters find their partition by
+    `compat.gradient_partitions`, DeepSpeed's update finds the fp32 copy as its partition's ``.grad``.
+    """
+
+    def __init__(self, zero: compat.DeepSpeedZeroOptimizer_Stage3) -> None:
+        self._zero = zero
+        self._partitions = self._flat(zero.gradient_accumulation_dtype)
+        self._fp32 = self._flat(zero.master_weights_and_grads_dtype) if zero.offload_optimizer else None
+        self._free_stock_buffers()
+
+    def _flat(self, dtype: torch.dtype) -> FlatGradients:
+        zero = self._zero
+        device = str(getattr(zero.device, "value", zero.device))
+        return FlatGradients(zero.fp16_partitioned_groups_flat_numel, dtype, device, zero.offload_optimizer_pin_memory)
+
+    def _free_stock_buffers(self) -> None:
+        zero = self._zero
+        if zero.offload_optimizer_pin_memory:
+            get_accelerator().unpin_memory(zero.grad_partitions_flat_buffer)
+            for partition in zero.fp32_partitioned_groups_flat:
+                if partition.grad is not None:
+                    get_accelerator().unpin_memory(partition.grad)
+        zero.grad_partitions_flat_buffer = zero.grad_partitions_flat_buffer.new_empty(0)
+        compat.gradient_partitions(zero).clear()
+        for partition in zero.fp32_partitioned_groups_flat:
+            partition.grad = None
+
+    def hold(self, groups: Sequence[int]) -> None:
+        """Make ``groups`` the ones that buffers are held for. A new buffer is zero."""
+        zero = self._zero
+        self._partitions.hold(groups)
+        partitions = compat.gradient_partitions(zero)
+        partitions.clear()
+        for group in groups:
+            for param in zero.fp16_groups[group]:
+                _, start, numel = zero.grad_position[zero.get_param_id(param)]
+                partitions[param.ds_id] = self._partitions.held[group].narrow(0, start, numel)
+        if self._fp32 is not None:
+            for partition in zero.fp32_partitioned_groups_flat:
+                partition.grad = None
+            self._fp32.hold(groups)
+            for group, gradient in self._fp32.held.items():
+                zero.fp32_partitioned_groups_flat[group].grad = gradient
+
+    def zero(self, param: Any, group: int) -> None:
+        """Zero the gradient of ``param``, of ``group``, wherever the step will read it."""
+        compat.gradient_partitions(self._zero)[param.ds_id].zero_()
+        if self._fp32 is not None:
+            _, start, numel = self._zero.grad_position[self._zero.get_param_id(param)]
+            self._fp32.held[group].narrow(0, start, numel).zero_()

@@ -381,3 +381,11 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError
+
+
+def l2_norm(gradient: Tensor) -> Tensor:
+    """L2 norm of ``gradient``, of no dimension, in the dtype that DeepSpeed takes norms in.
+
+    The sum is in that dtype without a copy of the gradient in it, which would take 8 bytes an element in mid-backward.
+    """
+    return torch.linalg.vector_norm(gradient, dtype=compat.norm_dtype())

@@ -26,13 +26,15 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero3Accessors, ZeroParameter
-from ds_agsel.zero.gradient_buffers import FlatGradients
+from ds_agsel.zero.gradient_buffers import Zero3GradientBuffers
 from ds_agsel.zero.repartition import Layout, Slice
+from ds_agsel.zero.selective import l2_norm
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
+from ds_agsel.zero.traffic import Zero3Traffic
 
 
-class SelectiveZero3Optimizer(Zero3Accessors):
+class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
     """A `DeepSpeedZeroOptimizer_Stage3` whose step updates the selected blocks. Made by `adapters.restrict`."""
 
     reduce_bucket_size: int
@@ -54,25 +56,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         self._all_parameters = compat.ParameterList(self.parameter_offload.module)
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
-        self._partitions = self._flat_gradients(self.gradient_accumulation_dtype)
-        if self.offload_optimizer:
-            self._fp32_gradients = self._flat_gradients(self.master_weights_and_grads_dtype)
-        self._free_stock_buffers()
-
-    def _flat_gradients(self, dtype: torch.dtype) -> FlatGradients:
-        device = str(getattr(self.device, "value", self.device))
-        return FlatGradients(self.fp16_partitioned_groups_flat_numel, dtype, device, self.offload_optimizer_pin_memory)
-
-    def _free_stock_buffers(self) -> None:
-        if self.offload_optimizer_pin_memory:
-            get_accelerator().unpin_memory(self.grad_partitions_flat_buffer)
-            for partition in self.fp32_partitioned_groups_flat:
-                if partition.grad is not None:
-                    get_accelerator().unpin_memory(partition.grad)
-        self.grad_partitions_flat_buffer = self.grad_partitions_flat_buffer.new_empty(0)
-        compat.gradient_partitions(self).clear()
-        for partition in self.fp32_partitioned_groups_flat:
-            partition.grad = None
+        self._gradients = Zero3GradientBuffers(self)
         self._free_buckets()
 
     # ------------------------------------------------------------------ window
@@ -94,19 +78,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         """Hold buffers for the blocks that have gradients, and for those that are ``coming``."""
         active = self.selection.active_blocks
         groups = self._groups_of([*(active if self._stream is None else self._stream.held), *coming])
-        self._partitions.hold(groups)
-        partitions = compat.gradient_partitions(self)
-        partitions.clear()
-        for group in groups:
-            for param in self.fp16_groups[group]:
-                _, start, numel = self.grad_position[self.get_param_id(param)]
-                partitions[param.ds_id] = self._partitions.held[group].narrow(0, start, numel)
-        if self.offload_optimizer:
-            for partition in self.fp32_partitioned_groups_flat:
-                partition.grad = None
-            self._fp32_gradients.hold(groups)
-            for group, gradient in self._fp32_gradients.held.items():
-                self.fp32_partitioned_groups_flat[group].grad = gradient
+        self._gradients.hold(groups)
         # Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large.
         active_numel = sum(param.ds_numel for group in self._groups_of(active) for param in self.fp16_groups[group])
         self.reduce_bucket_size = min(self._stock_bucket_size, active_numel)
@@ -143,35 +115,13 @@ class SelectiveZero3Optimizer(Zero3Accessors):
 
     @compat.overrides
     def partition_grads(self, params_to_release: list[ZeroParameter], grad_partitions: list[Tensor]) -> list[Tensor]:
-        traffic = self.selection.current_traffic
         for param in params_to_release:
-            world_size = self._get_param_partition_world_size(param)
-            if world_size > 1:
-                comm_dtype = self.get_param_comm_dtype(param)
-                sent = param.partition_numel() * world_size if self.reduce_scatter else param.ds_numel
-                traffic.reduced_bytes += sent * comm_dtype.itemsize
             self._blocks_with_gradient.add(self._block_of(param))
             if param.ds_id not in self._received:
                 self._received.add(param.ds_id)
                 if self.micro_step_id > 0:
                     compat.gradient_partitions(self)[param.ds_id].zero_()  # [Note: Gradient partitions]
-            if self.offload_optimizer and self._holds_part_of(param):
-                # Stock code keeps the sum on the host, and brings it back for the norm and for the next addition.
-                size = param.partition_numel() * self.gradient_accumulation_dtype.itemsize
-                traffic.d2h_bytes += size
-                traffic.h2d_bytes += size
         return super().partition_grads(params_to_release, grad_partitions)
-
-    def _holds_part_of(self, param: ZeroParameter) -> bool:
-        return param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel
-
-    @compat.overrides
-    def _offload_grad_partition_at_boundary(
-        self, param: ZeroParameter, grad_buffer: Tensor, *fragments: dict[int, list[Any]]
-    ) -> None:
-        size = grad_buffer.numel() * self.master_weights_and_grads_dtype.itemsize
-        self.selection.current_traffic.d2h_bytes += size
-        super()._offload_grad_partition_at_boundary(param, grad_buffer, *fragments)
 
     @compat.overrides
     def independent_gradient_partition_epilogue(self) -> None:
@@ -215,7 +165,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         for group in self._groups_of(blocks):
             for param in self.fp16_groups[group]:
                 if param.ds_id not in self._received:
-                    self._zero_gradient(param, group)
+                    self._gradients.zero(param, group)
                 elif (
                     self.offload_optimizer
                     and self._holds_part_of(param)
@@ -224,12 +174,6 @@ class SelectiveZero3Optimizer(Zero3Accessors):
                     # It had a gradient in an earlier micro-step but none in the last one.
                     self._offload_grad_partition_at_boundary(param, partitions[param.ds_id], {}, {})
 
-    def _zero_gradient(self, param: ZeroParameter, group: int) -> None:
-        compat.gradient_partitions(self)[param.ds_id].zero_()
-        if self.offload_optimizer:
-            _, start, numel = self.grad_position[self.get_param_id(param)]
-            self.fp32_partitioned_groups_flat[group].grad.narrow(0, start, numel).zero_()
-
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
         partitions, device = compat.gradient_partitions(self), get_accelerator().current_device_name()
         known = self.norm_for_param_grads if self.offload_optimizer else {}  # at a boundary, by DeepSpeed
@@ -237,7 +181,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
         for param in self.fp16_groups[group]:
             norm = known.get(self.get_param_id(param))
             if norm is None and param.ds_id in self._received:
-                norm = torch.linalg.vector_norm(partitions[param.ds_id].to(device, compat.norm_dtype()))
+                norm = l2_norm(partitions[param.ds_id].to(device))
             if norm is not None:
                 norms.append((self._number_of_param[param.ds_id], norm))
         return norms
@@ -305,17 +249,7 @@ class SelectiveZero3Optimizer(Zero3Accessors):
                 super()._optimizer_step(sub_group_id)
 
     def _after_update(self, groups: Sequence[int]) -> None:
-        traffic = self.selection.current_traffic
-        updated = {param.ds_id for group in groups for param in self.fp16_groups[group]}
-        for param in self.persistent_parameters:
-            world_size = self._get_param_partition_world_size(param)
-            if param.ds_id in updated and world_size > 1:
-                traffic.gathered_bytes += param.partition_numel() * world_size * param.element_size()
-        written = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups) * self.dtype.itemsize
-        if self.offload_optimizer and not self.offload_param:
-            traffic.h2d_bytes += written
-        elif self.offload_param and not self.offload_optimizer:
-            traffic.d2h_bytes += written
+        self._count_written(groups)
 
     # ------------------------------------------------------------------ memory
 

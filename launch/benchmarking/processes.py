@@ -35,6 +35,7 @@ from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.states import visiting
+from ds_agsel.zero.states.home import moment_bytes
 from ds_agsel.zero.window import StepWindow
 
 from ..training.costs import peak_resident_bytes, reset_peak_resident
@@ -255,7 +256,7 @@ class DeepSpeedTrainer:
             "loss": loss.item(),
             "accelerator_gradient_bytes": accelerator_bytes,
             "host_gradient_bytes": host_bytes,
-            "state_bytes": self._adapter.state_bytes(self._optimizer),
+            "state_bytes": moment_bytes(self._optimizer),
             "resident_state_bytes": resident_bytes,
             "most_gradient_bytes": self._most_gradient_bytes,
             "planning_seconds": self._clock.take(),

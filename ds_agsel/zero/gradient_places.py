@@ -1,0 +1,236 @@
+"""Where ZeRO-1 and ZeRO-2 keep reduced gradients until the step: on the accelerator, or with ZeRO-Offload on the host.
+
+[Note: Old numbers] With ZeRO-Offload each fp32 partition has a ``.grad`` on the host. Stock code writes it where a
+gradient arrives and never clears it, and so applies an old gradient again to a parameter that got none
+(stage_1_and_2.py:940, 1888). Here buffers exist only for the blocks that the step needs, and what this window did not
+write in them is zeroed before it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from ds_agsel.zero import compat
+from ds_agsel.zero.gradient_buffers import HostGradientBuffers
+from ds_agsel.zero.staging import HostStaging
+
+
+class AcceleratorGradients:
+    """Gradients stay on the accelerator, in DeepSpeed's own lists. Most calls have nothing to do.
+
+    Attributes:
+        copies_each: whether each gradient is copied to another place as soon as it has been reduced.
+    """
+
+    copies_each = False
+
+    def __init__(self, zero: compat.DeepSpeedZeroOptimizer) -> None:
+        self._zero = zero
+
+    def hold(self, groups: Sequence[int]) -> None:
+        """Make ``groups`` the ones that buffers are held for."""
+
+    def holds(self, group: int) -> bool:
+        """Whether a gradient of ``group`` can be taken now."""
+        return True
+
+    def fragments(self, group: int) -> list[Tensor] | None:
+        """The parts of ``group``'s buffer on the host, one for each parameter, (numel,); None without a buffer."""
+        return None
+
+    def copy_from_host(self, param: nn.Parameter) -> None:
+        """Copy a gradient that the backward pass left on the host."""
+        raise NotImplementedError
+
+    def begin_window(self) -> None:
+        """Start the sums of a new accumulation window from 0."""
+
+    def before_copy(self, param: nn.Parameter, group: int) -> None:
+        """Prepare for stock code to copy the gradient of ``param`` out of the bucket.
+
+        Stock code makes room for the gradients of all groups at the first one (stage_1_and_2.py:2182).
+        """
+        zero = self._zero
+        groups = zero._groups_of(zero.selection.active_blocks)
+        if zero.grads_in_partition is None and not zero._use_compact_grad_partition_buffer(groups[0]):
+            numel = sum(p.numel() for active in groups for p in zero.params_in_partition[active])
+            device = get_accelerator().current_device_name()
+            zero.grads_in_partition = torch.empty(numel, dtype=zero.dtype, device=device)
+            zero.grads_in_partition_offset = 0
+
+    def keep(self, params: Sequence[nn.Parameter]) -> None:
+        """Put the gradients that ``params`` still hold where the step will look for them."""
+
+    def forget(self, param_id: int) -> None:
+        """Forget that the parameter had a gradient in this window."""
+
+    def drop(self, group: int) -> None:
+        """Forget what is known of ``group``'s gradients, which the choice has left out."""
+
+    def complete(self, groups: Sequence[int]) -> None:
+        """Make the gradients of ``groups`` those of this window and of nothing else. [Note: Old numbers]"""
+
+    def norms(self, group: int) -> list[tuple[int, Tensor]] | None:
+        """(param id, L2 norm) of the slices of ``group`` whose norm was taken on the way; None: none ever is."""
+        return None
+
+    def overflowed(self) -> bool:
+        """Whether a gradient that was copied away is not finite."""
+        return False
+
+    def stage(self, groups: Sequence[int]) -> None:
+        """Make room for the updated weights of ``groups`` on their way to the accelerator."""
+
+    def staged_bytes(self, group: int) -> int:
+        """Bytes of ``group``'s updated weights that were copied to the accelerator."""
+        return 0
+
+    def staging_bytes(self) -> int:
+        """Bytes of the host buffer through which updated weights are written back."""
+        return 0
+
+    def release(self) -> None:
+        """Give page-locked memory back. The optimizer is destroyed."""
+
+
+class HostGradients(AcceleratorGradients):
+    """ZeRO-Offload: gradients of the step's blocks are copied to fp32 buffers on the host as they come."""
+
+    copies_each = True
+
+    def __init__(self, zero: compat.DeepSpeedZeroOptimizer) -> None:
+        super().__init__(zero)
+        self._partitions = zero.single_partition_of_fp32_groups
+        self._buffers = HostGradientBuffers(self._partitions, zero.cpu_offload_pin_memory)
+        numels = [partition.numel() for partition in self._partitions]
+        self._staging = HostStaging(numels, zero.dtype, zero.cpu_offload_pin_memory)
+        self._free_stock_staging()
+
+    def _free_stock_staging(self) -> None:
+        buffers = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
+        for group, buffer in enumerate(buffers):
+            if self._zero.cpu_offload_pin_memory:
+                get_accelerator().unpin_memory(buffer)
+            buffers[group] = buffer.new_empty(0)
+
+    def _param_ids(self, group: int) -> list[int]:
+        """Of the parameters with a slice in this rank's partition of ``group``."""
+        return [self._zero.get_param_id(param) for param in self._zero.params_in_partition[group]]
+
+    # ------------------------------------------------------------------------- buffers
+
+    def hold(self, groups: Sequence[int]) -> None:
+        zero, held = self._zero, set(groups)
+        for group in self._buffers.hold(groups):
+            # A reused buffer may hold old numbers in the gaps between parameters, which no gradient will write to.
+            self._zero_gradient(group, keep=self._param_ids(group))
+        for group in range(len(self._partitions)):
+            if group not in held:
+                zero.offload_gradient_dict[group] = None
+            elif zero.offload_gradient_dict.get(group) is None:
+                zero.offload_gradient_dict[group] = self.fragments(group)
+        for param_id in [i for i in zero.accumulated_grads_in_cpu if zero._group_of_param[i] not in held]:
+            del zero.accumulated_grads_in_cpu[param_id]
+
+    def holds(self, group: int) -> bool:
+        return self._partitions[group].grad is not None
+
+    def begin_window(self) -> None:
+        for gradient in self._zero.accumulated_grads_in_cpu.values():
+            gradient.zero_()  # sums start from 0 also for a parameter that misses the first micro-step
+
+    def fragments(self, group: int) -> list[Tensor] | None:
+        if not self.holds(group):
+            return None
+        flat = self._partitions[group].grad.view(-1)
+        positions = [self._zero.grad_position[param_id] for param_id in self._param_ids(group)]
+        return [flat.narrow(0, start, numel) for _, _, start, numel in positions]
+
+    def _zero_gradient(self, group: int, keep: Collection[int]) -> None:
+        """Zero ``group``'s buffer except for the fragments of the parameters ``keep`` (param ids)."""
+        flat = self._partitions[group].grad.view(-1)
+        kept = sorted(tuple(self._zero.grad_position[param_id][2:]) for param_id in keep)
+        end = 0
+        for start, numel in [*kept, (flat.numel(), 0)]:
+            if start > end:
+                flat.narrow(0, end, start - end).zero_()
+            end = start + numel
+
+    # ------------------------------------------------------------------------ backward
+
+    def before_copy(self, param: nn.Parameter, group: int) -> None:
+        zero = self._zero
+        if zero.is_gradient_accumulation_boundary() and zero._use_compact_grad_partition_buffer(group):
+            # Stock code copies it to the host there; gradients that take another way are counted on that way.
+            numel = zero.grad_position[zero.get_param_id(param)][3]
+            zero.selection.current_traffic.d2h_bytes += numel * zero.master_weights_and_grads_dtype.itemsize
+
+    def copy_from_host(self, param: nn.Parameter) -> None:
+        # One copy converts; stock code makes an fp32 tensor first.
+        zero = self._zero
+        group, source, target, numel = zero.grad_position[zero.get_param_id(param)]
+        gradient = zero.get_param_gradient_attribute(param)
+        buffer = self._partitions[group].grad.view(-1)
+        buffer.narrow(0, target, numel).copy_(gradient.view(-1).narrow(0, source, numel))
+        zero.clear_grad_attribute(param)
+
+    def keep(self, params: Sequence[nn.Parameter]) -> None:
+        zero = self._zero
+        with compat.attribute(zero, _holds_gradients=False):
+            for param in params:
+                param_id = zero.get_param_id(param)
+                if zero.is_param_in_current_partition[param_id]:
+                    zero.copy_grads_in_partition(param, zero._group_of_param[param_id])
+
+    def forget(self, param_id: int) -> None:
+        self._zero._offload_accumulated_param_ids.discard(param_id)
+
+    def drop(self, group: int) -> None:
+        for param_id in self._param_ids(group):
+            self._zero.norm_for_param_grads.pop(param_id, None)
+
+    # ---------------------------------------------------------------------------- step
+
+    def complete(self, groups: Sequence[int]) -> None:
+        zero = self._zero
+        zero._wait_for_offload_copies()
+        for group in groups:
+            written = []
+            for param in zero.params_in_partition[group]:
+                param_id = zero.get_param_id(param)
+                if param_id not in zero.norm_for_param_grads and param_id in zero._offload_accumulated_param_ids:
+                    # It had a gradient in an earlier micro-step but none in the last one, at which stock code copies.
+                    zero._restore_cpu_offload_grad_to_gpu(param)
+                    zero.set_norm_for_param_grad_in_gpu(param)
+                    zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
+                if param_id in zero.norm_for_param_grads:
+                    written.append(param_id)
+            if len(written) < len(zero.params_in_partition[group]):
+                self._zero_gradient(group, keep=written)
+
+    def norms(self, group: int) -> list[tuple[int, Tensor]] | None:
+        known = self._zero.norm_for_param_grads
+        return [(param_id, known[param_id]) for param_id in self._param_ids(group) if param_id in known]
+
+    def overflowed(self) -> bool:
+        # A norm in fp64 (fp32 on some accelerators) is finite just where the gradient is: no second pass over it.
+        norms = [norm.to(self._zero.device) for norm in self._zero.norm_for_param_grads.values()]
+        return bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
+
+    def stage(self, groups: Sequence[int]) -> None:
+        for group, buffer in self._staging.slices(groups).items():
+            self._zero.param_buffer_of_bit16_for_cpu_offload_groups[group] = buffer
+
+    def staged_bytes(self, group: int) -> int:
+        return self._zero.param_buffer_of_bit16_for_cpu_offload_groups[group].nbytes
+
+    def staging_bytes(self) -> int:
+        return self._staging.held_bytes()
+
+    def release(self) -> None:
+        self._staging.release()
+        self._zero.param_buffer_of_bit16_for_cpu_offload_groups.clear()
