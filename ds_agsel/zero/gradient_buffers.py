@@ -137,6 +137,10 @@ class Zero3GradientBuffers:
             for group, gradient in self._fp32.held.items():
                 zero.fp32_partitioned_groups_flat[group].grad = gradient
 
+    def holds(self, group: int) -> bool:
+        """Whether there is a buffer for ``group``."""
+        return group in self._partitions.held
+
     def zero(self, param: Any, group: int) -> None:
         """Zero the gradient of ``param``, of ``group``, wherever the step will read it."""
         compat.gradient_partitions(self._zero)[param.ds_id].zero_()

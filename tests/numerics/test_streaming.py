@@ -56,7 +56,7 @@ class GradientWatch:
         holding = {block_of[zero.param_names[p]] for group in zero.fp16_groups for p in group if p.grad is not None}
         for group, members in enumerate(zero.fp16_groups):
             on_host = zero.offload_optimizer and zero.fp32_partitioned_groups_flat[group].grad is not None
-            if on_host or group in zero._partitions.held or zero.averaged_gradients.get(group):
+            if on_host or zero._gradients.holds(group) or zero.averaged_gradients.get(group):
                 holding.add(block_of[zero.param_names[members[0]]])
         return holding
 
