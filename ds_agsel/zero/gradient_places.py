@@ -55,8 +55,10 @@ class AcceleratorGradients:
         Stock code makes room for the gradients of all groups at the first one (stage_1_and_2.py:2182).
         """
         zero = self._zero
+        if zero.grads_in_partition is not None:
+            return
         groups = zero._groups_of(zero.selection.active_blocks)
-        if zero.grads_in_partition is None and not zero._use_compact_grad_partition_buffer(groups[0]):
+        if not zero._use_compact_grad_partition_buffer(groups[0]):
             numel = sum(p.numel() for active in groups for p in zero.params_in_partition[active])
             device = get_accelerator().current_device_name()
             zero.grads_in_partition = torch.empty(numel, dtype=zero.dtype, device=device)

@@ -37,11 +37,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     grads_in_partition: Tensor | None
 
     def attach(
-        self,
-        selection: Selection,
-        block_of_group: Sequence[int],
-        link: HyperparameterLink,
-        home: StateHome,
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, home: StateHome
     ) -> None:
         """Take the controller and the states' home on. ``block_of_group[i]`` is the block of param group i."""
         self._group_of_param = {self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group}

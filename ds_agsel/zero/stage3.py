@@ -42,11 +42,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
     parameter_offload: Any
 
     def attach(
-        self,
-        selection: Selection,
-        block_of_group: Sequence[int],
-        link: HyperparameterLink,
-        home: StateHome,
+        self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, home: StateHome
     ) -> None:
         """Take the controller and the states' home on. ``block_of_group[i]`` is the block of sub-group i."""
         members = [(param, sub_group) for sub_group, params in enumerate(self.fp16_groups) for param in params]

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import SELECT, VISIT, Case, build, forward_backward, run_steps, where_it_runs
+from support import SELECT, VISIT, Case, build, case_id, forward_backward, run_steps, where_it_runs
 
 VISITING = {**SELECT, **VISIT}
-HOMES = [
-    (Case(stage=2), "StatesInPlace"),
-    (Case(stage=2, offload="cpu"), "StatesInPlace"),
-    (Case(stage=3, section=VISITING), "VisitingStates"),
-    (Case(stage=3, offload="nvme"), "StatesOnNvme"),
+CASES = [
+    Case(stage=2),
+    Case(stage=2, offload="cpu"),
+    Case(stage=3, section=VISITING),
+    Case(stage=3, offload="nvme"),
 ]
 MODES = pytest.mark.parametrize("stage", [2, 3])
 
@@ -27,10 +27,11 @@ def home_and_bytes(case: Case) -> tuple[str, int, int]:
     return name, found.moments, found.visiting
 
 
-@pytest.mark.parametrize("case", where_it_runs([case for case, _ in HOMES]))
+@pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
 def test_each_configuration_has_its_home(workers, case):
     [(name, moments, visiting)] = workers(1).run(home_and_bytes, case)
-    assert name == dict(HOMES)[case]
+    kept = {"nvme": "StatesOnNvme"}.get(case.offload, "StatesInPlace")
+    assert name == ("VisitingStates" if case.section == VISITING else kept)
     assert moments > 0
     assert (visiting > 0) == (name == "VisitingStates")
 
