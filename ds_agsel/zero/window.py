@@ -30,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_agsel.errors import TrainingError
 from ds_agsel.selection import Selection
+from ds_agsel.zero.activation_checkpointing import InputGradients
 from ds_agsel.zero.forward_watch import ForwardWatch, is_in_backward
 from ds_agsel.zero.freezing import FreezeMask
 
@@ -50,6 +51,7 @@ class StepWindow:
         self._selection, self._stage = selection, stage
         self._mask = FreezeMask()
         self._watch: ForwardWatch | None = None
+        self._input_gradients: InputGradients | None = None
         self._in_step = False
         self._backward_is_running = False
         self._is_retired = False
@@ -66,6 +68,7 @@ class StepWindow:
         """Open at the forwards of ``root`` and of its parts from now on, and know which blocks ran in them."""
         block_of = {id(p): block for block, parameters in enumerate(self._parameters) for p in parameters}
         self._watch = ForwardWatch(root, block_of, self._begin_forward)
+        self._input_gradients = InputGradients(root)
 
     # ------------------------------------------------------------------------ open
 
@@ -99,6 +102,8 @@ class StepWindow:
         if self._is_retired:
             return
         self.open()
+        if self._input_gradients is not None:
+            self._input_gradients.take_over()  # a framework may switch checkpointing on at any time
         wanted = set(self._selection.active_blocks)
         for block, parameters in enumerate(self._parameters):
             if block not in wanted:
