@@ -215,7 +215,8 @@ def is_verifiable(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of ``folder``. Raises CheckpointError where there is none, a damaged one, or one that is not signed
-    although `metadata.KEY_VARIABLE` is set."""
+    although `metadata.KEY_VARIABLE` is set.
+    """
     try:
         text = inside(folder, MANIFEST_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -230,7 +231,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_state(folder: Path) -> SelectionState:
     """The selection's state in ``folder``. Raises CheckpointError that names the field for one that is wrong, and
-    FileNotFoundError where there is none."""
+    FileNotFoundError where there is none.
+    """
     try:
         content = parse_json(inside(folder, STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

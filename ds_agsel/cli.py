@@ -25,7 +25,8 @@ EXTRA = "pip install 'ds-agsel[report]'"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 where `check` found problems, or 2 where something was asked for
-    that can't be had."""
+    that can't be had.
+    """
     parser = argparse.ArgumentParser(prog="ds-agsel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_init(commands.add_parser("init", help="write a commented ds_config to begin with"))

@@ -204,7 +204,8 @@ class _ShorterConsole(TrainerCallback):
 
 def _take_places(callback: SelectionCallback) -> None:
     """Put ``callback`` first in the handler that is calling it, so that what it adds to the logs reaches all others
-    (reporters stand before a user's callbacks), and a `_ShorterConsole` before the one that prints, which is last."""
+    (reporters stand before a user's callbacks), and a `_ShorterConsole` before the one that prints, which is last.
+    """
     for handler, _ in frames.methods_of(CallbackHandler.__module__, CallbackHandler.__name__):
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)

@@ -201,7 +201,8 @@ class Selection:
 
     def _plan_ahead(self) -> None:
         """Draw the next plan. What goes wrong is raised by `plan`, where training goes on and nothing has changed yet:
-        a policy that has run out of steps, one whose answer can't be used, or one that raises."""
+        a policy that has run out of steps, one whose answer can't be used, or one that raises.
+        """
         self._plan = self._chosen = None
         with suppress(Exception):
             self._plan = self._draw_plan()

@@ -1,9 +1,9 @@
 """Fine-tune a causal language model with AdaGradSelect, from data to a saved model and a summary.
 
-    deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
+deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
         --model smollm2 --dataset builtin --output runs/first
 
-    deepspeed --hostfile hostfile launch/train.py …   # several nodes: docs/checkpoints.md
+deepspeed --hostfile hostfile launch/train.py …   # several nodes: docs/checkpoints.md
 """
 
 from __future__ import annotations

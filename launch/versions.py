@@ -10,7 +10,8 @@ FRAMEWORKS = ("deepspeed", "torch", "transformers", "datasets")
 
 def installed(*packages: str) -> dict[str, str]:
     """Return the installed version of each of ``packages``, of `FRAMEWORKS` where none is named; absent ones are left
-    out."""
+    out.
+    """
     found = {}
     for name in packages or FRAMEWORKS:
         try:

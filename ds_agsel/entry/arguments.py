@@ -22,7 +22,8 @@ from ds_agsel.zero.step_device import StepDevice
 
 def read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the ds_config as `deepspeed.initialize` will find it (deepspeed/__init__.py:514); None where it will
-    complain."""
+    complain.
+    """
     config = arguments.get("config")
     if config is None:
         config = arguments.get("config_params")

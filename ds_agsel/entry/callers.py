@@ -50,7 +50,8 @@ def _of_trainer(variables: Mapping[str, Any], accumulation: int) -> tuple[int, s
 
 def only_evaluates() -> bool:
     """Whether TRL is calling for a reference model, whose ds_config it leaves the optimizer in before 1.10
-    (trl/models/utils.py, prepare_deepspeed)."""
+    (trl/models/utils.py, prepare_deepspeed).
+    """
     return any(
         frame.f_code.co_name == "prepare_deepspeed" and frame.f_globals.get("__name__", "").startswith("trl.")
         for frame in frames.callers()

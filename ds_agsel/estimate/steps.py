@@ -47,7 +47,8 @@ def exact_step(
 ) -> Step:  # fmt: skip
     """The step that updates the blocks ``selected`` of those ``active``, where ``updated`` have moments at its end and
     the states of ``resident`` were on the accelerator before. With ``streaming`` an explore step has given all other
-    gradients back when backward ends."""
+    gradients back when backward ends.
+    """
 
     def shares(blocks: Collection[int]) -> Shares:
         return tuple(Fraction(int(block in blocks)) for block in range(num_blocks))

@@ -184,7 +184,8 @@ def simulate(
     seed: int = 0,
 ) -> Exposure:  # fmt: skip
     """``steps`` steps, all of ``phase``, each on blocks drawn uniformly: the first, which finds nothing there, is left
-    out. Uniform draws repeat least, and so move most; the policy's own grow more alike as training goes on."""
+    out. Uniform draws repeat least, and so move most; the policy's own grow more alike as training goes on.
+    """
     timeline = timeline_of(model, setup, card, num_selected)
     generator = random.Random(seed)
     timings = []

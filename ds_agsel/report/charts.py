@@ -331,7 +331,8 @@ def _num_columns(num_steps: int) -> int:
 
 def _of_rows(draw: Draw, rows: int, inches: float, narrow_inches: float, *, legend: float = 0.0) -> Drawing:
     """A chart of ``rows`` rows so high each, up to the height of MAX_ROWS; ``legend``: more for a legend that is
-    several lines on a narrow page."""
+    several lines on a narrow page.
+    """
     shown = min(rows, MAX_ROWS)
     return Drawing(draw, 1.3 + inches * shown, 1.4 + narrow_inches * shown + legend)
 

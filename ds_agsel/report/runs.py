@@ -113,7 +113,8 @@ class Run:
 
     def state_bytes(self) -> dict[str, float] | None:
         """Bytes of Adam's moments on a rank: its share of ``full`` fine-tuning's, of the paper's ``formula`` for a mean
-        step, and ``measured`` on rank 0 at the end (absent in older logs): kept for all blocks updated so far."""
+        step, and ``measured`` on rank 0 at the end (absent in older logs): kept for all blocks updated so far.
+        """
         selected = self.selected_numel()
         if not selected or self.block_numels is None or not sum(self.block_numels):
             return None
@@ -127,7 +128,8 @@ class Run:
 
     def traffic(self) -> dict[str, tuple[float, float]] | None:
         """By kind: (bytes a step on rank 0, measured, mean; what full fine-tuning would move, computed from this run's
-        bytes per element). None where nothing was logged; kinds that moved nothing are left out."""
+        bytes per element). None where nothing was logged; kinds that moved nothing are left out.
+        """
         selected = self.selected_numel()
         logged = [(step, numel) for step, numel in zip(self.steps, selected or []) if step.traffic]
         if not logged or self.block_numels is None:

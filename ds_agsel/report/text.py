@@ -5,7 +5,8 @@ from __future__ import annotations
 
 def printable(text: str) -> str:
     """``text`` with all that is no character to show written out: control characters, which a terminal would obey,
-    line ends, lone surrogates, which can't be written to a file."""
+    line ends, lone surrogates, which can't be written to a file.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text)

@@ -131,7 +131,8 @@ def _loss(run: Run, width: int) -> list[Text]:
 
 def _counts(run: Run, width: int, room: int | None) -> list[Table | Text]:
     """A row a block, with its count as a bar; where ``room`` lines do not hold them all, in several columns, and where
-    those would be too narrow, only the blocks updated most."""
+    those would be too narrow, only the blocks updated most.
+    """
     if not run.steps or not run.block_names:
         return []
     blocks, more = list(range(len(run.block_names))), []

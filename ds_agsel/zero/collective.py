@@ -56,7 +56,8 @@ def of_rank_0(look: Callable[[], Any]) -> Any:
 
 class Errors:
     """The errors that this rank met. They are kept, not raised: a rank that raised alone would leave the others at a
-    barrier."""
+    barrier.
+    """
 
     def __init__(self) -> None:
         self._message: str | None = None

@@ -67,7 +67,8 @@ class SelectiveEngine(CheckpointingEngine):
         self, load_dir: str | os.PathLike[str], tag: str | None = None, *args: Any, **kwargs: Any
     ) -> tuple[str | None, dict[str, Any] | None]:
         """`CheckpointingEngine.load_checkpoint`. A load within an accumulation window ends it: its gradients are
-        dropped, which plain DeepSpeed adds to those of the loaded weights, and the next micro-step is the first."""
+        dropped, which plain DeepSpeed adds to those of the loaded weights, and the next micro-step is the first.
+        """
         result = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if result[0] is not None:
             self.optimizer.window.abandon()

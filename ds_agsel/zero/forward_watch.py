@@ -15,7 +15,8 @@ RAN = "ds_agsel_ran"  # an attribute of a watched module: whether it ran in this
 
 class _Forward:
     """Whether the outermost forward that runs now was begun with gradients enabled. Reentrant activation checkpointing
-    runs its segments without, and evaluation runs all of it without."""
+    runs its segments without, and evaluation runs all of it without.
+    """
 
     with_grad = False
 

@@ -98,7 +98,8 @@ class StepWindow:
 
     def prepare(self) -> None:
         """Open, and freeze what this step does not need. Before a forward, and before a backward for what it
-        computes again."""
+        computes again.
+        """
         if self._is_retired:
             return
         self.open()

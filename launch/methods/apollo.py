@@ -14,7 +14,8 @@ from .plain_torch import PlainTorch, adam_options, projected_groups
 
 class Apollo(PlainTorch):
     """Learning rates by channel from moments of rank ``rank`` under a random projection; APOLLO-Mini is
-    rank=1 scale_type=tensor scale=128. States and weights are in the model's precision, as the package has it."""
+    rank=1 scale_type=tensor scale=128. States and weights are in the model's precision, as the package has it.
+    """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "rank": 256, "proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 200,

@@ -57,7 +57,8 @@ class LayerDraw:
 
 class Lisa(PlainTorch):
     """In plain PyTorch. ``release`` 1 drops the states of layers that are frozen, as the paper's figures of memory
-    need; 0 keeps them."""
+    need; 0 keeps them.
+    """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {**_LISA, "release": 1}
     MASTERS: ClassVar[str] = "fp32 copies of the weights in training"

@@ -41,7 +41,8 @@ class Model(_Strict):
 
 class MethodEntry(_Strict):
     """``method`` and ``method_options`` are launch/peers.py's. ``seeds``: null for all of the plan's. ``fails``: a part
-    of the message with which it is known to fail."""
+    of the message with which it is known to fail.
+    """
 
     method: str
     family: str

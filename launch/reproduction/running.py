@@ -65,7 +65,8 @@ class Sweep:
 
     def outcome(self, cell: Cell) -> Outcome | None:
         """What came of ``cell``; None where it has not been run whole, or was run with other settings, or where its
-        learning rate is not chosen yet."""
+        learning rate is not chosen yet.
+        """
         found = _read_json(self.folder(cell) / DONE) or _read_json(self.folder(cell) / FAILED)
         if found is None:
             return None

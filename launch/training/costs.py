@@ -43,7 +43,8 @@ class Costs:
 
     def peak_memory_bytes(self) -> dict[str, int]:
         """Largest resident memory of this process, and within steps (alike where the system can't tell them apart);
-        the accelerator's largest allocation (0 on a CPU)."""
+        the accelerator's largest allocation (0 on a CPU).
+        """
         accelerator = get_accelerator()
         on_host = accelerator.device_name() == "cpu"
         return {

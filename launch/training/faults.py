@@ -42,7 +42,8 @@ class FaultWatch:
 
     def after_step(self, record: dict[str, Any], trained: Collection[str] | None) -> None:
         """``record`` is the step's in metrics.jsonl; ``trained`` names what it was to change, None: what requires
-        gradients. A step that was skipped, and one with lr 0, need not change anything."""
+        gradients. A step that was skipped, and one with lr 0, need not change anything.
+        """
         step = record["step"]
         self._steps += 1
         if not math.isfinite(record["loss"]):

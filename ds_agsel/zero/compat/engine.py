@@ -35,7 +35,8 @@ def swap_class(instance: Any, subclass: type) -> None:
 def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iterator[list[Path]]:
     """Inside, ``engine.save_checkpoint`` writes each file as ``attempt(write, *args)``: its checkpoint engine's
     ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530), beside the tag.
-    Gives the tag's files that this rank wrote, when they are written."""
+    Gives the tag's files that this rank wrote, when they are written.
+    """
     writer = engine.checkpoint_engine
     written: list[Path] = []
 
