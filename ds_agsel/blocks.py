@@ -59,7 +59,7 @@ class Block:
 
 
 def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None = None) -> tuple[Block, ...]:
-    """The model's blocks in order: every trainable parameter is in exactly one, frozen ones are in none.
+    """Return the model's blocks in order: each trainable parameter is in exactly one, frozen ones are in no block.
 
     A parameter with several names (a tied head) counts once, under its first. Blocks without trainable
     parameters are left out. Works on any device, meta included, and where ZeRO-3 has partitioned the parameters.
@@ -93,18 +93,18 @@ def numel(parameter: nn.Parameter) -> int:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated layers, in its order; empty where nothing repeats. [Note: how blocks are found], 1."""
+    """Return the model's repeated layers in model order; empty if nothing repeats. [Note: how blocks are found], 1."""
     layers = _layers(model)
     return [module for module in model.modules() if id(module) in layers]
 
 
 def block_names(blocks: Sequence[Block]) -> tuple[str, ...]:
-    """The blocks' names, in order."""
+    """Return the blocks' names, in order."""
     return tuple(block.name for block in blocks)
 
 
 def resolve_names(blocks: Sequence[Block], names: Iterable[str], setting: str) -> tuple[int, ...]:
-    """The indices of the named blocks, ascending, each once.
+    """Return the indices of the named blocks, ascending and without repeats.
 
     Raises ConfigError for a name that no block has, naming ``setting``, the field that has it.
     """
@@ -156,7 +156,7 @@ class _Division:
                 names.append(self._first_name[id(p)])
 
     def _embedding_parameters(self) -> list[nn.Parameter]:
-        """What embeddings outside of towers hold and, of each module tied to them, the rest (a tied head's bias)."""
+        """Return the parameters of embeddings outside towers, and all other parameters of modules tied to them."""
         in_towers = {id(m) for trunk in self._model.modules() if id(trunk) in self._towers for m in trunk.modules()}
         held = {id(p) for m in self._embeddings if id(m) not in in_towers for p in m.parameters()}
         tied = [m for m in self._outside_layers(self._model) if any(id(p) in held for p in m.parameters(recurse=False))]
@@ -224,7 +224,7 @@ class _Division:
 
 
 def _layers(model: nn.Module) -> set[int]:
-    """The ids of the layers."""
+    """Return the ids of the layers."""
     found = list(_lists(model, ""))
     repeating = [(name, members) for name, members, repeats in found if repeats]
     larger = [(name, members) for name, members in repeating if any(_is_larger(member) for member in members)]
@@ -237,7 +237,7 @@ def _layers(model: nn.Module) -> set[int]:
 
 
 def _lists(module: nn.Module, name: str) -> Iterator[tuple[str, list[nn.Module], bool]]:
-    """The name, the members and whether they repeat, of each outermost list that may be one of layers."""
+    """Yield (name, members, whether they repeat) of each outermost list that may be a list of layers."""
     members = _members(module)
     repeats = bool(members)
     if not members and isinstance(module, nn.ModuleList):
@@ -260,7 +260,10 @@ def _is_larger(module: nn.Module) -> bool:
 def _counted_by_config(
     model: nn.Module, single: list[tuple[str, list[nn.Module]]]
 ) -> list[tuple[str, list[nn.Module]]]:
-    """Lists of one where nothing repeats: layers where the config has a number of them, as one or as one for all."""
+    """Return the lists of one member that are layers, for a model in which nothing repeats.
+
+    The config's number of layers decides: if it has one, each list is a layer; above 1, one module stands for all.
+    """
     number = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if not isinstance(number, int) or number < 1 or not single:
         return []
@@ -274,7 +277,7 @@ def _counted_by_config(
 
 
 def _members(module: nn.Module) -> list[nn.Module]:
-    """A ModuleList's modules if two are of one class; of a Sequential's, those whose class repeats."""
+    """Return a ModuleList's modules if two share a class, or those modules of a Sequential whose class repeats."""
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return []
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
@@ -291,7 +294,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _call_if_present(model: nn.Module, method: str) -> nn.Module | None:
-    """What transformers' accessor gives; None for other models and where the model does not implement it."""
+    """Return the result of transformers' accessor; None for other models or if the model does not implement it."""
     try:
         found = getattr(model, method)()
     except (AttributeError, NotImplementedError):

@@ -48,7 +48,7 @@ _LISTED = 5  # problems that a message names
 
 
 def folder_of(directory: str | os.PathLike[str], tag: str) -> Path:
-    """The folder of ``tag`` in ``directory``. Raises CheckpointError for a tag that leads out of it."""
+    """Return the folder of ``tag`` in ``directory``. Raises CheckpointError for a tag that leads out of it."""
     base = Path(directory)
     if not tag or tag in (".", "..") or Path(tag).name != tag or "\\" in tag:
         raise CheckpointError(
@@ -77,7 +77,7 @@ def entry_of(path: Path) -> tuple[int, str]:
 
 
 def entries(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
-    """The manifest's lines for ``paths`` in ``folder``, each flushed to disk and read back."""
+    """Return the manifest's entries for ``paths`` in ``folder``. Each file is flushed to disk and read back."""
     found = {}
     for path in paths:
         descriptor = os.open(path, os.O_RDWR)
@@ -135,7 +135,7 @@ def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]], facts: Ma
 
 
 def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Declare ``folder`` whole as it is now: every file in it, whoever wrote it, links left out."""
+    """Declare ``folder`` whole as it is now: every file in it, from any writer, except links."""
     files = [
         path
         for path in folder.rglob("*")
@@ -208,14 +208,15 @@ def has_manifest(folder: Path) -> bool:
 
 
 def is_verifiable(folder: Path) -> bool:
-    """False for [Note: Unverifiable tags]."""
+    """Return whether ``folder`` can be verified; see [Note: Unverifiable tags]."""
     is_ours = any((folder / name).exists() for name in (MANIFEST_FILE, SAVING_FILE, STATE_FILE))
     return is_ours or _aside(folder).exists()  # `make_room` was killed
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of ``folder``. Raises CheckpointError where there is none, a damaged one, or one that is not signed
-    although `metadata.KEY_VARIABLE` is set.
+    """Return the manifest of ``folder``.
+
+    Raises CheckpointError if it is missing, damaged, or unsigned although `metadata.KEY_VARIABLE` is set.
     """
     try:
         text = inside(folder, MANIFEST_FILE).read_text(encoding="utf-8")
@@ -230,8 +231,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_state(folder: Path) -> SelectionState:
-    """The selection's state in ``folder``. Raises CheckpointError that names the field for one that is wrong, and
-    FileNotFoundError where there is none.
+    """Return the selection's state in ``folder``.
+
+    Raises CheckpointError, naming the field, if it is wrong, and FileNotFoundError if it is missing.
     """
     try:
         content = parse_json(inside(folder, STATE_FILE).read_text(encoding="utf-8"))
@@ -243,7 +245,7 @@ def read_state(folder: Path) -> SelectionState:
 
 
 def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
-    """What is wrong with ``folder``, in words; empty where it is whole. Reads every file.
+    """Return the problems of ``folder`` as sentences; empty if it is whole. Reads every file.
 
     ``count`` callers may share the work: each finds what is wrong with its part of the files, the ``index``-th.
     """
@@ -276,7 +278,7 @@ def _state_problems(folder: Path) -> list[str]:
 
 
 def tags(directory: Path) -> list[str]:
-    """The tags in ``directory`` that have a readable manifest, the one saved last first. Their files are not read."""
+    """Return the tags in ``directory`` with a readable manifest, newest save first. Their files are not read."""
     return _newest_first(_manifests(directory))
 
 
@@ -298,7 +300,7 @@ def candidates(directory: Path, latest: str = LATEST_FILE) -> list[str]:
 
 
 def newest_whole(directory: Path) -> tuple[str | None, dict[str, list[str]]]:
-    """The tag to load where none is named, and what is wrong with those that were passed over for it."""
+    """Return the tag to load if none is named, and the problems of each newer tag that was skipped."""
     passed_over: dict[str, list[str]] = {}
     for tag in candidates(directory):
         passed_over[tag] = problems(directory / tag)
@@ -309,7 +311,7 @@ def newest_whole(directory: Path) -> tuple[str | None, dict[str, list[str]]]:
 
 
 def in_words(found: Sequence[str]) -> str:
-    """Problems as one phrase, a long list cut short."""
+    """Return ``problems`` as one phrase; a long list is cut short."""
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     return "; ".join(found[:_LISTED]) + more
 
@@ -317,7 +319,7 @@ def in_words(found: Sequence[str]) -> str:
 def _manifests(directory: Path) -> dict[str, Manifest]:
     found = {}
     for path in filter(Path.is_file, directory.glob(f"*/{MANIFEST_FILE}")):
-        with suppress(CheckpointError):  # a bad one stops nothing: whoever wants that tag is told
+        with suppress(CheckpointError):  # a bad one is skipped here and reported when that tag is loaded
             found[path.parent.name] = read_manifest(folder_of(directory, path.parent.name))
     return found
 
@@ -368,7 +370,7 @@ def _remove(folder: Path) -> None:
 
 
 def _marker(folder: Path) -> SavingMarker:
-    """What ``folder`` says of the save that is under way, or was killed."""
+    """Return the marker that a save in progress, or one that was killed, left in ``folder``."""
     try:
         return SavingMarker.parse(inside(folder, SAVING_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -24,8 +24,9 @@ EXTRA = "pip install 'ds-agsel[report]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 where `check` found problems, or 2 where something was asked for
-    that can't be had.
+    """Run the command and return its exit status.
+
+    0: success; 1: `check` found problems; 2: the request can't be fulfilled.
     """
     parser = argparse.ArgumentParser(prog="ds-agsel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -139,7 +140,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _stdout_is_ours() -> Iterator[None]:
-    """What libraries print while they load goes to stderr, so that a program can read stdout."""
+    """Send what libraries print while they load to stderr, so that a program can read stdout."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

@@ -110,7 +110,7 @@ class SelectionConfig(BaseModel):
 
 
 def parse_section(section: Mapping[str, Any]) -> SelectionConfig:
-    """The checked form of a ds_config's ``adagrad_select`` section, which is left as it is.
+    """Return the checked form of a ds_config's ``adagrad_select`` section. The section is not modified.
 
     Raises ConfigError, naming the field, its value, what is allowed and the remedy.
     """
@@ -137,7 +137,7 @@ def section_problems(section: Mapping[str, Any]) -> list[str]:
 
 
 def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The raw section of a whole ds_config, not yet checked; None where there is none.
+    """Return the unchecked section of a whole ds_config; None if it has no section.
 
     Raises ConfigError where the section is no object, and for a top-level key that looks like a misspelt
     section, since DeepSpeed ignores keys that it does not know.
@@ -178,7 +178,7 @@ def contradiction(names: Iterable[str]) -> str:
 
 
 def quoted(names: Iterable[str]) -> str:
-    """The names in double quotes, joined by commas."""
+    """Return the names in double quotes, joined by commas."""
     return ", ".join(f'"{name}"' for name in names)
 
 
@@ -195,7 +195,7 @@ def _is_unset(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """The value as it stands in the user's JSON."""
+    """Return the value as the user's JSON spells it."""
     return json.dumps(value, default=repr, ensure_ascii=False)
 
 

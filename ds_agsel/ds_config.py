@@ -30,7 +30,7 @@ _STAGE3_ALIASES = (
     "max_reuse_distance", "gather_16bit_weights_on_model_save", "module_granularity_threshold",
     "use_all_reduce_for_fetch_params", "allgather_sequential",
 )  # fmt: skip
-# Deprecated flags, and the section with device "cpu" that DeepSpeed makes of each where it is true.
+# Deprecated flags, each with the section that DeepSpeed replaces it by (device "cpu") if it is true.
 _DEPRECATED_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (int, float, bool)}  # as pydantic does
 # Params of schedulers, DeepSpeed's (lr_schedules.py) and torch's, that may be lists with a value per param group.
@@ -65,7 +65,7 @@ class DsConfig:
     default here and named by `require_readable`; DeepSpeed's own parser refuses it too.
 
     Attributes:
-        stage: the ZeRO stage; 0 where there is none.
+        stage: the ZeRO stage; 0 without ZeRO.
         precision: "fp32", "bf16" or "fp16": the dtype of the model weights.
         autocast_dtype: that of ``torch_autocast``, where it is enabled.
         accumulation_dtype: ``data_types.grad_accum_dtype``; None for DeepSpeed's default.
@@ -151,7 +151,7 @@ class DsConfig:
 
     @property
     def bf16_is_auto(self) -> bool:
-        """Whether bf16 is left to whoever fills the values "auto"."""
+        """Whether bf16 is "auto", to be filled in by the integration (Trainer, Accelerate)."""
         return any(path in self.autos for path in ("bf16.enabled", "bfloat16.enabled"))
 
     @property
@@ -241,10 +241,10 @@ def unknown_device(name: str, device: Any) -> str:
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """Return the ds_config in the file ``path``, read as DeepSpeed reads it: JSON, also with comments and trailing
-    commas (Hjson).
+    """Return the ds_config in the file ``path``, read as DeepSpeed reads it.
 
-    Raises ConfigError where the file can't be read, holds no object, or has a key twice.
+    That is JSON, with comments and trailing commas allowed (Hjson). Raises ConfigError if the file can't be read, holds
+    no object, or has a key twice.
     """
     import hjson  # type: ignore[import-untyped]  # what DeepSpeed reads its config with
 
@@ -289,7 +289,7 @@ def without_zero(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_offload_to_cpu(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``raw`` with the optimizer on the host; what already leaves the accelerator stays where it is."""
+    """Return ``raw`` with the optimizer on the host; states that are already offloaded are not moved."""
     if DsConfig.of(raw).offload_optimizer.is_on:
         return dict(raw)
     zero = _zero_section(raw)
@@ -307,7 +307,7 @@ def without_pipelined_swapping(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_torch_adam(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``raw`` with torch's Adam behind its optimizer section, where it has one."""
+    """Return ``raw`` with ``torch_adam`` set in its optimizer section, if it has one."""
     return _with_params(raw, "optimizer", torch_adam=True) if raw.get("optimizer") else dict(raw)
 
 

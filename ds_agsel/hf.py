@@ -161,7 +161,7 @@ class SelectionCallback(TrainerCallback):
 
 
 def _selective(optimizer: Any) -> SelectiveStep | None:
-    """Our optimizer inside Accelerate's wrappers; None where there is none."""
+    """Return our optimizer from inside Accelerate's wrappers; None if it is another one."""
     while optimizer is not None and not isinstance(optimizer, SelectiveStep):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
@@ -203,8 +203,10 @@ class _ShorterConsole(TrainerCallback):
 
 
 def _take_places(callback: SelectionCallback) -> None:
-    """Put ``callback`` first in the handler that is calling it, so that what it adds to the logs reaches all others
-    (reporters stand before a user's callbacks), and a `_ShorterConsole` before the one that prints, which is last.
+    """Put ``callback`` first in the handler that is calling it, and a `_ShorterConsole` before the printing one.
+
+    What ``callback`` adds to the logs then reaches all others: reporters stand before a user's callbacks. The callback
+    that prints is last.
     """
     for handler, _ in frames.methods_of(CallbackHandler.__module__, CallbackHandler.__name__):
         handler.callbacks.remove(callback)

@@ -74,7 +74,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _script(name: str, module_option: str) -> list[str]:
-    """Return the words that start launch/``name``.py: as a module where it is installed, else by the clone's path."""
+    """Return the words that start launch/``name``.py: as a module if it is installed, else by its path in the clone."""
     if importlib.util.find_spec(PACKAGE) is not None:
         return [module_option, f"{PACKAGE}.{name}"]
     clone = Path(__file__).resolve().parents[1]

@@ -48,7 +48,7 @@ def build_lottery(
     """Return the lottery of ``blocks`` under ``config``.
 
     Args:
-        optimized: indices of the blocks of which the optimizer has a parameter; None: all.
+        optimized: indices of the blocks with at least one parameter in the optimizer; None: all blocks.
 
     Raises ConfigErrors with a line for each name or pattern that fits no block, for blocks in both always_select and
     never_select, for one in always_select that the optimizer does not have, and where no block is left to choose from.

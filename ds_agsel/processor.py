@@ -1,4 +1,4 @@
-"""What the processor can do, for the choices and the reports that hang on it."""
+"""Describe the processor, for the choices and reports that depend on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _cpu_info() -> dict[str, Any]:
 
 
 def describe() -> dict[str, str]:
-    """The processor's name and SIMD level, and what to know about it ("" where there is nothing)."""
+    """Return the processor's name, its SIMD level and a remark on it ("" if there is nothing to remark)."""
     info = _cpu_info()
     flags = set(info.get("flags", ()))
     level = next((name for flag, name in _SIMD_LEVELS if flag in flags), "none")

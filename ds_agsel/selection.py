@@ -100,7 +100,7 @@ class Selection:
 
     @property
     def plan(self) -> Plan:
-        """The next step's plan. Raises ConfigError where the policy has none, as `replay` after its last step."""
+        """The next step's plan. Raises ConfigError if the policy has none, such as `replay` after its last step."""
         if self._plan is None:
             self._plan = self._draw_plan()
         return self._plan
@@ -162,7 +162,7 @@ class Selection:
         return self._chosen
 
     def choose(self, scores: Sequence[float]) -> tuple[int, ...]:
-        """The blocks of an explore step: the policy's choice by ``scores`` (one a block), and `always_select`."""
+        """Return an explore step's blocks: the policy's choice by ``scores`` (one per block) and `always_select`."""
         drawn = checked_choice(self.policy, self.plan.step, [scores[index] for index in self.lottery.drawn])
         self._chosen = self._with_always(drawn)
         return self._chosen
@@ -200,8 +200,9 @@ class Selection:
             self._traffic_sums[name] += getattr(self.current_traffic, name)
 
     def _plan_ahead(self) -> None:
-        """Draw the next plan. What goes wrong is raised by `plan`, where training goes on and nothing has changed yet:
-        a policy that has run out of steps, one whose answer can't be used, or one that raises.
+        """Draw the next plan. `plan` raises the errors of this: at the next step, when nothing has changed yet.
+
+        Such errors are a policy that has run out of steps, an answer that can't be used, or what the policy raises.
         """
         self._plan = self._chosen = None
         with suppress(Exception):

@@ -133,7 +133,7 @@ def differences(of_ranks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _described(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return each part's sha256 and, where it is short, the part itself."""
+    """Return each part's sha256 and, if it is short, the part itself."""
     found = {}
     for name, part in own.items():
         text = json.dumps(part, sort_keys=True, default=_plain_value)

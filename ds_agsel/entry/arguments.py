@@ -21,8 +21,9 @@ from ds_agsel.zero.step_device import StepDevice
 
 
 def read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the ds_config as `deepspeed.initialize` will find it (deepspeed/__init__.py:514); None where it will
-    complain.
+    """Return the ds_config that `deepspeed.initialize` will use (deepspeed/__init__.py:514).
+
+    None if it will raise an error instead.
     """
     config = arguments.get("config")
     if config is None:
@@ -45,7 +46,7 @@ def for_deepspeed(
 
 
 def _split_arguments(arguments: Mapping[str, Any], prepared: Preparation) -> dict[str, Any]:
-    """What to hand DeepSpeed instead of the caller's optimizer, parameters and scheduler factory."""
+    """Return what to hand DeepSpeed instead of the caller's optimizer, parameters and scheduler factory."""
     user_optimizer, groups = prepared.user_optimizer, prepared.split.groups
     if user_optimizer is None:
         return {"model_parameters": groups}
@@ -60,7 +61,7 @@ def _split_arguments(arguments: Mapping[str, Any], prepared: Preparation) -> dic
 def _note_a_step(optimizer: torch.optim.Optimizer) -> None:
     """Let torch note that ``optimizer`` has stepped; else a scheduler made on it warns that it was called too early.
 
-    Without gradients a step changes nothing more, but for a count that FusedAdam puts into the groups.
+    Without gradients a step changes nothing more, except a count that FusedAdam puts into the groups.
     """
     if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
         return

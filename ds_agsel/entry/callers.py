@@ -49,8 +49,9 @@ def _of_trainer(variables: Mapping[str, Any], accumulation: int) -> tuple[int, s
 
 
 def only_evaluates() -> bool:
-    """Whether TRL is calling for a reference model, whose ds_config it leaves the optimizer in before 1.10
-    (trl/models/utils.py, prepare_deepspeed).
+    """Return whether TRL is making the engine of a reference model.
+
+    TRL before 1.10 leaves the optimizer in that model's ds_config (trl/models/utils.py, prepare_deepspeed).
     """
     return any(
         frame.f_code.co_name == "prepare_deepspeed" and frame.f_globals.get("__name__", "").startswith("trl.")

@@ -20,7 +20,7 @@ logger = logging.getLogger("ds_agsel")
 
 
 def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = None) -> list[str]:
-    """One line for each problem of ``ds_config``, for ``model`` where it is given (meta device will do).
+    """Return one line per problem of ``ds_config``, with ``model`` if it is given (meta device will do).
 
     Values "auto", which HF Trainer and Accelerate fill in, are taken as sound.
     """

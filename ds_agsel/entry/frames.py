@@ -1,4 +1,4 @@
-"""The call stack, walked in one place: for what a framework knows and does not hand to what it calls.
+"""The only module that walks the call stack: for what a framework knows but does not pass on to what it calls.
 
 It is read in two cases, each for want of a hook upstream that would replace it:
 
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def callers() -> Iterator[FrameType]:
-    """Yield the frames of the caller and of whoever called it, innermost first."""
+    """Yield the frames of the caller and of its callers, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -31,7 +31,7 @@ def callers() -> Iterator[FrameType]:
 def methods_of(module: str, name: str) -> Iterator[tuple[Any, FrameType]]:
     """Yield the instance and the frame of each running method of class ``module.name``, innermost first.
 
-    The class is not imported: where nobody has imported it, there is none.
+    The class is not imported: if no module has imported it, no frame can belong to it.
     """
     cls = getattr(sys.modules.get(module), name, None)
     if not isinstance(cls, type):

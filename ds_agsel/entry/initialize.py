@@ -37,7 +37,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     selected blocks at each step and has a `selection` (`ds_agsel.selection.Selection`). The caller's dict, groups
     and optimizer are not edited; the optimizer's param groups go on being followed, so that a scheduler made on it
     works. Without any optimizer (a DPO reference model) the engine only evaluates, and is DeepSpeed's own.
-    Raises ConfigError, before DeepSpeed makes an engine, for what can't work. Collective.
+    Raises ConfigError, before DeepSpeed makes an engine, for settings that can't work. Collective.
     """
     with stock.stock_initialize():
         number = agreement.next_call()
@@ -142,7 +142,7 @@ def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigEr
 
 
 def _step_device(ds_config: DsConfig, prepared: Preparation) -> StepDevice:
-    """Where AdamW runs, logged with the reason. Collective, where it hangs on the memory of all ranks."""
+    """Return where AdamW runs and log it with the reason. Collective if it depends on the memory of all ranks."""
     choice, reason = step_device.decide(
         prepared.config.step_device,
         step_device.situation(

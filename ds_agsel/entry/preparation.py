@@ -23,13 +23,13 @@ ADAM_CLASSES = (torch.optim.AdamW, torch.optim.Adam, compat.DeepSpeedCPUAdam, co
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that is decided of the caller's arguments. Nothing of the caller's is edited.
+    """Everything that is decided from the caller's arguments, which are not modified.
 
     Attributes:
         named: the model's parameters by name.
         user_optimizer: the optimizer object that the caller gave or whose maker he gave; None: DeepSpeed makes one.
         user_groups: the caller's param groups, which `split` follows.
-        steps_per_epoch: optimizer steps in epoch 1; None where it is not known.
+        steps_per_epoch: optimizer steps in epoch 1; None if unknown.
     """
 
     config: SelectionConfig
@@ -63,7 +63,7 @@ def prepare(
         model_parameters: None for all, parameters, or param groups.
         find_steps_per_epoch: asked after the first step where ``steps_per_epoch`` is None.
 
-    Raises ConfigError (ConfigErrors where there are several) for what can't work. Not collective.
+    Raises ConfigError (ConfigErrors for several) for settings that can't work. Not collective.
     """
     groups = as_param_groups(model_parameters, model) if optimizer is None else optimizer.param_groups
     blocks = find_blocks(model, config.blocks)
@@ -99,7 +99,7 @@ def _policy(
 def user_optimizer(arguments: Mapping[str, Any], ds_config: DsConfig) -> torch.optim.Optimizer | None:
     """Return the optimizer object in ``arguments``, or made by the callable there; None: the ds_config names one.
 
-    Raises ConfigError where it is no Adam.
+    Raises ConfigError if it is not an Adam.
     """
     optimizer = arguments.get("optimizer")
     if optimizer is None:

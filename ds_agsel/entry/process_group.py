@@ -23,7 +23,7 @@ _OF_LAUNCHERS = (
 def start(arguments: Mapping[str, Any]) -> None:
     """Start the process group as `deepspeed.initialize` will for ``arguments`` (deepspeed/__init__.py:501).
 
-    Nothing happens where it is there already. A process that no launcher started is the only rank; DeepSpeed would ask
+    Does nothing if it is already started. A process that no launcher started is the only rank; DeepSpeed would ask
     mpi4py, which need not be installed. Collective.
     """
     given = {name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments}
@@ -38,7 +38,7 @@ def is_expected() -> bool:
 
 
 def _variables_of_one_rank(port: int | None) -> dict[str, str]:
-    """What a launcher would set for a single process; DeepSpeed's discovery sets the same."""
+    """Return the variables that a launcher would set for a single process; DeepSpeed's discovery sets the same."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port or 0))
         free = probe.getsockname()[1]

@@ -50,6 +50,7 @@ class Bytes:
 
     @property
     def total(self) -> int:
+        """The sum of all fields, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -63,7 +64,7 @@ class Memory:
 
 
 def partitions_of(groups: Sequence[Numels], setup: Setup, rank: int) -> tuple[Partition, ...]:
-    """This rank's share of each param group."""
+    """Return this rank's share of each param group."""
     if setup.stage == 3:
         return tuple(parameter_partition(group, setup.ranks, rank) for group in groups)
     return tuple(
@@ -152,7 +153,7 @@ class _Ledger:
             on_accelerator = self._sum(held, shares) * setup.accumulation_bytes
         elif self._on_host:
             on_accelerator = Fraction(0)
-        else:  # whole parameters, of which a slice is used, and zeros where the partition has padding
+        else:  # whole parameters, though only a slice is used, and zeros for the partition's padding
             numels = [partition.whole_numel + partition.padding_numel for partition in self._partitions]
             on_accelerator = self._sum(held, numels) * self._item
         if not self._on_host:
@@ -232,7 +233,7 @@ class _Ledger:
             elif setup.offload_optimizer == "nvme":
                 largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
                 on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
-        if self._stepping == "accelerator":  # room for what is leaving still, or arrives early
+        if self._stepping == "accelerator":  # for states that are still leaving, or arrive early
             on_accelerator += max(Fraction(0), self._budget() - self._visiting())
         return [("accelerator", "staging", on_accelerator), ("host", "staging", on_host)]
 

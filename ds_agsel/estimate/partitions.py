@@ -18,7 +18,7 @@ class Partition:
         flat_numel: elements of the group's flat buffer on all ranks together, padding included.
         numel: elements of this rank's share, padding included; equal on all ranks.
         covered_numel: those of them that are a parameter's.
-        whole_numel: elements of all parameters of which at least one lies in this share; with stage 3 of their
+        whole_numel: elements of all parameters with at least one element in this share; with stage 3 of their
             shares, padding included.
         group_numel: elements of the group's parameters.
         largest_numel: elements of the group's largest parameter.
@@ -33,6 +33,7 @@ class Partition:
 
     @property
     def padding_numel(self) -> int:
+        """Elements of the partition that belong to no parameter."""
         return self.numel - self.covered_numel
 
 

@@ -17,7 +17,7 @@ MOMENT_BYTES = 8  # exp_avg and exp_avg_sq
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings that memory and traffic hang on. Sizes of buckets are in elements, as in the ds_config.
+    """The settings that memory and traffic depend on. Sizes of buckets are in elements, as in the ds_config.
 
     ``accumulation_dtype`` is that of gradients summed over micro-steps; DeepSpeed's default is the model's.
     """
@@ -49,6 +49,7 @@ class Setup:
 
     @property
     def accumulation_bytes(self) -> int:
+        """Bytes of an element of accumulated gradients."""
         return DTYPE_BYTES[self.accumulation_dtype]
 
     @property
@@ -62,14 +63,15 @@ class Setup:
         return self.accumulation_dtype == "fp32" != self.dtype
 
     def but(self, **changes: Any) -> Setup:
+        """Return a copy with ``changes``."""
         return replace(self, **changes)
 
 
 def read_setup(raw: Mapping[str, Any], ranks: int = 1) -> Setup:
-    """Return the setup of the ds_config ``raw`` on ``ranks`` accelerators; DeepSpeed's defaults where it says nothing
-    or "auto".
+    """Return the setup of the ds_config ``raw`` on ``ranks`` accelerators.
 
-    Raises ConfigError for values that no estimate can be made of.
+    DeepSpeed's defaults replace settings that are missing or "auto". Raises ConfigError for values that can't be
+    estimated.
     """
     if ranks < 1:
         raise ConfigError(f"--ranks={ranks} is not a number of accelerators. Use 1 or more.")

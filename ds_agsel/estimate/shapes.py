@@ -47,14 +47,16 @@ class ModelShape:
         return sum(map(sum, self.groups)) + sum(self.frozen)
 
     def lora(self, rank: int) -> Numels:
-        """The parameters of LoRA adapters on every linear layer: ``rank`` × inputs and outputs × ``rank`` each."""
+        """Return the sizes of LoRA adapters on every linear layer: ``rank`` × inputs and outputs × ``rank`` each."""
         return tuple(numel for inputs, outputs in self.linears for numel in (rank * inputs, outputs * rank))
 
 
 def shape_of(
     name: str, model: nn.Module, overrides: Mapping[str, Sequence[str]] | None = None, model_parameters: Any = None
 ) -> ModelShape:
-    """The shape of ``model``, on any device, its groups split as `ds_agsel.initialize` splits ``model_parameters``.
+    """Return the shape of ``model``, on any device.
+
+    Its groups are split as `ds_agsel.initialize` splits ``model_parameters``.
 
     Raises BlockError where the model can't be divided into blocks.
     """
@@ -77,12 +79,12 @@ def shape_of(
 
 
 def read_shape(model: str, overrides: Mapping[str, Sequence[str]] | None = None) -> ModelShape:
-    """The shape of ``model``, as `build_on_meta` finds it."""
+    """Return the shape of ``model``, as `build_on_meta` finds it."""
     return shape_of(model, build_on_meta(model), overrides)
 
 
 def build_on_meta(model: str) -> nn.Module:
-    """``model`` without weights: a config.json, a folder that has one, a name in `known_models`, or a hub name.
+    """Build ``model`` without weights from a config.json, a folder with one, a name in `known_models` or a hub name.
 
     It is the class of transformers that the config's ``architectures`` names, and where it names none the causal
     language model of its type. Raises ConfigError where there is no such model, or none can be built.
@@ -172,7 +174,7 @@ def _with_special_floats(value: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What the innermost error says, in one line: where a line ends in a colon, the next one is the reason."""
+    """Return the innermost error's reason in one line: if a line ends in a colon, the next one is the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]

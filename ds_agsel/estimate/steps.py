@@ -45,9 +45,10 @@ def exact_step(
     phase: Phase, num_blocks: int, selected: Collection[int], active: Collection[int], updated: Collection[int],
     resident: Collection[int] = (), streaming: bool = False,
 ) -> Step:  # fmt: skip
-    """The step that updates the blocks ``selected`` of those ``active``, where ``updated`` have moments at its end and
-    the states of ``resident`` were on the accelerator before. With ``streaming`` an explore step has given all other
-    gradients back when backward ends.
+    """Return the step that updates the blocks ``selected`` of those ``active``.
+
+    ``updated`` have moments at its end; the states of ``resident`` were on the accelerator before. With ``streaming``
+    an explore step has freed all other gradients by the end of backward.
     """
 
     def shares(blocks: Collection[int]) -> Shares:
@@ -69,8 +70,9 @@ def exact_step(
 
 
 def typical_step(numels: Sequence[int], lottery: Lottery, phase: Phase, which: Which, streaming: bool) -> Step:
-    """Return a step late in training, when every block has moments: of a uniform draw, or of the largest blocks, all
-    new.
+    """Return a step late in training, when every block has moments.
+
+    Its blocks are a uniform draw, or the largest ones, none of them resident.
 
     With ``streaming`` an explore step keeps the gradients of k + 1 blocks at most; without, of all.
 
@@ -109,7 +111,7 @@ def _largest(numels: Sequence[int], lottery: Lottery, count: int) -> frozenset[i
 
 
 def full_step(num_groups: int) -> Step:
-    """A step of plain training, which has everything of every group."""
+    """Return a step of plain training, which holds the gradients and states of every group."""
     every = _indicator(num_groups, range(num_groups))
     none = _indicator(num_groups, ())
     return Step("explore", every, every, every, every, none, none, every, num_groups)

@@ -54,6 +54,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
+    """The rows of an estimate for one model and setup."""
+
     model: ModelShape
     setup: Setup
     rows: tuple[Row, ...]
@@ -85,7 +87,7 @@ def estimate(
 
 
 def steppings(setup: Setup) -> tuple[Stepping, ...]:
-    """The ways of stepping that ``setup`` allows, or would with its `offload_optimizer` set."""
+    """Return the ways of stepping that ``setup`` allows, or would with its `offload_optimizer` set."""
     if setup.offload_optimizer == "nvme":
         return ("host",)
     return ("host", "accelerator") if setup.offload_optimizer == "cpu" else ("resident", "host", "accelerator")
@@ -176,7 +178,7 @@ def _paper_bytes(numel: int, setup: Setup) -> int:
 
 
 def as_json(result: Estimate) -> dict[str, Any]:
-    """The estimate in JSON's types. Bytes are per rank; the form changes only with ``version``."""
+    """Return the estimate in JSON's types. Bytes are per rank; the form changes only with ``version``."""
     setup = asdict(result.setup)
     assumed = list(setup.pop("assumed"))
     return {

@@ -46,6 +46,7 @@ class StepWork:
 
     @property
     def compute_seconds(self) -> float:
+        """Seconds of computing, without transfers."""
         return self.before_update_seconds + sum(self.update_seconds.values())
 
 
@@ -119,6 +120,7 @@ class Timeline:
 
 
 def links_of(card: Card) -> Links:
+    """Return ``card``'s link to the host, equally fast both ways."""
     return Links(card.link_bytes, card.link_bytes, card.latency_seconds)
 
 
@@ -126,7 +128,7 @@ def work_of(
     model: ModelShape, setup: Setup, card: Card, tokens: int, phase: Phase, selected: Collection[int],
     active: Collection[int] | None = None,
 ) -> StepWork:  # fmt: skip
-    """The computing of a step over ``tokens`` tokens on each rank, of all its micro-steps together.
+    """Return the computing of a step over ``tokens`` tokens on each rank, all its micro-steps together.
 
     Two operations for each weight and token in forward, two for the gradient of a layer's input where backward gets
     there, two for the gradient of each weight that needs one. ``active``: blocks an explore step gives gradients (all).
@@ -158,7 +160,7 @@ def _shares(model: ModelShape, setup: Setup) -> dict[int, int]:
 
 
 def timeline_of(model: ModelShape, setup: Setup, card: Card, num_selected: int) -> Timeline:
-    """An empty timeline for ``model``, with ds_agsel's own budget."""
+    """Return an empty timeline for ``model`` with the setup's state budget, or else the default one."""
     block_bytes = {block: share * setup.visiting_bytes for block, share in _shares(model, setup).items()}
     budget = setup.state_budget_bytes or default_budget_bytes(block_bytes, num_selected)
     return Timeline(block_bytes, budget, links_of(card))
@@ -175,7 +177,7 @@ class Exposure:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether no step waits, but for rounding."""
+        """Whether no step waits, apart from rounding."""
         return self.worst_exposed_seconds <= 1e-9 * self.step_seconds
 
 
@@ -183,8 +185,10 @@ def simulate(
     model: ModelShape, setup: Setup, card: Card, num_selected: int, tokens: int, phase: Phase, steps: int = 64,
     seed: int = 0,
 ) -> Exposure:  # fmt: skip
-    """``steps`` steps, all of ``phase``, each on blocks drawn uniformly: the first, which finds nothing there, is left
-    out. Uniform draws repeat least, and so move most; the policy's own grow more alike as training goes on.
+    """Simulate ``steps`` steps of ``phase``, each on blocks drawn uniformly.
+
+    The first step, for which nothing is resident, is left out. Uniform draws repeat least and so move most; the
+    policy's own draws grow more alike as training goes on.
     """
     timeline = timeline_of(model, setup, card, num_selected)
     generator = random.Random(seed)
@@ -202,7 +206,7 @@ def simulate(
 
 
 def hiding_tokens(model: ModelShape, setup: Setup, card: Card, num_selected: int, limit: int = 1 << 22) -> int | None:
-    """The least tokens per step and rank at which every simulated exploit step hides all it moves.
+    """Return the least tokens per step and rank at which each simulated exploit step hides all its transfers.
 
     None where ``limit`` are too few. By bisection: more tokens compute longer and move the same.
     """

@@ -29,6 +29,7 @@ class TrafficBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all fields, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 

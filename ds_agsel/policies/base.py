@@ -27,7 +27,7 @@ class PolicyContext:
         num_blocks: B, the blocks in the lottery; a policy names them 0 … B-1.
         num_selected: k, the blocks per step.
         block_names: (num_blocks,), for messages and for policies that are told names.
-        steps_per_epoch: optimizer steps in epoch 1; None where it is not known.
+        steps_per_epoch: optimizer steps in epoch 1; None if unknown.
         block_indices: (num_blocks,), what the model and selection.jsonl number them; None: 0 … B-1 too.
         find_steps_per_epoch: gives ``steps_per_epoch`` once the first step has been applied, equal on all ranks. To be
             called by `Policy.plan` alone, which all ranks call together; None: nobody can find it.
@@ -64,19 +64,19 @@ class Policy(ABC):
 
     @classmethod
     def create(cls, context: PolicyContext) -> Policy:
-        """A policy for this run. Raises ConfigError where the context lacks what the policy needs."""
+        """Return a policy for this run. Raises ConfigError if the context lacks something the policy needs."""
         return cls(context)
 
     @abstractmethod
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
-        """The blocks of ``step``, ascending; None for an explore step, whose choice needs the scores.
+        """Return the blocks of ``step``, ascending; None for an explore step, whose choice needs the scores.
 
         Args:
             update_counts: f, how many applied steps updated each block so far, (num_blocks,).
         """
 
     def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
-        """The k blocks with the highest scores, ascending; ties to the lower index.
+        """Return the k blocks with the highest scores, ascending; ties go to the lower index.
 
         Algorithm 1 of arXiv:2512.15764. Only for steps whose plan is None. Raises TrainingError for NaN.
 
@@ -113,7 +113,7 @@ class Policy(ABC):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beyond step and counts, as JSON. The policies here need nothing."""
+        """Return what a resume needs beyond step and counts, as JSON. The policies here need nothing more."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Policy(ABC):
 
 
 def num_selected(select_percent: float, num_blocks: int) -> int:
-    """k = max(1, floor(select_percent / 100 · num_blocks)), the blocks updated per step.
+    """Return k = max(1, floor(select_percent / 100 · num_blocks)), the number of blocks updated per step.
 
     Warns where select_percent is less than one block, as the paper's rule then still updates one.
     Raises ConfigError where no block is left to choose from.

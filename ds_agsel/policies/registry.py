@@ -26,7 +26,7 @@ def register(name: str, cls: type[Policy] | None = None) -> object:
     """Let ``adagrad_select.policy`` name a class: ``@register("mine")``, or ``register("mine", Mine)``.
 
     Sets ``cls.name``. A class that is defined again (a notebook cell run twice) replaces the old one.
-    Raises ConfigError for a name that another class has, TypeError for what is no Policy.
+    Raises ConfigError if another class has the name, TypeError if the class is not a Policy.
     """
     if cls is None:
         return lambda decorated: register(name, decorated)
@@ -46,7 +46,7 @@ def register(name: str, cls: type[Policy] | None = None) -> object:
 
 
 def policy_class(name: str) -> type[Policy]:
-    """The class registered under ``name``. Raises ConfigError with the nearest name and all names."""
+    """Return the class registered under ``name``. Raises ConfigError with the nearest name and all names."""
     if name not in _POLICIES:
         raise ConfigError(
             f'{SECTION}.policy="{name}" is unknown.{did_you_mean(name, _POLICIES)} Policies:'
@@ -57,5 +57,5 @@ def policy_class(name: str) -> type[Policy]:
 
 
 def create(context: PolicyContext) -> Policy:
-    """The policy that ``context.config`` names. Raises ConfigError for an unknown name or a bad setting."""
+    """Return the policy that ``context.config`` names. Raises ConfigError for an unknown name or a bad setting."""
     return policy_class(context.config.policy).create(context)

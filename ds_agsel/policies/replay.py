@@ -62,7 +62,7 @@ def _read(path: str, places: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
 
 
 def _record(record: Any, places: Mapping[int, int]) -> tuple[int, tuple[int, ...]]:
-    """A line's step and, by their places in the lottery, its blocks, which the file numbers as the model does."""
+    """Return a line's step and its blocks as places in the lottery; the file has their indices in the model."""
     if not isinstance(record, dict) or "step" not in record or "blocks" not in record:
         raise ValueError('it is not an object with "step" and "blocks"')
     step, blocks = record["step"], record["blocks"]

@@ -16,12 +16,12 @@ _SMALLEST_ALPHA = 1e-300
 
 
 def generator(seed: int, step: int) -> np.random.Generator:
-    """The generator of one step's draws: equal on all ranks, independent of any global state."""
+    """Return the generator of one step's draws: equal on all ranks, independent of any global state."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step])))
 
 
 def log_dirichlet(alpha: npt.ArrayLike, rng: np.random.Generator) -> Floats:
-    """log p with p ~ Dirichlet(alpha), (n,); finite for any positive alpha.
+    """Return log p with p ~ Dirichlet(alpha), (n,); finite for any positive alpha.
 
     Gamma(a) = Gamma(a + 1) · U^(1/a) in distribution (Marsaglia and Tsang, 2000, section 6), whose logarithm
     does not underflow: with a = 1e-6 a plain Gamma variate is almost always 0.
@@ -34,7 +34,7 @@ def log_dirichlet(alpha: npt.ArrayLike, rng: np.random.Generator) -> Floats:
 
 
 def gumbel_top_k(log_p: npt.ArrayLike, k: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """k distinct indices, ascending, drawn without replacement in proportion to exp(log_p).
+    """Return k distinct indices, ascending, drawn without replacement in proportion to exp(log_p).
 
     The largest k of log_p plus Gumbel noise are such a draw (Kool, van Hoof, Welling, arXiv:1903.06059).
     log_p need not be normalized.
@@ -62,6 +62,6 @@ class RunningTopK:
 
 
 def top_k(keys: Sequence[float] | Floats, k: int) -> tuple[int, ...]:
-    """The indices of the k largest keys, ascending; of equal keys the one with the lower index goes first."""
+    """Return the indices of the k largest keys, ascending; ties go to the lower index."""
     descending = np.argsort(-np.asarray(keys, dtype=np.float64), kind="stable")
     return tuple(sorted(int(index) for index in descending[:k]))

@@ -330,8 +330,9 @@ def _num_columns(num_steps: int) -> int:
 
 
 def _of_rows(draw: Draw, rows: int, inches: float, narrow_inches: float, *, legend: float = 0.0) -> Drawing:
-    """A chart of ``rows`` rows so high each, up to the height of MAX_ROWS; ``legend``: more for a legend that is
-    several lines on a narrow page.
+    """Return a chart with a height of ``inches`` per row, for MAX_ROWS rows at most.
+
+    ``legend``: inches to add on a narrow page, where the legend takes several lines.
     """
     shown = min(rows, MAX_ROWS)
     return Drawing(draw, 1.3 + inches * shown, 1.4 + narrow_inches * shown + legend)
@@ -349,7 +350,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _short(name: str, theme: Theme) -> str:
-    """``name`` with its middle left out where it is too long: runs differ at both ends."""
+    """Return ``name``, its middle left out if it is too long: runs differ at both ends."""
     letters = MAX_NARROW_NAME_LETTERS if theme.narrow else MAX_NAME_LETTERS
     if len(name) <= letters:
         return name
@@ -364,7 +365,7 @@ def _name_blocks(axes: Any, names: Sequence[str], theme: Theme) -> None:
 
 
 def _beside_bar(axes: Any, end: float, place: int, text: str, theme: Theme) -> None:
-    """What a bar amounts to: at its end, or on a narrow page below it."""
+    """Write a bar's value at its end, or below it on a narrow page."""
     if theme.narrow:
         axes.annotate(text, (0, place + 0.36), (2, 0), textcoords="offset points", va="top", fontsize=8)
     else:

@@ -108,7 +108,7 @@ def _line(record: Record) -> dict[str, Any]:
 
 
 def _lines_by_step(path: Path) -> dict[int, str]:
-    """The whole lines of an earlier selection.jsonl; damaged ones are left out."""
+    """Return the lines of an earlier selection.jsonl by step, without damaged ones."""
     lines: dict[int, str] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What came of the runs, first on the page: how good, how long, how much memory, of what."""
+"""The results of the runs, first on the page: quality, time, memory, and the model and data."""
 
 from __future__ import annotations
 

@@ -125,6 +125,6 @@ def _overview(run: Run) -> dict[str, Any]:
 
 
 def _file_name(run: Run, runs: Sequence[Run]) -> str:
-    """A name for the run's files: its letters and digits, numbered."""
+    """Return a name for the run's files: its letters and digits, numbered."""
     letters = re.sub(r"[^A-Za-z0-9._-]+", "_", run.name).strip("._") or "run"
     return f"{runs.index(run) + 1}_{letters}"

@@ -112,8 +112,10 @@ class Run:
         return statistics.fmean(selected) / sum(self.block_numels)
 
     def state_bytes(self) -> dict[str, float] | None:
-        """Bytes of Adam's moments on a rank: its share of ``full`` fine-tuning's, of the paper's ``formula`` for a mean
-        step, and ``measured`` on rank 0 at the end (absent in older logs): kept for all blocks updated so far.
+        """Return the bytes of Adam's moments on a rank, by how they are found.
+
+        ``full``: the rank's share of full fine-tuning's; ``formula``: its share by the paper's formula for a mean step;
+        ``measured``: on rank 0 at the end, for all blocks updated so far (absent in older logs).
         """
         selected = self.selected_numel()
         if not selected or self.block_numels is None or not sum(self.block_numels):
@@ -127,8 +129,10 @@ class Run:
         return found
 
     def traffic(self) -> dict[str, tuple[float, float]] | None:
-        """By kind: (bytes a step on rank 0, measured, mean; what full fine-tuning would move, computed from this run's
-        bytes per element). None where nothing was logged; kinds that moved nothing are left out.
+        """Return, by kind, rank 0's mean measured bytes per step and what full fine-tuning would move.
+
+        The latter is computed from this run's bytes per element. None if nothing was logged; kinds that moved nothing
+        are left out.
         """
         selected = self.selected_numel()
         logged = [(step, numel) for step, numel in zip(self.steps, selected or []) if step.traffic]
@@ -175,7 +179,7 @@ class Run:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """The run in ``folder``: that of launch/train.py, of `SelectionCallback`, or any HF Trainer's.
+    """Return the run in ``folder``, written by launch/train.py, `SelectionCallback` or any HF Trainer.
 
     Raises DataError, naming the folder and the remedy, where no log is there at all.
     """
@@ -270,7 +274,7 @@ def _read_metrics(run: Run) -> bool:
 
 
 def _read_trainer_state(run: Run) -> bool:
-    """The log_history of the newest checkpoint of a Trainer that had no SelectionCallback: losses alone."""
+    """Read the losses in the newest checkpoint's log_history, for a Trainer that had no SelectionCallback."""
     states = sorted(run.folder.glob(f"checkpoint-*/{TRAINER_STATE_FILE}"), key=lambda path: path.stat().st_mtime)
     if not states:
         return False
@@ -290,7 +294,7 @@ def _read_trainer_state(run: Run) -> bool:
 
 
 def _read_blocks(run: Run) -> bool:
-    """Read what blocks.json says; False where there is none that can be used."""
+    """Read blocks.json; return False if it is missing or can't be used."""
     text = _read_text(run, BLOCKS_FILE)
     described = None if text is None else _parse(run, BLOCKS_FILE, text)
     if described is None:
@@ -368,7 +372,7 @@ def _is_step(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """``value`` where it is a number that can be added up and drawn, else None."""
+    """Return ``value`` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

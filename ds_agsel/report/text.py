@@ -4,8 +4,10 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """``text`` with all that is no character to show written out: control characters, which a terminal would obey,
-    line ends, lone surrogates, which can't be written to a file.
+    """Return ``text`` with its unprintable characters escaped.
+
+    These are control characters, which a terminal would obey, line ends, and lone surrogates, which can't be written
+    to a file.
     """
     if text.isprintable():
         return text

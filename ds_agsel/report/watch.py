@@ -55,7 +55,7 @@ def watch(folder: Path, *, interval_seconds: float = 2.0, once: bool = False, co
 
 
 def _first_sight(folder: Path, interval_seconds: float, console: Console) -> Run:
-    """The run in ``folder`` as soon as there is one."""
+    """Wait for a run in ``folder`` and return it."""
     told = False
     while True:
         try:
@@ -72,7 +72,7 @@ def _first_sight(folder: Path, interval_seconds: float, console: Console) -> Run
 
 
 def view(run: Run, width: int, height: int | None = None) -> Panel:
-    """The run as it stands, for a terminal of ``width`` columns; with ``height``, of as many lines at most."""
+    """Return a panel of the run as it is now, ``width`` columns wide and at most ``height`` lines high."""
     inner = width - 4
     above = [*_facts(run, inner), *_loss(run, inner)]
     below = [*_last(run, inner)]
@@ -130,8 +130,10 @@ def _loss(run: Run, width: int) -> list[Text]:
 
 
 def _counts(run: Run, width: int, room: int | None) -> list[Table | Text]:
-    """A row a block, with its count as a bar; where ``room`` lines do not hold them all, in several columns, and where
-    those would be too narrow, only the blocks updated most.
+    """Return one row per block, with its count as a bar.
+
+    If ``room`` lines do not hold them all, they are set in several columns; if those would be too narrow, only the
+    most updated blocks are shown.
     """
     if not run.steps or not run.block_names:
         return []

@@ -29,7 +29,7 @@ class Move:
 
 
 def default_budget_bytes(block_bytes: Mapping[int, int], num_selected: int) -> int:
-    """Bytes of the ``num_selected + 2`` largest blocks. [Note: Budget]"""
+    """Return the bytes of the ``num_selected + 2`` largest blocks; see [Note: Budget]."""
     return sum(sorted(block_bytes.values(), reverse=True)[: num_selected + EXTRA_SLOTS])
 
 
@@ -45,14 +45,14 @@ def check_budget(budget_bytes: int, block_bytes: Mapping[int, int], names: Seque
 
 
 def update_order(resident: Collection[int], selected: Collection[int]) -> tuple[int, ...]:
-    """The order in which a step updates its blocks: those that are there already, then those that arrive."""
+    """Return the order in which a step updates its blocks: resident ones first, then those that arrive."""
     return tuple(sorted(selected, key=lambda block: (block not in resident, block)))
 
 
 def plan_moves(
     resident: Collection[int], selected: Collection[int], block_bytes: Mapping[int, int], budget_bytes: int
 ) -> tuple[Move, ...]:
-    """The moves that a step on ``selected`` needs, starting from ``resident``; blocks that stay selected do not move.
+    """Return the moves that a step on ``selected`` needs, from ``resident``; blocks that stay selected do not move.
 
     Blocks that are not selected leave at once. The selected ones arrive in `update_order` as long as there is room;
     the rest arrive during the step, each after those updated before it have left. Afterwards resident are the last

@@ -2,7 +2,7 @@
 
 [Note: Direct I/O] The step's reads and writes go round the page cache, through DeepSpeed's asynchronous I/O op, from
 and to page-locked buffers. The op does not look at the result of a write (csrc/aio/common/deepspeed_aio_common.cpp:110,
-0.19.8): a full disk would be wrong numbers without a word. The room is therefore reserved before the first write to it.
+0.19.8): a full disk would silently give wrong numbers. The space is therefore reserved before the first write.
 
 [Note: Anonymous file] The file has no name: its room on the disk is given back when the process ends, however it ends,
 and no other run can meet it. The op opens it by its number in /proc.
@@ -86,7 +86,7 @@ class SwappedStates:
         self._issue(written=0)
 
     def enter(self, group: int) -> dict[str, Tensor]:
-        """The master weights and moments of ``group``, (numel,) in fp32, to be updated; the host waits for them.
+        """Return the master weights and moments of ``group``, (numel,), fp32, to be updated. The host waits for them.
 
         Those of a group's first update are zeros.
         """
@@ -155,7 +155,7 @@ class SwappedStates:
     # ------------------------------------------------------------ between the steps
 
     def mapped(self, group: int) -> dict[str, Tensor]:
-        """The states of ``group`` as they are in the file: the master weights and, where there are, the moments.
+        """Return the states of ``group`` as mapped from the file: the master weights and, if it has any, the moments.
 
         Tensors that are written to change the file: then `forget` first. [Note: Mapped]
         """
@@ -182,7 +182,7 @@ class SwappedStates:
         return group in self._updated
 
     def file_bytes(self) -> int:
-        """What the file takes on the disk now."""
+        """Return the file's present size on the disk, in bytes."""
         return os.fstat(self._file.fileno()).st_blocks * 512
 
     def ring_bytes(self) -> int:
@@ -190,7 +190,7 @@ class SwappedStates:
         return self._ring.nbytes
 
     def _reserve(self, group: int, numel: int) -> None:
-        """[Note: Direct I/O]"""
+        """Reserve disk space for ``numel`` elements of ``group``; see [Note: Direct I/O]."""
         try:
             os.posix_fallocate(self._file.fileno(), self._starts[group] * _ELEMENT_BYTES, numel * _ELEMENT_BYTES)
         except OSError as error:
@@ -236,7 +236,10 @@ class _Transfer:
 
 
 def _close(handle: Any, ring: Tensor, under_way: deque[_Transfer]) -> None:
-    """A handle must have nothing under way when it goes (deepspeed_py_io_handle.cpp:196), nor the ring."""
+    """Wait for the transfers ``under_way``, then free the ring.
+
+    A handle must have no transfer in flight when it is destroyed (deepspeed_py_io_handle.cpp:196).
+    """
     while under_way:
         under_way[0].wait()
     handle.free_cpu_locked_tensor(ring)

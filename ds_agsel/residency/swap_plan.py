@@ -28,11 +28,11 @@ class FileLayout:
     alignment: int
 
     def padded(self, group: int) -> int:
-        """What one tensor of ``group`` takes."""
+        """Return the elements that one tensor of ``group`` takes, padding included."""
         return -(-self.numels[group] // self.alignment) * self.alignment
 
     def size(self, group: int) -> int:
-        """What ``group`` takes, in the file and in the ring."""
+        """Return the elements that ``group`` takes in the file and in the ring."""
         return TENSORS * self.padded(group)
 
     def starts(self) -> dict[int, int]:
@@ -44,12 +44,12 @@ class FileLayout:
         return found
 
     def total(self) -> int:
-        """What all groups take in the file, once each has been updated."""
+        """Return the elements that all groups take in the file, once each has been updated."""
         return sum(map(self.size, self.numels))
 
 
 def default_ring(block_sizes: Iterable[int], max_selected: int) -> int:
-    """The size of the largest blocks that a step can have, of `MOST_BLOCKS` at most."""
+    """Return the summed size of the largest blocks that a step can have, at most `MOST_BLOCKS` of them."""
     return sum(sorted(block_sizes, reverse=True)[: min(max_selected, MOST_BLOCKS)])
 
 
@@ -66,7 +66,9 @@ class Read:
 
 
 def plan_reads(order: Sequence[int], layout: FileLayout, capacity: int) -> tuple[Read, ...]:
-    """The reads of a step that updates ``order``, from an empty ring of ``capacity`` elements. [Note: Ring]
+    """Return the reads of a step that updates ``order``, from an empty ring of ``capacity`` elements.
+
+    See [Note: Ring].
 
     ``after`` never falls from one read to the next, and is less than the read's own place.
     """

@@ -30,7 +30,7 @@ class HostState:
     """The state of one param group's partition as the host has it.
 
     Attributes:
-        master: fp32, (numel,), on the host, or on the accelerator where it is not among what moves.
+        master: fp32, (numel,), on the host; on the accelerator if it is not among the tensors that move.
         state: the optimizer's own dict for it. ``exp_avg`` and ``exp_avg_sq``, fp32, (numel,), are in it from the
             first update on; their buffers are allocated here, once.
     """
@@ -49,7 +49,7 @@ class StateTransfer:
         device: a DeepSpeed accelerator object.
         states: of each param group.
         groups_of_block: block -> its param groups.
-        keys: what moves, of `MASTER` and `MOMENTS`. What is not named stays where it is.
+        keys: which of `MASTER` and `MOMENTS` move. The others stay in place.
         count: told the direction ("h2d", "d2h") and the bytes of every copy.
     """
 
@@ -94,15 +94,15 @@ class StateTransfer:
         return self._blocks[block].place
 
     def resident_bytes(self) -> int:
-        """Bytes that states take on the accelerator now, in the order of what has been issued."""
+        """Return the bytes of states on the accelerator once all issued moves are done."""
         return sum(tensor.nbytes for tensors in self._on_device.values() for tensor in tensors.values())
 
     def on_host(self, group: int) -> HostState:
-        """The state of a param group as the host has it, current or not."""
+        """Return the host's copy of a param group's state, current or not."""
         return self._states[group]
 
     def on_device(self, group: int) -> dict[str, Tensor]:
-        """The tensors of a param group whose block is resident, by key."""
+        """Return the tensors of a param group whose block is resident, by key."""
         return self._on_device[group]
 
     # ------------------------------------------------------------------------ moves
@@ -167,7 +167,7 @@ class StateTransfer:
             self._h2d.wait_event(self._copied[block])  # (2)
         for group in self._groups_of_block[block]:
             for tensor in self._on_device.pop(group).values():
-                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # whoever else holds it
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # also in other references
         self._arrived.pop(block, None)
 
     def _copy_to_host(self, block: int) -> None:
@@ -249,7 +249,7 @@ _pageable_warned = False
 
 
 def pinned(tensor: Tensor, device: Any) -> Tensor:
-    """``tensor`` in page-locked host memory; itself where it is, or with one warning where there is not enough."""
+    """Return ``tensor`` in page-locked host memory; itself if it is pinned or, with one warning, can't be."""
     global _pageable_warned
     if device.is_synchronized_device() or device.is_pinned(tensor):
         return tensor

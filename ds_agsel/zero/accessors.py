@@ -28,7 +28,7 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.selective import SelectiveStep
 
-ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 hangs on it: ds_id, ds_numel, ds_shape, ds_tensor, ...
+ZeroParameter = Any  # an nn.Parameter with what ZeRO-3 attaches to it: ds_id, ds_numel, ds_shape, ds_tensor, ...
 
 
 class AccessibleStep(SelectiveStep):
@@ -165,7 +165,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         return self._block_of_group[self._sub_group_of(param)]
 
     def _own_slice(self, value: Tensor, param: ZeroParameter) -> Tensor:
-        """This rank's part of ``value``, with zeros where it is padded: stock setters can't do uneven parts."""
+        """Return this rank's part of ``value``, its padding zero: stock setters can't do uneven parts."""
         numel = param.partition_numel()
         padded = value.new_zeros(numel * self._get_param_partition_world_size(param))
         padded[: value.numel()].copy_(value.flatten())
@@ -261,7 +261,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         if self._gradient_is_gone(param):
             self._refuse_gradient_of(self._block_of(param))
         super().set_local_grad_for_param(value, param)
-        self._received.add(param.ds_id)  # otherwise the step would zero it as one that this window did not bring
+        self._received.add(param.ds_id)  # otherwise the step would zero it, as if this window had not produced it
 
     @compat.overrides
     def update_fp32_grad_for_param_vectorized(

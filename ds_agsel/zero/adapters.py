@@ -18,7 +18,7 @@ from ds_agsel.zero.states.visiting import VisitingStates
 
 
 def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:
-    """The restricted class for DeepSpeed's ``optimizer``."""
+    """Return the restricted class for DeepSpeed's ``optimizer``."""
     if isinstance(optimizer, compat.DeepSpeedZeroOptimizer_Stage3):
         return SelectiveZero3Optimizer
     return SelectiveZeroOptimizer
@@ -27,7 +27,7 @@ def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:
 def home_for(
     optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int], selection: Selection, states_visit: bool
 ) -> StateHome:
-    """The home that the states of DeepSpeed's ``optimizer`` move into now. The only place that chooses one."""
+    """Return the home that the states of DeepSpeed's ``optimizer`` move into now. Only this function chooses one."""
     match optimizer:
         case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True):
             return StatesOnNvme(optimizer, block_of_group, selection)
@@ -38,7 +38,7 @@ def home_for(
 
 
 def blocks_of_groups(optimizer: compat.ZeROOptimizer, block_of_param_group: Sequence[int]) -> tuple[int, ...]:
-    """The block of each group that DeepSpeed steps: of each param group, with stage 3 of each sub-group."""
+    """Return the block of each group that DeepSpeed steps: of each param group; with stage 3 of each sub-group."""
     if isinstance(optimizer, compat.DeepSpeedZeroOptimizer_Stage3):
         sub_groups = range(len(optimizer.fp16_groups))
         return tuple(block_of_param_group[optimizer.sub_group_to_group_id[index]] for index in sub_groups)

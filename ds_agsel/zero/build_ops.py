@@ -92,7 +92,7 @@ def _waiting(lock: Path, holder: int | None) -> str:
 
 
 def _holder_of(lock: Path) -> int | None:
-    """Return the process that has ``lock`` open, of those that can be looked into; None where there is none."""
+    """Return the process that has ``lock`` open, of those that can be inspected; None if no such process is found."""
     wanted = str(lock.resolve())
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
         try:

@@ -124,7 +124,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         return True
 
     def _state_texts(self) -> tuple[str, str]:
-        """The selection's state for our own file, and without its history for the client_state, as JSON."""
+        """Return the selection's state as JSON: whole for our own file; without its history for the client_state."""
         state = self.selection.state_dict()
         try:
             whole = json.dumps(state, allow_nan=False)
@@ -213,12 +213,12 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
     ) -> tuple[str | None, dict[str, Any] | None]:
         """`DeepSpeedEngine.load_checkpoint` of a verified tag, with the selection: counts, history and plan go on.
 
-        Without ``tag``: the one that ``latest`` names or, where that is not whole, the newest that is; a warning then
+        Without ``tag``: the one that ``latest`` names or, if that is not whole, the newest whole tag; a warning then
         says why. With ``load_module_only=True`` or ``load_optimizer_states=False`` the selection starts afresh.
 
         Files run no code: they are read with ``weights_only=True`` and the classes that DeepSpeed stores. A
         client_state with other classes needs `torch.serialization.add_safe_globals`, or the environment variable
-        DS_AGSEL_TRUST_CHECKPOINTS=1, with which whoever wrote the file can run code here. Where
+        DS_AGSEL_TRUST_CHECKPOINTS=1, which lets the file's author run code here. Where
         DS_AGSEL_CHECKPOINT_KEY is set, only checkpoints that were signed by that key load.
 
         Collective. Raises CheckpointError on every rank, before anything is loaded, for a named tag that is damaged,
@@ -303,7 +303,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
                 )
 
     def _states_to_cut(self, files: TagFiles) -> SavedStates | None:
-        """The states, where this rank's own file is not what it needs: [Note: By name] in `repartition`."""
+        """Return the states to cut this rank's from if its own file does not fit; [Note: By name] in `repartition`."""
         if self.load_universal_checkpoint():
             return UniversalFolder(files)
         facts = {} if files.manifest is None else files.manifest.facts
@@ -343,7 +343,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         return found or [os.fspath(path) for path in sorted(Path(checkpoints_path, tag).glob(FIRST_MODEL_STATES))[:1]]
 
     def _whole_tag(self, directory: Path, wanted: str | None) -> str | None:
-        """The tag to load, the same on all ranks; None where there is none and none is wanted. Collective."""
+        """Return the tag to load, equal on all ranks; None if there is none and none is named. Collective."""
         place = Place.of(self)
         passed_over: dict[str, list[str]] = {}
         latest = checkpoints.LATEST_UNIVERSAL_FILE if self.load_universal_checkpoint() else checkpoints.LATEST_FILE
@@ -363,7 +363,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         raise CheckpointError(f"{directory}: no whole checkpoint to load: {_reasons(passed_over)}. {remedy}")
 
     def _problems(self, folder: Path, place: Place) -> list[str]:
-        """What is wrong with ``folder``, on any node. Collective."""
+        """Return the problems of ``folder`` on any node. Collective."""
         of_all = gather(checkpoints.problems(folder, place.index, place.count))
         return list(dict.fromkeys(problem for found in of_all for problem in found))
 
@@ -373,7 +373,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
 
 
 def _candidates(directory: Path, wanted: str | None, latest: str) -> list[tuple[str, bool]]:
-    """The tags to try, in turn, and whether each can be verified."""
+    """Return the tags to try, in turn, each with whether it can be verified."""
     tags = [checkpoints.folder_of(directory, wanted).name] if wanted else checkpoints.candidates(directory, latest)
     return [(tag, checkpoints.is_verifiable(directory / tag) or not (directory / tag).is_dir()) for tag in tags]
 
@@ -383,7 +383,7 @@ def _reasons(passed_over: Mapping[str, list[str]]) -> str:
 
 
 def read_selection_state(files: TagFiles, universal: bool = False) -> metadata.SelectionState:
-    """The selection saved in a tag. Raises CheckpointError where there is none, or one that is wrong."""
+    """Return the selection saved in a tag. Raises CheckpointError if it is missing or wrong."""
     folder = files.folder
     try:
         if universal:  # which has what DeepSpeed's converter copies alone
@@ -401,12 +401,12 @@ def read_selection_state(files: TagFiles, universal: bool = False) -> metadata.S
 
 
 def _dtype_by_names(files: TagFiles) -> str | None:
-    """The dtype that an older ds_agsel saved, as its files' names tell it; None where they do not (fp16 or fp32)."""
+    """Return the dtype that an older ds_agsel saved, by its files' names; None if these don't tell (fp16 or fp32)."""
     return "bf16" if files.names("bf16_zero_pp_rank_*_optim_states.pt") else None
 
 
 def universal_info() -> dict[str, Any]:
-    """The client_state without which `ds_to_universal` refuses a checkpoint (0.19.8)."""
+    """Return the client_state without which `ds_to_universal` refuses a checkpoint (0.19.8)."""
     return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
 
 

@@ -22,6 +22,7 @@ class Place:
 
     @property
     def leads(self) -> bool:
+        """Whether this rank acts for its group."""
         return self.index == 0
 
     @classmethod
@@ -55,8 +56,9 @@ def of_rank_0(look: Callable[[], Any]) -> Any:
 
 
 class Errors:
-    """The errors that this rank met. They are kept, not raised: a rank that raised alone would leave the others at a
-    barrier.
+    """The errors that this rank met.
+
+    They are kept, not raised: if one rank raised, the others would wait for it at a barrier.
     """
 
     def __init__(self) -> None:

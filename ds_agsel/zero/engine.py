@@ -35,8 +35,8 @@ class SelectiveEngine(CheckpointingEngine):
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """`DeepSpeedEngine.backward`. With an exception the step's window ends: its gradients are dropped.
 
-        Raises TrainingError, with the remedy, for a loss that nothing selected reaches, of which DeepSpeed says that it
-        is no scalar (engine.py:3397); unless no selected block took part in forward, so that there is nothing to do.
+        Raises TrainingError, with the remedy, for a loss that depends on nothing selected; DeepSpeed would say that
+        it is no scalar (engine.py:3397). If no selected block took part in forward, nothing is raised or done.
         """
         window = self.optimizer.window
         window.prepare()
@@ -66,8 +66,10 @@ class SelectiveEngine(CheckpointingEngine):
     def load_checkpoint(
         self, load_dir: str | os.PathLike[str], tag: str | None = None, *args: Any, **kwargs: Any
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """`CheckpointingEngine.load_checkpoint`. A load within an accumulation window ends it: its gradients are
-        dropped, which plain DeepSpeed adds to those of the loaded weights, and the next micro-step is the first.
+        """Load as `CheckpointingEngine.load_checkpoint` does, and end an open accumulation window.
+
+        The window's gradients are dropped (plain DeepSpeed adds them to those of the loaded weights), and the next
+        micro-step is the first.
         """
         result = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if result[0] is not None:
@@ -102,7 +104,7 @@ class SelectiveEngine(CheckpointingEngine):
         """`DeepSpeedEngine.compile`, layer by layer instead of the whole module; idempotent.
 
         A whole-model graph depends on which blocks are frozen: torch 2.13 compiles it anew for each selection and,
-        after 8, goes back to eager without a word. Layers share their graphs. Raises ConfigError for a model
+        after 8, silently goes back to eager. Layers share their graphs. Raises ConfigError for a model
         without repeated layers, a DeepCompile schedule and compiled autograd.
         """
         if schedule is not None or compiled_autograd_enabled:

@@ -14,8 +14,9 @@ RAN = "ds_agsel_ran"  # an attribute of a watched module: whether it ran in this
 
 
 class _Forward:
-    """Whether the outermost forward that runs now was begun with gradients enabled. Reentrant activation checkpointing
-    runs its segments without, and evaluation runs all of it without.
+    """Whether the outermost running forward began with gradients enabled.
+
+    Reentrant activation checkpointing disables them in its segments, evaluation in the whole forward.
     """
 
     with_grad = False
@@ -37,7 +38,7 @@ class ForwardWatch:
         begin: called when an outermost forward begins with gradients enabled, outside of a backward.
 
     [Note: Outermost] A user may call the model, or a part of it (``engine.module.model``, the base model within
-    PEFT's). Every module with parameters of several blocks has hooks, of which the outermost running one counts.
+    PEFT's). Every module with parameters of several blocks has hooks; only the outermost running one counts.
     """
 
     def __init__(self, root: nn.Module, block_of: Mapping[int, int], begin: Callable[[], None]) -> None:
@@ -69,7 +70,7 @@ class ForwardWatch:
             handle.remove()
 
     def forget(self) -> None:
-        """A new window: nothing has run in it."""
+        """Begin a new window, in which nothing has run."""
         self._ran.clear()
         self._clear_flags()
 
@@ -108,7 +109,7 @@ class ForwardWatch:
 
 
 def _owners(root: nn.Module, block_of: Mapping[int, int]) -> Iterator[tuple[nn.Module, Collection[int]]]:
-    """(module, blocks of the parameters that it holds itself) for each module whose forward can be seen.
+    """Yield (module, blocks of its own parameters) for each module whose forward can be seen.
 
     What a list of parameters holds is its parent's. A scripted module can't be seen.
     """

@@ -39,7 +39,7 @@ class AcceleratorGradients:
         return True
 
     def fragments(self, group: int) -> list[Tensor] | None:
-        """The parts of ``group``'s buffer on the host, one for each parameter, (numel,); None without a buffer."""
+        """Return the parts of ``group``'s buffer on the host, one per parameter, (numel,); None without a buffer."""
         return None
 
     def copy_from_host(self, param: nn.Parameter) -> None:
@@ -74,7 +74,7 @@ class AcceleratorGradients:
         """Forget what is known of ``group``'s gradients, which the choice has left out."""
 
     def complete(self, groups: Sequence[int]) -> None:
-        """Make the gradients of ``groups`` those of this window and of nothing else. [Note: Old numbers]"""
+        """Leave only this window's numbers in the gradients of ``groups``; see [Note: Old numbers]."""
 
     def norms(self, group: int) -> list[tuple[int, Tensor]] | None:
         """(param id, L2 norm) of the slices of ``group`` whose norm was taken on the way; None: none ever is."""

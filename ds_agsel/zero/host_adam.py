@@ -118,7 +118,7 @@ class _Origin:
 
 
 def _fp32_betas(param_group: Mapping[str, Any]) -> tuple[float, float]:
-    """The βs as the op takes them."""
+    """Return the βs as the op takes them."""
     beta1, beta2 = param_group["betas"]
     return float(np.float32(beta1)), float(np.float32(beta2))
 

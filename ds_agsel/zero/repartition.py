@@ -78,7 +78,7 @@ def _section_keys(state_dict: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def sections(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
-    """(the base optimizer's state_dict, the masters) in a ZeRO optimizer's state_dict of any stage."""
+    """Return (base optimizer's state_dict, masters) from a ZeRO optimizer's state_dict of any stage."""
     base, masters = _section_keys(state_dict)
     return state_dict[base], state_dict[masters]
 
@@ -107,7 +107,7 @@ def drop_empty_states(state_dict: Mapping[str, Any]) -> None:
 def state_dict_for(
     own: Mapping[str, Any], layouts: Sequence[Layout], optimizer: torch.optim.Optimizer, saved: SavedStates
 ) -> dict[str, Any]:
-    """What this rank would have saved of ``saved``: ``own``, its present state_dict, with other contents."""
+    """Return what this rank would have saved of ``saved``: ``own``, its present state_dict, with other contents."""
     base, masters = sections(own)
     group_of = {index: group for group in base["param_groups"] for index in group["params"]}
     states, found = {}, []
@@ -273,7 +273,7 @@ class UniversalFolder:
 
 
 def model_states(tag: TagFiles) -> Mapping[str, Any]:
-    """The first rank's `*_model_states.pt` of any stage, its tensors left on disk until they are read."""
+    """Return the first rank's `*_model_states.pt` of any stage, its tensors left on disk until they are read."""
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         if tag.has(name):
             return tag.load(name)

@@ -98,14 +98,14 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._drop_gradients(set(self._block_of_group))
 
     def _before_update(self, groups: Sequence[int]) -> None:
-        """Make room for what the update of ``groups`` writes."""
+        """Allocate what the update of ``groups`` writes to."""
 
     def _hold_gradient_buffers(self) -> None:
         """Make the blocks whose gradients are needed now the only ones that buffers are held for."""
         raise NotImplementedError
 
     def _streamed_score(self, block: int) -> float:
-        """The score of ``block``, all of whose gradients have come, in the middle of backward. Collective."""
+        """Return the score of ``block``, all of whose gradients have come, in the middle of backward. Collective."""
         raise NotImplementedError
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
@@ -117,7 +117,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         raise NotImplementedError
 
     def _after_update(self, groups: Sequence[int]) -> None:
-        """``groups`` have been updated: count what was written back, link new states."""
+        """Count what the update of ``groups`` wrote back, and link new states."""
         raise NotImplementedError
 
     # -------------------------------------------------------------------- step
@@ -176,7 +176,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         selection.leave_out(not_run)
 
     def _step_on_nothing(self) -> None:
-        """A step of which no selected block took part in forward: it counts as a step, and changes nothing."""
+        """Count a step in whose forward no selected block took part, and change nothing."""
         self.overflow = False
         self._global_grad_norm = 0.0
         self._update_scale(False)
@@ -337,7 +337,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     param_groups = property(_get_param_groups, _set_param_groups)
 
     def layouts(self) -> list[Layout]:
-        """What lies in this rank's partition of each group."""
+        """Return the layout of this rank's partition of each group."""
         raise NotImplementedError
 
     @compat.overrides

@@ -213,13 +213,13 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """The norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
+        """Return the norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
         with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
             return super().scaled_global_norm(norm_type)
 
     @compat.overrides
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
-        """The first thing that DeepSpeed's loop asks of a group it updates: its state must be there from here on."""
+        """Return the gradient, and bring in the state: DeepSpeed's loop calls this first for a group it updates."""
         self._enter(group_idx)
         return super()._get_preflattened_grad_partition(group_idx)
 

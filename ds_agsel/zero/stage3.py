@@ -156,7 +156,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             super()._partition_all_parameters()
 
     def _complete_gradients(self, blocks: Sequence[int]) -> None:
-        """[Note: Gradient partitions]"""
+        """Zero the old numbers in gradients that this window did not bring; see [Note: Gradient partitions]."""
         partitions = compat.gradient_partitions(self)
         for group in self._groups_of(blocks):
             for param in self.fp16_groups[group]:
@@ -209,12 +209,12 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     @compat.overrides
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        """What is known already: the norm, taken at every step, is finite just where the gradients are."""
+        """Return what is known already: the norm, taken at every step, is finite just where the gradients are."""
         return self._overflow_is_known
 
     @compat.overrides
     def _get_norm_groups(self) -> list[Tensor]:
-        """The shown sub-groups' norms in their own order, in which they are added up, whatever they are updated in."""
+        """Return the shown sub-groups' norms in sub-group order, the order of summation, not that of the update."""
         if self._overflow_is_known:
             return [torch.tensor(float("inf"))]
         return [norm for _, norm in sorted(zip(self._shown_groups, super()._get_norm_groups(), strict=True))]
@@ -235,7 +235,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         self.selection.current_traffic.stepped_numel += partition.numel()
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
         with (
-            compat.attribute(self.optimizer, param_groups=[group]),  # stock code walks all groups, empty but for one
+            compat.attribute(self.optimizer, param_groups=[group]),  # stock code walks all groups
             compat.attribute(self, sub_group_to_group_id={sub_group_id: 0}),
         ):
             if self._host_adam is None:

@@ -21,7 +21,7 @@ class HostStaging:
         self._buffer = torch.empty(0, dtype=dtype)
 
     def slices(self, groups: Sequence[int]) -> dict[int, torch.Tensor]:
-        """A buffer for each of ``groups``, (numel,), in the model's dtype, on the host; valid until the next call."""
+        """Return a host buffer for each of ``groups``, (numel,), in the model's dtype; valid until the next call."""
         needed = sum(self._numels[group] for group in groups)
         if self._buffer.numel() < needed:
             self.release()

@@ -39,7 +39,7 @@ class StepDevice(enum.Enum):
 
 @dataclass(frozen=True)
 class Situation:
-    """What the decision hangs on. Bytes are of one rank.
+    """The inputs of the decision. Bytes are of one rank.
 
     Attributes:
         offloads: the ds_config says ``offload_optimizer``, to the cpu or (ZeRO-3) to NVMe.
@@ -81,7 +81,7 @@ def situation(
     max_selected: int,
     optimizer_is_given: bool,
 ) -> Situation:
-    """What `decide` needs to know of this run, on this machine, now; the memory is that of the rank with the least.
+    """Return what `decide` needs to know of this run on this machine now; memory is that of the rank with the least.
 
     Collective.
     """
@@ -120,7 +120,7 @@ def _least_available_bytes() -> int:
 
 
 def report(choice: StepDevice, reason: str) -> None:
-    """Log the choice, why, and what its speed hangs on: once, on rank 0, where somebody listens."""
+    """Log the choice, its reason and what its speed depends on: once, on rank 0, if logging is on."""
     if dist.get_rank() != 0 or not logger.isEnabledFor(logging.INFO):
         return
     where = {StepDevice.HOST: "on the host", StepDevice.VISIT: "on the accelerator, its states visit it"}
@@ -132,7 +132,7 @@ def report(choice: StepDevice, reason: str) -> None:
 
 
 def _copy_rate() -> str:
-    """The measured rate of one pinned copy H2D."""
+    """Return the measured rate of one pinned copy H2D."""
     accelerator = get_accelerator()
     host = torch.empty(_RATE_SAMPLE_BYTES, dtype=torch.uint8)
     if not accelerator.is_synchronized_device():

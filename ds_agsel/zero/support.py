@@ -30,7 +30,7 @@ def refuse_unsupported(ds_config: DsConfig, model: nn.Module, mpu: Any, config: 
 
 
 def missing_for_nvme(ds_config: DsConfig) -> list[str]:
-    """Return a line for each thing that this machine lacks for what ``ds_config`` keeps on NVMe."""
+    """Return one line per requirement of ``ds_config``'s NVMe offload that this machine lacks."""
     from ds_agsel.zero import compat
 
     problems = []
@@ -56,7 +56,7 @@ def _offloads(ds_config: DsConfig) -> tuple[tuple[str, Any], ...]:
 
 
 def _no_direct_io(folder: str | os.PathLike[str]) -> str | None:
-    """Return why files in ``folder``, which is made where it is missing, can't be written around the page cache."""
+    """Return why files in ``folder``, which is made if missing, can't be written around the page cache."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -104,7 +104,7 @@ def _refused(
 def _flag(
     path: str, why: str, remedy: str = "Set it to false", only: Callable[[DsConfig], bool] | None = None
 ) -> _Rule:
-    """A setting that must not be true; ``only`` where that matters."""
+    """Return a rule against a setting that is true; ``only`` says when it applies."""
     return _refused(
         lambda ds, _: bool(ds.value(path)) and (only is None or only(ds)),
         f"{path}=true", why, "Set it to false",
@@ -112,7 +112,7 @@ def _flag(
 
 
 def _above(path: str, limit: int, why: str, remedy: str, only: Callable[[DsConfig], bool] | None = None) -> _Rule:
-    """A number that must not be above ``limit``."""
+    """Return a rule against a number above ``limit``."""
 
     def applies(ds: DsConfig, _: SelectionConfig) -> bool:
         value = ds.value(path, limit)

@@ -97,8 +97,9 @@ class StepWindow:
         self.is_open = True
 
     def prepare(self) -> None:
-        """Open, and freeze what this step does not need. Before a forward, and before a backward for what it
-        computes again.
+        """Open the window, and freeze what this step does not need.
+
+        Called before a forward, and before a backward for the parts that it recomputes.
         """
         if self._is_retired:
             return
@@ -128,7 +129,7 @@ class StepWindow:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """The step itself, which ends the window: closed after it, abandoned where it fails."""
+        """Run the step inside. The window is closed after it, or abandoned if it fails."""
         self._in_step = True
         try:
             yield
@@ -152,7 +153,7 @@ class StepWindow:
             self._selection.skip()
 
     def zero_grad(self) -> None:
-        """The user drops gradients between a backward and the next one; not DeepSpeed, within a step."""
+        """Handle the user's dropping of gradients between two backwards; ignore DeepSpeed's own within a step."""
         if self._in_step or not self.is_open:
             return
         if self._backward_is_running and not is_in_backward():
@@ -204,7 +205,7 @@ class StepWindow:
         self._refuse_dropped([block for block in blocks if self._saw(block) == NO_GRADIENT])
 
     def _refuse_dropped(self, blocks: Sequence[int]) -> None:
-        """Raise TrainingError where there are ``blocks``: to step on silence would train nothing."""
+        """Raise TrainingError if there are ``blocks``: selected ones that received no gradient."""
         silent = [self._selection.blocks[block].name for block in blocks]
         if silent:
             raise TrainingError(

@@ -15,7 +15,7 @@ logger = logging.getLogger("ds_agsel")
 
 
 def new_adam_state(optimizer: torch.optim.Optimizer, partition: torch.Tensor) -> dict[str, Any]:
-    """A state for ``partition`` as ``optimizer`` makes it at its first update: zeros, step 0."""
+    """Return a state for ``partition`` as ``optimizer`` makes it at its first update: zeros, step 0."""
     return {
         "step": adam_step(optimizer, 0),
         "exp_avg": torch.zeros_like(partition, requires_grad=False),
@@ -29,7 +29,7 @@ def adam_step(
     param_group: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
 ) -> int | torch.Tensor:
-    """A step count as ``optimizer`` keeps it: an int for DeepSpeed's, fp32 of no dimension for torch's.
+    """Return a step count as ``optimizer`` keeps it: an int for DeepSpeed's, fp32 of no dimension for torch's.
 
     On the host; on ``device`` where ``param_group`` is given and torch's fused or capturable form wants it there.
     """
@@ -67,7 +67,7 @@ def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def new_cpu_adam_id() -> int:
-    """A C++ optimizer id that no `DeepSpeedCPUAdam` of this process has (ops/adam/cpu_adam.py)."""
+    """Return a C++ optimizer id that no `DeepSpeedCPUAdam` of this process uses (ops/adam/cpu_adam.py)."""
     identifier = DeepSpeedCPUAdam.optimizer_id
     DeepSpeedCPUAdam.optimizer_id += 1
     return identifier

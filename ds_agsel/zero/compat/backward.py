@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO optimizers remember of a backward, to be forgotten where it is not to count."""
+"""Clear what DeepSpeed's ZeRO optimizers keep of a backward that is not to count."""
 
 from __future__ import annotations
 

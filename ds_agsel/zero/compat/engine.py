@@ -33,9 +33,10 @@ def swap_class(instance: Any, subclass: type) -> None:
 
 @contextmanager
 def writes_through(engine: DeepSpeedEngine, attempt: Callable[..., Any]) -> Iterator[list[Path]]:
-    """Inside, ``engine.save_checkpoint`` writes each file as ``attempt(write, *args)``: its checkpoint engine's
-    ``save``, and the copies of its recovery scripts, which rank 0 alone makes (engine.py:5530), beside the tag.
-    Gives the tag's files that this rank wrote, when they are written.
+    """Make ``engine.save_checkpoint`` write each file as ``attempt(write, *args)`` inside this context.
+
+    These are its checkpoint engine's ``save`` and the copies of its recovery scripts, which only rank 0 makes
+    (engine.py:5530), beside the tag. Yields the tag's files that this rank wrote, filled as they are written.
     """
     writer = engine.checkpoint_engine
     written: list[Path] = []
@@ -68,14 +69,17 @@ def loads_through(engine: DeepSpeedEngine, load: Callable[[str], Any]) -> Iterat
 
 
 def whole_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
-    """The model's state dict on rank 0, None elsewhere; ZeRO-3's is gathered to the host layer by layer. Collective."""
+    """Return the model's state dict on rank 0, None elsewhere. Collective.
+
+    ZeRO-3's is gathered to the host layer by layer.
+    """
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict()
     return engine.module.state_dict() if engine.global_rank == 0 else None
 
 
 def mark_compiled(engine: DeepSpeedEngine, compile_kwargs: Mapping[str, Any]) -> None:
-    """What `DeepSpeedEngine.compile` notes down once the module is compiled (engine.py:5871, 5941)."""
+    """Set what `DeepSpeedEngine.compile` sets once the module is compiled (engine.py:5871, 5941)."""
     deepspeed.utils.nvtx.enable_nvtx = False
     engine._is_compiled = True
     engine._compile_mode = "model"

@@ -35,5 +35,5 @@ def is_in_bucket(param: Any) -> bool:
 
 
 def norm_dtype() -> torch.dtype:
-    """The dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
+    """Return the dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
     return get_norm_dtype()

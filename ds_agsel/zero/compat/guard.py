@@ -31,7 +31,7 @@ _MARK = "_overrides_deepspeed"
 
 
 def overrides(method: Method) -> Method:
-    """Mark ``method`` as one that DeepSpeed calls in the place of its own. `ChecksOverrides` has it checked."""
+    """Mark ``method`` as one that DeepSpeed calls instead of its own. `ChecksOverrides` has it checked."""
     setattr(method, _MARK, True)
     return method
 
@@ -131,7 +131,7 @@ def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method behind DeepSpeed's `instrument_w_nvtx` (utils/nvtx.py), which does not say what it wraps."""
+    """Return the method behind DeepSpeed's `instrument_w_nvtx` (utils/nvtx.py), which sets no ``__wrapped__``."""
     while set(inspect.signature(method).parameters) == {"args", "kwargs"}:
         cells = getattr(method, "__closure__", None) or ()
         wrapped = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, FunctionType)]
@@ -205,7 +205,7 @@ def _is_stock(cls: type) -> bool:
 
 
 def _stock_method(cls: type, name: str) -> tuple[type | None, Any]:
-    """The class of DeepSpeed's that gives ``cls`` a method or property ``name``, and that; (None, None) if none has."""
+    """Return DeepSpeed's class that gives ``cls`` a method or property ``name``, and that; else (None, None)."""
     for owner in cls.__mro__:
         if _is_stock(owner) and name in vars(owner):
             return owner, vars(owner)[name]

@@ -13,14 +13,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
 def masters(optimizer: ZeROOptimizer) -> list[torch.Tensor]:
-    """The fp32 partitions as DeepSpeed's loops see them now: of param groups, with ZeRO-3 of sub-groups."""
+    """Return the fp32 partitions as DeepSpeed's loops see them now: of param groups, with ZeRO-3 of sub-groups."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return optimizer.fp32_partitioned_groups_flat
     return optimizer.single_partition_of_fp32_groups
 
 
 def param_group_of(optimizer: ZeROOptimizer, index: int) -> dict[str, Any]:
-    """The base optimizer's param group that `masters` ``[index]`` is stepped in."""
+    """Return the base optimizer's param group that `masters` ``[index]`` is stepped in."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         index = optimizer.sub_group_to_group_id[index]
     return optimizer.optimizer.param_groups[index]

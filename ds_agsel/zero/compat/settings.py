@@ -32,7 +32,7 @@ def ds_config_problems(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def _engine_problems(parsed: DeepSpeedConfig) -> Iterator[str]:
-    """What the parser lets pass and the engine stops at."""
+    """Yield the problems that the parser accepts and the engine stops at."""
     name = parsed.scheduler_name
     if name is not None and not hasattr(lr_schedules, name) and not hasattr(torch.optim.lr_scheduler, name):
         yield (
@@ -47,7 +47,7 @@ def _engine_problems(parsed: DeepSpeedConfig) -> Iterator[str]:
 
 
 def zero_section_problems(section: Mapping[str, Any]) -> list[str]:
-    """What DeepSpeed itself will refuse in a ``zero_optimization`` section that has no values "auto"."""
+    """Return DeepSpeed's own errors for a ``zero_optimization`` section that has no values "auto"."""
     try:
         DeepSpeedZeroConfig(**section)
     except ValidationError as error:

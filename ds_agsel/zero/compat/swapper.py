@@ -34,7 +34,7 @@ class SwapSettings:
 
 
 def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings, dict[int, Path]]:
-    """What DeepSpeed's swapper was told, and by sub-group the file with its fp32 partition, which begins it.
+    """Return DeepSpeed's swap settings and, by sub-group, the file that begins with its fp32 partition.
 
     From here on ``optimizer`` has no swapper, and takes its states for offloaded to the host.
     """

@@ -15,7 +15,7 @@ KNOWN_VERSIONS = ("0.19.8",)
 
 
 def deepspeed_version() -> str:
-    """The installed release."""
+    """Return the installed release."""
     return deepspeed.__version__
 
 

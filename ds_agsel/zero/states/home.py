@@ -46,7 +46,7 @@ class StateBytes:
 
 
 class StateHome(ABC):
-    """Where the states of one ZeRO optimizer are kept. [Note: Order of calls]
+    """Where the states of one ZeRO optimizer are kept; see [Note: Order of calls].
 
     Groups are numbered as DeepSpeed steps them: param groups with stages 1 and 2, sub-groups with stage 3.
 
@@ -66,7 +66,7 @@ class StateHome(ABC):
             self.groups_of_block.setdefault(block, []).append(group)
 
     def groups_of(self, blocks: Iterable[int]) -> list[int]:
-        """Groups of ``blocks``, ascending."""
+        """Return the groups of ``blocks``, ascending."""
         wanted = set(blocks)
         return [group for group, block in enumerate(self.block_of_group) if block in wanted]
 
@@ -124,7 +124,7 @@ class StateHome(ABC):
     # ------------------------------------------------------------------------- memory
 
     def bytes(self) -> StateBytes:
-        """What states take on this rank now, in the order of what has been issued."""
+        """Return the bytes of states on this rank once all issued moves are done."""
         return StateBytes(moments=moment_bytes(self.optimizer))
 
 

@@ -7,7 +7,7 @@ code this is offload to the host from there on: gradients of the step's blocks a
 form of offload to the host, and can be loaded with it and the other way round.
 
 [Note: Not there] A partition and a moment that lie in the file are expanded one-element zeros: right shape, no storage.
-Whoever reads or writes numbers does so inside `readable` or `writable`, where the file is mapped into memory.
+Read and write states only inside `readable` or `writable`, which map the file into memory.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class StatesOnNvme(StateHome):
         return tuple(self.swapped.layout.numels if groups is None else groups)
 
     def keep_readable(self, state_dict: dict[str, Any]) -> None:
-        """The tensors are parts of the mapped file, and are read from it as they are looked at."""
+        """Keep the tensors valid after `readable`: they are parts of the mapped file, read when they are used."""
         base, masters = sections(state_dict)
         # `_hide` changes the partitions and the dicts of moments in place.
         base["state"] = {index: dict(state) for index, state in base["state"].items()}

@@ -46,7 +46,7 @@ class VisitingStates(StateHome):
         self._moves: tuple[Move, ...] = ()
 
     def _host_state(self, group: int) -> HostState:
-        """The state that stands in DeepSpeed's place for ``group``, its moments moved to page-locked memory."""
+        """Return DeepSpeed's state of ``group``, its moments moved to page-locked memory."""
         master = compat.masters(self.optimizer)[group]
         state = self.optimizer.optimizer.state.get(master, {})
         for key in MOMENTS:
