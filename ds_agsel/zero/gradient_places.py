@@ -58,7 +58,7 @@ class AcceleratorGradients:
         if zero.grads_in_partition is not None:
             return
         groups = zero._groups_of(zero.selection.active_blocks)
-        if not zero._use_compact_grad_partition_buffer(groups[0]):
+        if not compat.is_compact(zero, groups[0]):
             numel = sum(p.numel() for active in groups for p in zero.params_in_partition[active])
             device = get_accelerator().current_device_name()
             zero.grads_in_partition = torch.empty(numel, dtype=zero.dtype, device=device)
@@ -166,7 +166,7 @@ class HostGradients(AcceleratorGradients):
 
     def before_copy(self, param: nn.Parameter, group: int) -> None:
         zero = self._zero
-        if zero.is_gradient_accumulation_boundary() and zero._use_compact_grad_partition_buffer(group):
+        if zero.is_gradient_accumulation_boundary() and compat.is_compact(zero, group):
             # Stock code copies it to the host there; gradients that take another way are counted on that way.
             numel = zero.grad_position[zero.get_param_id(param)][3]
             zero.selection.current_traffic.d2h_bytes += numel * zero.master_weights_and_grads_dtype.itemsize
@@ -189,7 +189,7 @@ class HostGradients(AcceleratorGradients):
                     zero.copy_grads_in_partition(param, zero._group_of_param[param_id])
 
     def forget(self, param_id: int) -> None:
-        self._zero._offload_accumulated_param_ids.discard(param_id)
+        compat.offloaded_param_ids(self._zero).discard(param_id)
 
     def drop(self, group: int) -> None:
         for param_id in self._param_ids(group):
@@ -199,14 +199,14 @@ class HostGradients(AcceleratorGradients):
 
     def complete(self, groups: Sequence[int]) -> None:
         zero = self._zero
-        zero._wait_for_offload_copies()
+        compat.wait_for_offload_copies(zero)
         for group in groups:
             written = []
             for param in zero.params_in_partition[group]:
                 param_id = zero.get_param_id(param)
-                if param_id not in zero.norm_for_param_grads and param_id in zero._offload_accumulated_param_ids:
+                if param_id not in zero.norm_for_param_grads and param_id in compat.offloaded_param_ids(zero):
                     # It had a gradient in an earlier micro-step but none in the last one, at which stock code copies.
-                    zero._restore_cpu_offload_grad_to_gpu(param)
+                    compat.restore_offloaded_gradient(zero, param)
                     zero.set_norm_for_param_grad_in_gpu(param)
                     zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu(param)
                 if param_id in zero.norm_for_param_grads:

@@ -29,9 +29,13 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.gradients import (
         gradient_partitions,
         is_coalescing,
+        is_compact,
         is_in_bucket,
         norm_dtype,
+        offloaded_param_ids,
         reduce_buckets,
+        restore_offloaded_gradient,
+        wait_for_offload_copies,
     )
     from ds_agsel.zero.compat.guard import ChecksOverrides, overrides, require_known_deepspeed, require_known_engine
     from ds_agsel.zero.compat.linking import link_adam_state, link_reordered_params, place_in_partition
@@ -69,6 +73,7 @@ __all__ = [
     "gradient_partitions",
     "has_fused_adam",
     "is_coalescing",
+    "is_compact",
     "is_gathered",
     "is_in_bucket",
     "is_known",
@@ -83,6 +88,7 @@ __all__ = [
     "new_adam_state",
     "new_cpu_adam_id",
     "norm_dtype",
+    "offloaded_param_ids",
     "only_groups",
     "only_sub_groups",
     "overrides",
@@ -94,10 +100,12 @@ __all__ = [
     "replace_masters",
     "require_known_deepspeed",
     "require_known_engine",
+    "restore_offloaded_gradient",
     "set_master",
     "swap_class",
     "swapped_weights_follow",
     "take_swapper",
+    "wait_for_offload_copies",
     "whole_state_dict",
     "write_weights",
     "writes_through",

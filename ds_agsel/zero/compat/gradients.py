@@ -9,6 +9,7 @@ from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
+from torch import nn
 
 STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"  # before a name that the class keeps to itself
 
@@ -37,3 +38,23 @@ def is_in_bucket(param: Any) -> bool:
 def norm_dtype() -> torch.dtype:
     """Return the dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
     return get_norm_dtype()
+
+
+def is_compact(optimizer: DeepSpeedZeroOptimizer, group: int) -> bool:
+    """Whether ZeRO-2 sums the gradients of param group ``group`` in a buffer of its partition's size."""
+    return bool(optimizer._use_compact_grad_partition_buffer(group))
+
+
+def offloaded_param_ids(optimizer: DeepSpeedZeroOptimizer) -> set[int]:
+    """The params (by `get_param_id`) whose gradient this window has copied to the host. DeepSpeed's own set."""
+    return optimizer._offload_accumulated_param_ids
+
+
+def wait_for_offload_copies(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Let the host wait for the gradient copies D2H that are under way."""
+    optimizer._wait_for_offload_copies()
+
+
+def restore_offloaded_gradient(optimizer: DeepSpeedZeroOptimizer, param: nn.Parameter) -> None:
+    """Copy the sum of ``param``'s gradients, which is on the host, back to ``param.grad``."""
+    optimizer._restore_cpu_offload_grad_to_gpu(param)
