@@ -17,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs mutants lint ops ops-nvme clean
+.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs mutants deepspeed-suite lint ops ops-nvme clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -61,6 +61,11 @@ docs: $(VENV)/.ready
 mutants: $(VENV)/.mutants
 	$(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
+
+# DeepSpeed's own unit tests, plain and through ds_agsel: `make deepspeed-suite TESTS=<DeepSpeed checkout>/tests`, at the
+# version that constraints.txt has. ARGS: files relative to TESTS, --section '{"policy": "cyclic", "select_percent": 50}'.
+deepspeed-suite: $(if $(TESTS),$(VENV)/.ready ops)
+	$(if $(TESTS),$(BIN)/python,$(PYTHON)) tests/deepspeed_suite/run.py $(if $(TESTS),--tests "$(TESTS)") $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
