@@ -96,6 +96,7 @@ class Run:
         return counts
 
     def num_steps(self, phase: str) -> int:
+        """Return the number of steps of ``phase``."""
         return sum(step.phase == phase for step in self.steps)
 
     def selected_numel(self) -> list[int] | None:

@@ -39,6 +39,7 @@ class HostState:
     state: MutableMapping[str, Any]
 
     def get(self, key: str) -> Tensor | None:
+        """Return the tensor ``key``, or None if it does not exist yet."""
         return self.master if key == MASTER else self.state.get(key)
 
 
@@ -91,6 +92,7 @@ class StateTransfer:
         return frozenset(block for block, state in self._blocks.items() if state.place in there)
 
     def place(self, block: int) -> Residency:
+        """Return where ``block``'s state is, as far as moves have been issued."""
         return self._blocks[block].place
 
     def resident_bytes(self) -> int:

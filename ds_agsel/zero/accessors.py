@@ -93,6 +93,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
                 param.set_full_hp_grad = partial(self._set_full_hp_grad, group, param.set_full_hp_grad)
 
     def layouts(self) -> list[Layout]:
+        """Return what lies in this rank's partition of each param group."""
         found = []
         for params, partition in zip(self.bit16_groups, self.single_partition_of_fp32_groups):
             names = tuple(self.param_names[param] for param in params)

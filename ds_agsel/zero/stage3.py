@@ -271,6 +271,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             compat.read_weights(self, group, partition.data)
 
     def layouts(self) -> list[Layout]:
+        """Return what lies in this rank's partition of each sub-group."""
         found = []
         for group, params in enumerate(self.fp16_groups):
             at, slices = 0, []
