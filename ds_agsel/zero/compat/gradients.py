@@ -46,7 +46,7 @@ def is_compact(optimizer: DeepSpeedZeroOptimizer, group: int) -> bool:
 
 
 def offloaded_param_ids(optimizer: DeepSpeedZeroOptimizer) -> set[int]:
-    """The params (by `get_param_id`) whose gradient this window has copied to the host. DeepSpeed's own set."""
+    """Return the params (by `get_param_id`) whose gradient this window has copied to the host. DeepSpeed's own set."""
     return optimizer._offload_accumulated_param_ids
 
 
