@@ -9,8 +9,9 @@ FRAMEWORKS = ("deepspeed", "torch", "transformers", "datasets")
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """Return the installed version of each of ``packages``, of `FRAMEWORKS` where none is named; absent ones are left
-    out.
+    """Return the installed version of each of ``packages``, by default of `FRAMEWORKS`.
+
+    Packages that are not installed are left out.
     """
     found = {}
     for name in packages or FRAMEWORKS:

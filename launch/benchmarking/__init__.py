@@ -1,0 +1,1 @@
+"""Benchmarks of a step's time and memory."""

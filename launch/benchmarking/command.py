@@ -93,9 +93,11 @@ class RowProcess:
         return measured
 
     def start_measuring(self) -> None:
+        """Tell the row's process that the warm-up is over."""
         self._send(processes.RESET)
 
     def stop(self) -> None:
+        """End the row's process."""
         self._connection.close()
         self._process.terminate()
         self._process.join()
@@ -123,7 +125,7 @@ class RowProcess:
 
 @contextmanager
 def row_processes() -> Iterator[dict[str, RowProcess]]:
-    """A dict for rows' processes, which end with the block."""
+    """Give a dict for rows' processes, which end with the ``with`` block."""
     processes: dict[str, RowProcess] = {}
     try:
         yield processes
@@ -141,7 +143,7 @@ class Measurement:
 
 
 def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> Measurement:
-    """``steps`` rounds of each group of ``rows``."""
+    """Measure ``steps`` rounds of each group of ``rows``."""
     if workload.stage == 3 or workload.offload != "none":
         rows = [row for row in rows if row != VISIT]
     samples: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
@@ -182,7 +184,7 @@ def _round(processes: Mapping[str, RowProcess], names: Sequence[str], number: in
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers hang on."""
+    """Return the facts that the numbers depend on."""
     modules = (ds_agsel, deepspeed, torch, transformers)
     return {
         "processor": processor.describe(),
@@ -201,6 +203,7 @@ def _say(line: str) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", type=int, choices=(2, 3), default=[2], help="ZeRO's (default: 2)")
     parser.add_argument("--offload", nargs="+", choices=("none", "cpu"), default=["none", "cpu"])
@@ -276,7 +279,7 @@ def run(wanted: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Returns 0; 1 with ``--check`` where a bar is missed; 2 where a row failed."""
+    """Return 0; 1 if a bar is missed with ``--check``; 2 if a row failed."""
     wanted = parse()
     if wanted.precision != "bf16":
         _say(f"note: the bars were set for bf16; this run is in {wanted.precision}.")

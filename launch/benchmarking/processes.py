@@ -56,10 +56,12 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def exploit_row(percent: int) -> str:
+    """Return the name of the row of exploit steps at ``percent``."""
     return f"exploit-{percent}"
 
 
 def explore_row(percent: int) -> str:
+    """Return the name of the row of explore steps at ``percent``."""
     return f"explore-{percent}"
 
 
@@ -93,7 +95,7 @@ class Workload:
         return f"ZeRO-{self.stage}, offload_optimizer {self.offload}"
 
     def model(self) -> LlamaForCausalLM:
-        """The model, with random weights, in the workload's precision."""
+        """Return the model, with random weights, in the workload's precision."""
         torch.manual_seed(self.seed)
         shape = self.shape
         config = LlamaConfig(
@@ -116,6 +118,7 @@ class Workload:
         return torch.randint(0, self.shape.vocab_size, size, generator=generator)
 
     def ds_config(self) -> dict[str, Any]:
+        """Return the workload's ds_config, without the section."""
         return {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_clipping": CLIPPING,
@@ -138,13 +141,14 @@ class WarmAdaGradSelect(AdaGradSelect):
     """`adagrad_select` after one step on every block. [Note: Steady state]."""
 
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
+        """Return every block at step 0, and AdaGradSelect's plan from step 1 on."""
         if step == 0:
             return tuple(range(self.context.num_blocks))
         return super().plan(step, update_counts)
 
 
 def section(row: str) -> dict[str, Any] | None:
-    """The ``adagrad_select`` section of a row that DeepSpeed runs; None for plain DeepSpeed."""
+    """Return the ``adagrad_select`` section of a row that DeepSpeed runs; None for plain DeepSpeed."""
     if row == PLAIN:
         return None
     if row == ALL:
@@ -166,6 +170,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Any:
+        """Time the block inside as phase ``name``."""
         get_accelerator().synchronize()
         start = time.perf_counter()
         yield
@@ -196,6 +201,7 @@ class PlanningClock:
         return timed
 
     def take(self) -> float:
+        """Return the seconds spent in the timed functions since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -231,7 +237,7 @@ class DeepSpeedTrainer:
         self._adapter = adapter_for(self._optimizer)  # plain DeepSpeed's optimizer has what is read by it, too
 
     def start_measuring(self) -> None:
-        """The hooks that have seen the warm-up's gradients would cost time."""
+        """Remove the hooks that watched the warm-up's gradients: they would cost time."""
         for hook in self._look_at_gradients:
             hook.remove()
 
@@ -241,6 +247,7 @@ class DeepSpeedTrainer:
             self._most_gradient_bytes = max(self._most_gradient_bytes, held)
 
     def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
+        """Take a step on ``tokens``; return its measurements. DeepSpeed's side ignores ``blocks``."""
         engine, watch = self._engine, Stopwatch()
         tokens = tokens.to(engine.device)
         with watch.phase("forward"):
@@ -289,6 +296,7 @@ class FloorTrainer:
         )
 
     def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
+        """Take a step on ``tokens`` that trains ``blocks`` (None: all); return its measurements."""
         chosen = range(len(self.blocks)) if blocks is None else blocks
         selected = {name for index in chosen for name in self.blocks[index].parameter_names}
         tokens, watch = tokens.to(self._device), Stopwatch()
@@ -327,7 +335,7 @@ class FloorTrainer:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """This process's largest resident memory since `reset_peak_memory`, and the accelerator's (0 on a CPU)."""
+    """Return the peak resident memory since `reset_peak_memory`, and the accelerator's (0 on a CPU)."""
     accelerator = get_accelerator()
     on_host = accelerator.device_name() == "cpu"
     return {

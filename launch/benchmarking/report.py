@@ -29,9 +29,11 @@ class Bar:
 
     @property
     def met(self) -> bool:
+        """Whether the value is within the limit."""
         return self.value <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the bar in JSON's types."""
         return {**asdict(self), "met": self.met}
 
 
@@ -44,10 +46,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def step_seconds(sample: Sample) -> float:
+    """Return the seconds of the whole step."""
     return sum(sample["seconds"].values())
 
 
 def optimizer_seconds(sample: Sample) -> float:
+    """Return the seconds of the optimizer's part of the step."""
     return float(sample["seconds"]["optimizer"])
 
 
@@ -57,11 +61,12 @@ def ratios(row: Samples, base: Samples, seconds: Callable[[Sample], float]) -> l
 
 
 def share(sample: Sample, block_numels: Sequence[int]) -> float:
-    """Updated parameters / all parameters."""
+    """Return updated parameters / all parameters."""
     return sum(block_numels[block] for block in sample["blocks"]) / sum(block_numels)
 
 
 def gradient_bytes(sample: Sample) -> int:
+    """Return the bytes of gradients on accelerator and host."""
     return int(sample["accelerator_gradient_bytes"] + sample["host_gradient_bytes"])
 
 
@@ -118,7 +123,7 @@ def _mean_traffic(steps: Sequence[Sample]) -> dict[str, float] | None:
 
 
 def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: Workload) -> list[Bar]:
-    """The bars that the measured rows allow to judge. All ratios are medians of the rounds' ratios."""
+    """Return the bars that the measured rows allow to judge. All ratios are medians of the rounds' ratios."""
     found = []
 
     def bar(name: str, limit: float, row: str, base: str) -> None:
@@ -153,7 +158,7 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: 
 
 
 def _streaming_bar(row: str, by_round: Samples, block_numels: Sequence[int], workload: Workload) -> Bar:
-    """The most gradient bytes there were at once, over those of the k + 1 largest blocks."""
+    """Return the most gradient bytes there were at once, over those of the k + 1 largest blocks."""
     sample = next(iter(by_round.values()))
     largest = sorted(range(len(block_numels)), key=lambda block: -block_numels[block])[: len(sample["blocks"]) + 1]
     on_device = replace(workload, offload="none")
@@ -198,7 +203,7 @@ def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Seque
 
 
 def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows for a terminal. Seconds are medians; ± is half the distance between the quartiles."""
+    """Return the rows for a terminal. Seconds are medians; ± is half the distance between the quartiles."""
     head: tuple[str, ...] = (
         "row",
         "share",
@@ -240,7 +245,7 @@ def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def bar_table(mode: str, judged: Sequence[Bar]) -> str:
-    """The bars for a terminal."""
+    """Return the bars for a terminal."""
     lines = [("bar", "limit", "measured", "")]
     lines += [(bar.name, f"{bar.limit:.2f}", f"{bar.value:.3f}", "pass" if bar.met else "MISS") for bar in judged]
     return "\n".join([f"\nbars, {mode}", *aligned(lines)])

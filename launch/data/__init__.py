@@ -1,0 +1,1 @@
+"""Training and test data: sources, columns, chat templates, tokens and batches."""

@@ -110,7 +110,7 @@ def generate(split: str, size: int, *, level: int = 2, seed: int = 42) -> list[d
 
 
 def split_of(skeleton: str) -> str:
-    """The one split that a skeleton belongs to; independent of seed and size."""
+    """Return the one split that a skeleton belongs to; independent of seed and size."""
     digest = hashlib.sha256(skeleton.encode()).digest()
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:8], "big") % _HASH_BUCKETS]
 

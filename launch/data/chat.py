@@ -39,7 +39,7 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The turns as one text: of a single user's turn its content, else each turn after its role."""
+        """Return the turns as one text: a single user turn as its content, else each turn after its role."""
         if [turn["role"] for turn in self.turns] == ["user"]:
             return self.turns[0]["content"]
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
@@ -61,7 +61,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def turns_of(value: Any, column: str) -> list[Turn]:
-    """Return the turns of a list of messages. Raise UnusableRow for what is none."""
+    """Return the turns of a list of messages. Raise UnusableRow for any other value."""
     if not is_conversation(value):
         raise UnusableRow(f"its column {column!r} is no list of messages. Mend or remove it")
     return [_turn_of(message, f"message {number} of its column {column!r}") for number, message in enumerate(value, 1)]

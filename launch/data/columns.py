@@ -29,7 +29,7 @@ class TextColumns:
         prompt: column of the prompt; None where ``template`` makes it, or ``completion`` holds whole conversations.
         completion: column of the completion, or of the conversation.
         template: text with columns in braces, which is the prompt.
-        remove_pattern: regular expression of what is removed from completions.
+        remove_pattern: regular expression of the text to remove from completions.
         before, after: columns put before and after the prompt, on lines of their own; empty ones are left out.
     """
 
@@ -143,7 +143,7 @@ def _strings_in(value: Any) -> Iterator[str]:
 
 
 def _text_of(value: Any) -> str:
-    """Return a value as text, None as "". Raise TypeError, with its kind, for what is none."""
+    """Return a value as text, None as "". Raise TypeError, with its kind, for any other value."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -92,14 +92,14 @@ class Encoder:
         }
 
     def render(self, prompt: str | Sequence[Turn], completion: str) -> tuple[str, str]:
-        """The texts as the model sees them. The completion ends in the end-of-text token. Raises UnusableRow."""
+        """Return the texts as the model sees them; the completion ends in end-of-text. Raises UnusableRow."""
         turns = [user_turn(prompt)] if isinstance(prompt, str) else list(prompt)
         if self.use_chat_template:
             return self._template.render(turns, completion)
         return self._opened(turns), f"{completion}{self.tokenizer.eos_token}"
 
     def prompt(self, prompt: str | Sequence[Turn]) -> tuple[str, list[int]]:
-        """A prompt as the model sees it, and its tokens. Raises UnusableRow."""
+        """Return a prompt as the model sees it, and its tokens. Raises UnusableRow."""
         opened = self._opened([user_turn(prompt)] if isinstance(prompt, str) else list(prompt))
         return opened, self._ids_of(opened)
 
@@ -207,7 +207,7 @@ def encode(split: str, part: Dataset, encoder: Encoder, *, workers: int, drop_lo
 
 
 def _where(place: int | str, split: str) -> str:
-    """The place of a row as a sentence begins with it: a file's line, else the row's number in its split."""
+    """Return a row's place to begin a sentence with: a file's line, else the row's number in its split."""
     return place[:1].upper() + place[1:] if isinstance(place, str) else f"Row {place} of the {split} split"
 
 

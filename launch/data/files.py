@@ -134,7 +134,7 @@ def _cell_of(value: Any) -> str | None:
 
 
 def _checked_rows(file: Path) -> Iterator[Row]:
-    """Yield the rows of ``file``. Raise DataError, with the line, for what can't be read or kept."""
+    """Yield the rows of ``file``. Raise DataError, with the line, for a row that can't be read or kept."""
     place = "line 1"
     rows = _rows(file)
     while True:

@@ -48,7 +48,7 @@ class Splits:
 
 
 def load(options: DataOptions) -> Splits:
-    """The data that ``options`` name, split in three.
+    """Load the data that ``options`` name, split in three.
 
     Where the data has no validation or test split, its rows are taken out of train by ``seed``. Raises
     DataError for data that is not there, empty, malformed or without the columns asked for; ConfigError for
@@ -65,7 +65,7 @@ def load(options: DataOptions) -> Splits:
 
 
 def load_test(options: DataOptions) -> tuple[Dataset, TextColumns]:
-    """The first ``options.test_rows`` test problems, in their order, and which columns of theirs are the text.
+    """Load the first ``options.test_rows`` test problems, in their order, with the names of their text columns.
 
     Of a file they are its rows, of a folder or a hub name its test split. Raises what `load` raises.
     """
@@ -80,7 +80,7 @@ def load_test(options: DataOptions) -> tuple[Dataset, TextColumns]:
 
 
 def local_copy(name: str) -> Path | None:
-    """The folder of the preset ``name`` below the one that DS_AGSEL_DATA names; None where there is none.
+    """Return the folder of the preset ``name`` in the one that DS_AGSEL_DATA names; None if there is no such folder.
 
     Raises DataError where the variable names no folder.
     """
@@ -109,7 +109,7 @@ def _builtin(options: DataOptions) -> Splits:
 
 
 def _load_parts(options: DataOptions, preset: Preset | None, *, needed: str) -> dict[str, Dataset]:
-    """The parts that there are, by "train", "validation" and "test"; ``needed`` is always there."""
+    """Load the existing splits, by "train", "validation" and "test"; ``needed`` is always among them."""
     path = local_copy(options.dataset) or Path(options.dataset).expanduser()
     if path.is_dir():
         found = _chosen(folders.read(path, needed, options.dataset_config), options, str(path), needed)
@@ -138,7 +138,7 @@ def _load_from_hub(options: DataOptions, preset: Preset | None, needed: str) -> 
 
 
 def _chosen(there: Mapping[str, Dataset], options: DataOptions, name: str, needed: str) -> dict[str, Dataset]:
-    """The splits that the options name, else those with the usual names."""
+    """Return the splits that the options name, else those with the usual names."""
     asked = {
         "train": options.train_split,
         "validation": options.validation_split,

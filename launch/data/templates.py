@@ -1,4 +1,4 @@
-"""Render conversations by a tokenizer's chat template, and see that nothing of the answer is lost or repeated."""
+"""Render conversations by a tokenizer's chat template, and check that no part of an answer is lost or repeated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ds_agsel.errors import ConfigError
 from .chat import Turn, UnusableRow, assistant_turn, user_turn
 
 _PROBE_PROMPT, _PROBE_ANSWER = "What does the quick brown fox jump over?", "It jumps over the lazy dog, they say."
-_LEAST_TO_COMPARE = 8  # characters of an answer of which a second copy can be told from chance
+_LEAST_TO_COMPARE = 8  # characters: a shorter answer may occur twice by chance
 
 
 class ChatTemplate:

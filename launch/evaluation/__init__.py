@@ -1,0 +1,1 @@
+"""Held-out loss and the accuracy of generated answers."""

@@ -120,7 +120,7 @@ def load_problems(wanted: EvaluationOptions, tokenizer: PreTrainedTokenizerBase)
 def _answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], wanted: EvaluationOptions
 ) -> Iterator[dict[str, Any]]:
-    """A record for each problem, in order, a batch at a time."""
+    """Yield a record for each problem, in order, a batch at a time."""
     for start in range(0, len(problems), wanted.batch_size):
         batch = problems[start : start + wanted.batch_size]
         began = time.perf_counter()
@@ -168,7 +168,7 @@ def _check_room(model: Any, problems: Sequence[Problem], wanted: EvaluationOptio
 
 
 def _earlier_answers(wanted: EvaluationOptions, output: Path, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """What is answered already; makes the folder. Raises ConfigError for another evaluation's."""
+    """Return the earlier answers; make the folder. Raises ConfigError for another evaluation's folder."""
     options = {name: value for name, value in asdict(wanted).items() if name not in _FREE_TO_CHANGE}
     answers, settings_file = output / ANSWERS_FILE, output / _SETTINGS_FILE
     if wanted.resume and settings_file.is_file():
@@ -203,7 +203,7 @@ def _earlier_answers(wanted: EvaluationOptions, output: Path, problems: Sequence
 
 
 def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    """The records before the first line that a kill cut short."""
+    """Return the records before the first line that a kill cut short."""
     records = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

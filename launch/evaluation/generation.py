@@ -27,7 +27,7 @@ def greedy(
     device: Any,
     synced_gpus: bool = False,
 ) -> list[Answer]:
-    """The most likely token each time, until an end token or ``max_new_tokens``, or as many as the model's positions.
+    """Generate the most likely token each time, until an end token, ``max_new_tokens`` or the model's last position.
 
     ``prompts`` are token ids. A repetition penalty of the model's generation config stays in force, as it does in
     lm-evaluation-harness. Collective with ``synced_gpus``.
@@ -56,7 +56,7 @@ def greedy(
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the tokenizer's end of text, and those of the model's generation config."""
+    """Return the tokens that end an answer: the tokenizer's end of text and those of the generation config."""
     known = model.generation_config.eos_token_id
     listed = known if isinstance(known, list) else [known]
     return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})

@@ -83,7 +83,7 @@ class EvaluationOptions:
 
 
 def parse(arguments: Sequence[str] | None = None) -> EvaluationOptions:
-    """The command line. Raises ConfigError for values that can't be."""
+    """Return the options of the command line. Raises ConfigError for impossible values."""
     summary, _, details = str(__doc__).partition("\n")
     parser = argparse.ArgumentParser(
         prog="ds-agsel evaluate" if __name__.startswith("ds_agsel.") else "python launch/evaluate.py",

@@ -62,7 +62,7 @@ class ExactMatch:
 
 
 def final_answer(text: str) -> str:
-    """What ``text`` answers: what follows ``####`` or "the answer is" if that is there, else the last number.
+    """Return the answer in ``text``: what follows ``####`` or "the answer is", else the last number.
 
     Numbers are brought to one form (``1,200.0`` is ``1200``); without any the answer is the text itself.
     """
@@ -85,7 +85,7 @@ def _normal_number(number: str) -> str:
 
 @contextmanager
 def _evaluating(engine: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients inside, training mode after."""
+    """Set evaluation mode without gradients inside, and training mode after."""
     engine.eval()
     try:
         with torch.no_grad():
@@ -161,12 +161,12 @@ def exact_match(
 
 
 def _autocast(engine: Any) -> Any:
-    """What DeepSpeed's forward does where the ds_config asks for torch_autocast; generation goes round it."""
+    """Return the autocast that DeepSpeed's forward uses with torch_autocast; generation bypasses that forward."""
     if not engine.torch_autocast_enabled():
         return nullcontext()
     return torch.autocast(get_accelerator().device_name(), dtype=engine.torch_autocast_dtype())
 
 
 def to_device(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
-    """The batch on ``device``."""
+    """Return the batch on ``device``."""
     return {name: tensor.to(device) for name, tensor in batch.items()}

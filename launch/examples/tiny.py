@@ -22,7 +22,7 @@ def model_and_tokenizer(name: str | None) -> tuple[AutoModelForCausalLM, PreTrai
 
 
 def rows(name: str | None, row_of: Callable[[int, int], dict[str, str]]) -> Dataset:
-    """The training split of a hub name; None: ``row_of(a, b)`` of 64 pairs of numbers."""
+    """Return the training split of a hub name; None: ``row_of(a, b)`` of 64 pairs of numbers."""
     if name is not None:
         return load_dataset(name, split="train")
     return Dataset.from_list([row_of(a, b) for a in range(8) for b in range(8)])

@@ -13,8 +13,10 @@ from .plain_torch import PlainTorch, adam_options, projected_groups
 
 
 class Apollo(PlainTorch):
-    """Learning rates by channel from moments of rank ``rank`` under a random projection; APOLLO-Mini is
-    rank=1 scale_type=tensor scale=128. States and weights are in the model's precision, as the package has it.
+    """Learning rates by channel from moments of rank ``rank`` under a random projection.
+
+    APOLLO-Mini is rank=1 scale_type=tensor scale=128. States and weights are in the model's precision, as in the
+    package.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {

@@ -40,7 +40,7 @@ def block_optimizer(model: nn.Module, base: Any, options: Mapping[str, Any], con
 
 
 def in_training(model: nn.Module) -> frozenset[str]:
-    """The names of the parameters that BAdam has thawed."""
+    """Return the names of the parameters that BAdam has thawed."""
     return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
@@ -111,12 +111,18 @@ class _BadamZero(Full):
 
 
 class BadamZero1(_BadamZero):
+    """With ZeRO stage 1."""
+
     STAGE = 1
 
 
 class BadamZero2(_BadamZero):
+    """With ZeRO stage 2."""
+
     STAGE = 2
 
 
 class BadamZero3(_BadamZero):
+    """With ZeRO stage 3."""
+
     STAGE = 3

@@ -44,14 +44,14 @@ class Method:
         self.engine: Any = None
 
     def check(self, wanted: argparse.Namespace) -> None:
-        """Raise ConfigError where the job's options ask for what this method has not."""
+        """Raise ConfigError if the job's options request something this method does not support."""
         for option in ("resume", "checkpoint_every", "compile"):
             if getattr(wanted, option) and not self.RESUMES:
                 flag = option.replace("_", "-")
                 raise ConfigError(f"--{flag} is not there for --method {self.name}, which is no engine. Leave it out.")
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The ds_config to run with, made of the user's; that one is not edited."""
+        """Return the ds_config to run with, made from the user's, which is not modified."""
         return config
 
     def start(self, model: Any, context: RunContext) -> Any:
@@ -59,10 +59,10 @@ class Method:
         raise NotImplementedError
 
     def begin_step(self, step: int) -> None:
-        """Called before the first forward of ``step``."""
+        """Prepare ``step``, before its first forward."""
 
     def phase(self) -> str:
-        """What kind of step the last one was, as logs and medians tell them apart."""
+        """Return the kind of the last step, by which logs and medians tell steps apart."""
         return "plain"
 
     def trained(self) -> frozenset[str] | None:
@@ -86,7 +86,7 @@ class Method:
         return time.process_time()
 
     def precision(self, config: Mapping[str, Any]) -> str:
-        """In which numbers it computes, and keeps weights where that is not as ZeRO does."""
+        """Return the dtype it computes in, and that of the kept weights if it differs from ZeRO's."""
         return DsConfig.of(config).arithmetic
 
     def faults(self) -> list[str]:
@@ -94,7 +94,7 @@ class Method:
         return []
 
     def result(self) -> tuple[Any, Mapping[str, torch.Tensor] | None]:
-        """The trained model, and its weights where this rank has them to save. Collective; ends the training."""
+        """End the training; return the model and, on the rank that saves them, its weights. Collective."""
         return self.engine.module, compat.whole_state_dict(self.engine)
 
 
@@ -104,7 +104,7 @@ def without_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def package(name: str, distribution: str | None = None) -> ModuleType:
-    """The package of a peer. Raises ConfigError where it is not installed."""
+    """Import and return a peer's package. Raises ConfigError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

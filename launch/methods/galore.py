@@ -13,8 +13,9 @@ from .plain_torch import PlainTorch, adam_options, projected_groups
 
 
 class Galore(PlainTorch):
-    """Moments of rank ``rank``; every ``update_proj_gap`` steps an SVD of each matrix's gradient. States and weights
-    are in the model's precision, as the package has it.
+    """Moments of rank ``rank``; every ``update_proj_gap`` steps an SVD of each matrix's gradient.
+
+    States and weights are in the model's precision, as in the package.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}

@@ -51,13 +51,14 @@ class LayerDraw:
         return True
 
     def weights(self) -> list[nn.Parameter]:
-        """The parameters that are trained now."""
+        """Return the parameters that are trained now."""
         return [parameter for name, parameter in self._parameters.items() if name in self.names]
 
 
 class Lisa(PlainTorch):
-    """In plain PyTorch. ``release`` 1 drops the states of layers that are frozen, as the paper's figures of memory
-    need; 0 keeps them.
+    """LISA in plain PyTorch.
+
+    ``release`` 1 drops the states of frozen layers, as the paper's memory figures need; 0 keeps them.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {**_LISA, "release": 1}

@@ -96,7 +96,7 @@ class PlainTorch(Method):
         return self.engine
 
     def optimizer(self, model: nn.Module, context: RunContext) -> torch.optim.Optimizer:
-        """The method itself, on a model that is on its device and in its precision."""
+        """Return the method's optimizer for a model that is on its device and in its precision."""
         raise NotImplementedError
 
     def gradient_bytes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 
 def held_by(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors of two elements or more in nested dicts, lists and objects, such as GaLore's projectors.
+    """Return the tensors of two elements or more in nested dicts, lists and objects, such as GaLore's projectors.
 
     Smaller ones are step counts.
     """

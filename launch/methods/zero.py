@@ -62,7 +62,7 @@ class Zero(Method):
 
 
 class AdaGradSelect(Zero):
-    """The ds_config's section, or its defaults where there is none."""
+    """Return the ds_config's section, or its defaults if it has none."""
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**config, SECTION: {**config.get(SECTION, {}), "enabled": True}}

@@ -1,4 +1,4 @@
-"""Writes docs/scaling.md from the estimator: python launch/scaling.py --output docs/scaling.md (`make docs`).
+"""Write docs/scaling.md from the estimator: python launch/scaling.py --output docs/scaling.md (`make docs`).
 
 Bytes are the estimator's, link times are those bytes by assumed rates: arithmetic, not measurements.
 """
@@ -54,7 +54,7 @@ class Way:
     traffic: TrafficBytes
 
     def link_seconds(self) -> dict[str, float]:
-        """What each part of the machine would need by itself, were all of them to work at once."""
+        """Return the seconds that each part of the machine needs by itself, all of them working at once."""
         ranks, traffic = self.setup.ranks, self.traffic
         wire = NETWORK_BYTES_PER_SECOND if ranks > RANKS_PER_NODE else H100.nvlink_bytes
         sharers = min(max(ranks, 2), RANKS_PER_NODE)
@@ -69,7 +69,7 @@ class Way:
         }
 
     def limit(self) -> tuple[str, float]:
-        """The slowest part and its seconds: no step can be shorter."""
+        """Return the slowest part and its seconds: no step can be shorter."""
         return max(self.link_seconds().items(), key=lambda link: link[1])
 
     def _products(self) -> float:
@@ -107,7 +107,7 @@ def ways(name: str, stage: int, ranks: int, offload: Device = "cpu") -> dict[flo
 
 
 def page() -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     return "\n".join(
         [
             "# Scale on paper",
@@ -190,7 +190,7 @@ def _limit_section() -> Iterator[str]:
 
 
 def _where_it_stops() -> Iterator[str]:
-    """What the tables say, in numbers taken from them."""
+    """Yield sentences on the tables, with numbers taken from them."""
     yield from ["### Where ds_agsel stops helping", ""]
     for stage in (2, 3):
         ratios = {
@@ -235,7 +235,7 @@ def _nvme_section() -> Iterator[str]:
 
 
 def seven_b() -> tuple[Estimate, int]:
-    """The estimate for the 7B config, and its activations' bytes."""
+    """Return the estimate for the 7B config, and its activations' bytes."""
     ds_config = read_ds_config(SEVEN_B)
     model = _shape(SEVEN_B_MODEL)
     tokens = (DsConfig.of(ds_config).micro_batch_size or 1) * SEVEN_B_SEQUENCE
@@ -294,6 +294,7 @@ def _gib(*amounts: int) -> str:
 
 
 def main() -> None:
+    """Write or print the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="file to write; not given: print")
     options = parser.parse_args()

@@ -1,6 +1,7 @@
-"""Writes the table of SIMULATED transfer times of `step_device: "accelerator"`: python launch/simulate_transfers.py
+"""Write the table of SIMULATED transfer times of `step_device: "accelerator"`.
 
-The model is `ds_agsel.estimate.timeline`; the rates are assumed (`ds_agsel.estimate.cards`), and no GPU was used.
+Usage: python launch/simulate_transfers.py. The model is `ds_agsel.estimate.timeline`; the rates are assumed
+(`ds_agsel.estimate.cards`), and no GPU was used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ BATCH, SEQUENCE = 8, 512
 
 
 def main() -> None:
+    """Write or print the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--select-percent", type=float, nargs="+", default=PERCENTAGES)
@@ -67,7 +69,7 @@ class Line:
 
 
 def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequence: int) -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     tokens = batch * sequence
     table = [
         _line(shape, card, percent, tokens) for shape in map(read_shape, models) for card in CARDS
@@ -120,7 +122,7 @@ def _exposed(exposure: Exposure) -> str:
 
 
 def _reading(table: Sequence[Line], tokens: int) -> list[str]:
-    """What the table says, in numbers taken from it."""
+    """Return sentences on the table, with numbers taken from it."""
     hidden = sum(line.exploit.is_hidden for line in table)
     explore = [line.explore.exposed_seconds / line.explore.step_seconds for line in table]
     text = (

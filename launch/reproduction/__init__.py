@@ -1,1 +1,1 @@
-"""The paper's experiments as one list of runs: what to run, running it, and what came of it."""
+"""The paper's experiments as one list of runs: the plan, running it, and the results."""

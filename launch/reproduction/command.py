@@ -42,7 +42,7 @@ CELLS_FAILED, REFUSED, STOPPED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where cells failed that were not foreseen to, 2 for a setting that can't be, 130 after a signal."""
+    """Return 0; 1 if cells failed unexpectedly, 2 for an impossible setting, 130 after a signal."""
     wanted = _parse(arguments)
     try:
         plan = _with_models(plans.read(wanted.file or CONFIGS / f"{wanted.scale}.yaml"), wanted.model)

@@ -68,7 +68,7 @@ class _Work:
 
 
 def prices(plan: SweepPlan, cells: Sequence[Cell]) -> list[Price]:
-    """One for each model and method among ``cells``. Raises ConfigError where the plan has no ``cost``."""
+    """Return one for each model and method among ``cells``. Raises ConfigError if the plan has no ``cost``."""
     if plan.cost is None:
         raise ConfigError(f"{plan.name} has no section cost. Add one, as configs/paper/full.yaml has.")
     found = []
@@ -203,7 +203,7 @@ def _is_ours(row: Row, work: _Work, section: dict[str, Any], method: MethodEntry
 
 
 def _activation_bytes(work: _Work) -> int:
-    """A rule of thumb: with recomputation the estimator's, else also what every linear layer takes and gives."""
+    """Estimate activations: with recomputation as the estimator does, else with each linear layer's in- and output."""
     tokens = work.tokens // work.setup.accumulation_steps
     held = checkpointed_activation_bytes(work.shape, tokens)
     if not work.checkpointed:

@@ -25,7 +25,7 @@ _SWEPT = {"adagrad_select": "AdaGradSelect", "gradient_topk": "gradient_topk"}  
 
 
 def draw_all(plan: SweepPlan, cells: Sequence[CellResult], folder: Path) -> list[Path]:
-    """Write every figure that there is something for, one a model and kind; returns the files."""
+    """Write each figure that has data, one per model and kind; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for model in plan.models:

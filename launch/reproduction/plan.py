@@ -40,7 +40,9 @@ class Model(_Strict):
 
 
 class MethodEntry(_Strict):
-    """``method`` and ``method_options`` are launch/peers.py's. ``seeds``: null for all of the plan's. ``fails``: a part
+    """One method of the plan.
+
+    ``method`` and ``method_options`` are launch/peers.py's. ``seeds``: null for all of the plan's. ``fails``: a part
     of the message with which it is known to fail.
     """
 
@@ -161,7 +163,7 @@ class SweepPlan(_Strict):
             yield self.search.options
 
     def label(self, method: str) -> str:
-        """What tables call ``method``."""
+        """Return the name of ``method`` in tables."""
         return self.methods[method].label or method
 
 
@@ -185,7 +187,7 @@ class Cell:
 
 
 def read(path: Path) -> SweepPlan:
-    """The plan in the YAML file ``path``. Raises ConfigError, which names the setting."""
+    """Read the plan in the YAML file ``path``. Raises ConfigError, which names the setting."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -208,7 +210,7 @@ def _first_message(error: ValidationError) -> str:
 
 
 def search_cells(plan: SweepPlan) -> list[Cell]:
-    """The short runs of every model and family that has more than one learning rate."""
+    """Return the short runs of every model and family that has more than one learning rate."""
     if plan.search is None:
         return []
     return [
@@ -221,7 +223,7 @@ def search_cells(plan: SweepPlan) -> list[Cell]:
 
 
 def final_cells(plan: SweepPlan) -> list[Cell]:
-    """The runs that the tables are made of, seed by seed, so that a sweep that is cut short has each method."""
+    """Return the runs for the tables, seed by seed, so that a sweep that is cut short covers each method."""
     return [
         Cell("final", model, name, method.family, seed, plan.steps, None)
         for seed in plan.seeds
@@ -232,18 +234,18 @@ def final_cells(plan: SweepPlan) -> list[Cell]:
 
 
 def search_method(plan: SweepPlan, family: str) -> str:
-    """The method whose short runs choose the family's learning rate."""
+    """Return the method whose short runs choose the family's learning rate."""
     return plan.families[family].search_with or next(n for n, m in plan.methods.items() if m.family == family)
 
 
 def choose_lr(losses: Mapping[float, float | None]) -> float | None:
-    """The learning rate with the lowest held-out loss, the smaller of equals; None where every short run failed."""
+    """Return the learning rate of the lowest held-out loss, the smaller of equals; None if every run failed."""
     finished = {lr: loss for lr, loss in losses.items() if loss is not None}
     return min(finished, key=lambda lr: (finished[lr], lr)) if finished else None
 
 
 def arguments(plan: SweepPlan, cell: Cell, lr: float) -> list[str]:
-    """What launch/peers.py is given for ``cell``, all but ``--output`` and how to treat what is there."""
+    """Return launch/peers.py's arguments for ``cell``, except ``--output`` and ``--resume`` or ``--overwrite``."""
     model, method = plan.models[cell.model], plan.methods[cell.method]
     variation = model.methods.get(cell.method, Variation())
     searched = plan.search.options if plan.search is not None and cell.kind == "search" else {}
@@ -257,7 +259,7 @@ def arguments(plan: SweepPlan, cell: Cell, lr: float) -> list[str]:
 
 
 def evaluation_arguments(evaluation: Evaluation) -> list[str]:
-    """What launch/evaluate.py is given, all but ``--model`` and ``--output``."""
+    """Return launch/evaluate.py's arguments, except ``--model`` and ``--output``."""
     return ["--dataset", evaluation.dataset, "--rows", str(evaluation.rows), *_words(evaluation.options)]
 
 

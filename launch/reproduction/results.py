@@ -38,6 +38,7 @@ class Accuracy:
 
     @property
     def percent(self) -> float:
+        """Correct answers in percent."""
         return 100 * self.correct / self.rows
 
     @property
@@ -71,14 +72,17 @@ class CellResult:
 
     @property
     def is_whole(self) -> bool:
+        """Whether the run ended without an error."""
         return self.message is None
 
     @property
     def step_median(self) -> float | None:
+        """Median seconds per step; None without steps."""
         return statistics.median(self.step_seconds) if self.step_seconds else None
 
     @property
     def step_p90(self) -> float | None:
+        """90th percentile of seconds per step; None without steps."""
         return percentile(self.step_seconds, 90) if self.step_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _measured(sweep: Sweep, cell: Cell) -> CellResult:
 def read_cell(
     model: str, method: str, seed: int, *, folder: Path, lr: float, message: str | None, seconds: float
 ) -> CellResult:
-    """The cell in ``folder``. Raises OSError, ValueError or KeyError where a whole cell's files are damaged."""
+    """Read the cell in ``folder``. Raises OSError, ValueError or KeyError if a whole cell's files are damaged."""
     run = folder / RUN
     metrics = run / "metrics.jsonl"
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
@@ -139,7 +143,7 @@ def read_cell(
 
 
 def points_of(records: Iterable[Mapping[str, Any]]) -> tuple[Point, ...]:
-    """The held-out losses of a metrics.jsonl, each with the training time spent before it."""
+    """Return the held-out losses of a metrics.jsonl, each with the training time spent before it."""
     wall, processor = 0.0, 0.0
     found = []
     for record in records:
@@ -191,7 +195,7 @@ def loss_at(points: Sequence[Point], processor_seconds: float) -> float | None:
 
 
 def shared_budget(cells: Iterable[CellResult]) -> float | None:
-    """The processor time that "equal processor time" means: that of the quickest whole run without a fault."""
+    """Return the budget of "equal processor time": that of the quickest whole run without a fault."""
     spent = [m.processor_seconds for m in cells if m.is_whole and not m.faults and m.processor_seconds]
     return min(spent) if spent else None
 
@@ -224,12 +228,14 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
+    """Return the mean and half the range of ``values``; None if there are none."""
     if not values:
         return None
     return Spread(statistics.fmean(values), (max(values) - min(values)) / 2, len(values))
 
 
 def over_seeds(losses: Mapping[tuple[str, str, int], float], model: str, method: str) -> Spread | None:
+    """Return the spread over seeds of the losses of ``model`` and ``method``."""
     return spread([loss for (m, name, _), loss in losses.items() if (m, name) == (model, method)])
 
 
@@ -244,7 +250,7 @@ def against(losses: Mapping[tuple[str, str, int], float], model: str, method: st
 
 
 def mean_accuracy(cells: Iterable[CellResult], model: str, method: str, dataset: str) -> Accuracy | None:
-    """The mean over seeds, taken for one seed's number of problems: seeds may share them, so its interval is wide."""
+    """Return the mean over seeds, its interval that of one seed's number of problems: seeds may share them."""
     found = [m.accuracy[dataset] for m in cells if (m.model, m.method) == (model, method) and dataset in m.accuracy]
     if not found:
         return None

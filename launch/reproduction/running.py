@@ -61,11 +61,13 @@ class Sweep:
     # -- what is there
 
     def folder(self, cell: Cell) -> Path:
+        """Return the folder of ``cell``."""
         return self.output / cell.name
 
     def outcome(self, cell: Cell) -> Outcome | None:
-        """What came of ``cell``; None where it has not been run whole, or was run with other settings, or where its
-        learning rate is not chosen yet.
+        """Return the outcome of ``cell``.
+
+        None if its run is not complete, had other settings, or has no learning rate yet.
         """
         found = _read_json(self.folder(cell) / DONE) or _read_json(self.folder(cell) / FAILED)
         if found is None:
@@ -77,7 +79,7 @@ class Sweep:
         return outcome
 
     def lr_of(self, cell: Cell) -> tuple[float | None, str]:
-        """The learning rate of a final cell, and why there is none; None until its family's search has ended."""
+        """Return a final cell's learning rate and, if it is None, the reason: None until its family's search ends."""
         rates = self.plan.families[cell.family].learning_rates
         if len(rates) == 1:
             return rates[0], ""
@@ -168,7 +170,7 @@ class Sweep:
         self._say(f"[{self._count}/{total}] {cell.name}, lr {lr:g}: {what} ({seconds:.0f} s)")
 
     def _train_and_evaluate(self, cell: Cell, lr: float) -> str | None:
-        """Do what is not done yet of what an earlier sweep began; None, or what went wrong."""
+        """Finish what an earlier sweep began; return the error, or None."""
         folder = self.folder(cell)
         run = folder / RUN
         limit = time.monotonic() + self.plan.time_limit_seconds
@@ -233,7 +235,7 @@ class Sweep:
 
 
 def error_in(log: str) -> str | None:
-    """The line of ``log`` that says what went wrong: the last that begins with "error:", else the last exception."""
+    """Return the line of ``log`` with the error: the last that begins with "error:", else the last exception."""
     lines = [line.strip() for line in log.splitlines()]
     errors = [line for line in lines if _ERROR.fullmatch(line) and "CalledProcessError" not in line]
     named = [line for line in errors if line.startswith("error: ")]
@@ -241,7 +243,7 @@ def error_in(log: str) -> str | None:
 
 
 def last_loss(run: Path) -> float | None:
-    """The last validation loss in the run's metrics; None where there is none, or it is not finite."""
+    """Return the last validation loss in the run's metrics; None if it is missing or not finite."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -256,7 +258,7 @@ def last_loss(run: Path) -> float | None:
 
 
 def _read_json(path: Path) -> Any:
-    """What the file holds; None where there is none, or a broken one."""
+    """Return the file's content; None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     return None

@@ -1,0 +1,1 @@
+"""A training run: options, set-up, loop, checkpoints and summary."""

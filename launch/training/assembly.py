@@ -50,14 +50,17 @@ class RunData:
 
     @property
     def train(self) -> encoding.Encoded:
+        """The training split."""
         return self.encoded["train"]
 
     @property
     def validation(self) -> encoding.Encoded:
+        """The validation split."""
         return self.encoded["validation"]
 
     @property
     def test(self) -> encoding.Encoded:
+        """The test split."""
         return self.encoded["test"]
 
 
@@ -87,7 +90,7 @@ class Assembly:
 def assemble(wanted: argparse.Namespace) -> Assembly:
     """Return the run that the options ``wanted`` describe.
 
-    Collective. Raises ConfigError, DataError and CheckpointError for what can't be had, before anything is trained.
+    Collective. Raises ConfigError, DataError or CheckpointError, before anything is trained, if a part can't be made.
     """
     method = methods.make(wanted.method, wanted.method_option) if wanted.method else Zero("as configured", {})
     method.check(wanted)

@@ -15,7 +15,7 @@ RUN = Run()  # where plain DeepSpeed saves; with a selection the engine has its 
 
 
 def tag_of(step: int) -> str:
-    """The folder name of a checkpoint taken after ``step`` steps."""
+    """Return the folder name of a checkpoint taken after ``step`` steps."""
     return f"step{step:08d}"
 
 

@@ -71,7 +71,7 @@ class _Surviving:
             self._lead_into_the_void()
 
     def _lead_into_the_void(self) -> None:
-        """Point the file descriptor at /dev/null: whoever else writes to it, C code too, has no error either."""
+        """Point the file descriptor at /dev/null, so that other writers (C code too) get no error either."""
         with contextlib.suppress(OSError, ValueError):
             void = os.open(os.devnull, os.O_WRONLY)
             os.dup2(void, self._stream.fileno())

@@ -28,11 +28,13 @@ class Costs:
         self._peak_in_steps = 0
 
     def start_step(self) -> None:
+        """Start the clock and the peak of a step."""
         self._peak_between_steps = max(self._peak_between_steps, peak_resident_bytes())
         reset_peak_resident()
         self._started = self._clock()
 
     def end_step(self) -> None:
+        """Add up the step's processor time and peak."""
         self.processor_seconds += self._clock() - self._started
         self._peak_in_steps = max(self._peak_in_steps, peak_resident_bytes())
 
@@ -42,8 +44,9 @@ class Costs:
             self.largest[name] = max(number, self.largest.get(name, 0))
 
     def peak_memory_bytes(self) -> dict[str, int]:
-        """Largest resident memory of this process, and within steps (alike where the system can't tell them apart);
-        the accelerator's largest allocation (0 on a CPU).
+        """Return peaks: resident memory of this process, the same within steps, and the accelerator's allocations.
+
+        The first two are equal if the system can't tell them apart; the last is 0 on a CPU.
         """
         accelerator = get_accelerator()
         on_host = accelerator.device_name() == "cpu"
@@ -55,7 +58,7 @@ class Costs:
 
 
 def peak_resident_bytes() -> int:
-    """This process's largest resident memory since it began, or since `reset_peak_resident`."""
+    """Return the process's largest resident memory since it began, or since `reset_peak_resident`."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

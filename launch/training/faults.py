@@ -38,11 +38,14 @@ class FaultWatch:
                     self._remade[name] = float(drift)
 
     def before_step(self) -> None:
+        """Sample the parameters before a step."""
         self._before = {name: _sample(parameter) for name, parameter in self._parameters.items()}
 
     def after_step(self, record: dict[str, Any], trained: Collection[str] | None) -> None:
-        """``record`` is the step's in metrics.jsonl; ``trained`` names what it was to change, None: what requires
-        gradients. A step that was skipped, and one with lr 0, need not change anything.
+        """Compare the parameters with `before_step`'s.
+
+        ``record`` is the step's in metrics.jsonl; ``trained`` names the parameters that it should change, None: those
+        that require gradients. A step that was skipped, or has lr 0, need not change anything.
         """
         step = record["step"]
         self._steps += 1
@@ -64,6 +67,7 @@ class FaultWatch:
             self._idle.append(step)
 
     def sentences(self) -> list[str]:
+        """Return the faults found, a sentence each."""
         found = []
         if self._remade:
             name = max(self._remade, key=self._remade.__getitem__)
@@ -89,6 +93,6 @@ class FaultWatch:
 
 
 def _sample(parameter: nn.Parameter) -> torch.Tensor:
-    """Copies of every n-th element; under ZeRO-3, where a parameter is in parts, of this rank's part."""
+    """Return a copy of every n-th element; under ZeRO-3, of this rank's part of the parameter."""
     weights = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
     return weights[:: max(1, weights.numel() // _ELEMENTS)].clone()

@@ -27,18 +27,22 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def model(self) -> Path:
+        """The folder of the trained model."""
         return self.path / "model"
 
     @property
     def summary(self) -> Path:
+        """The file summary.json."""
         return self.path / "summary.json"
 
     @property
     def metrics(self) -> Path:
+        """The file metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
     def is_a_run(self) -> bool:
@@ -61,7 +65,7 @@ class RunFolder:
         return isinstance(found, Mapping) and {"method", "deepspeed_config", "rows_per_step"} <= found.keys()
 
     def prepare(self, options: Any) -> None:
-        """Make the folder, or see that there is something to resume from.
+        """Make the folder, or check that it holds a run to resume.
 
         Raises CheckpointError with --resume where there is no checkpoint; ConfigError where the folder holds a run
         and neither --resume nor --overwrite is given, where it holds files of those names that no run of ours wrote

@@ -1,4 +1,4 @@
-"""What the hardware can do, for the choices and the reports that hang on it."""
+"""Facts about the hardware, for the choices and reports that depend on them."""
 
 from __future__ import annotations
 

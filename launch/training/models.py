@@ -40,7 +40,7 @@ _OTHER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of model ``name``, with a padding token. Raises ConfigError where there is none."""
+    """Load the tokenizer of model ``name``, with a padding token. Raises ConfigError if it has no tokenizer."""
     tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model={name!r}: its tokenizer has no end-of-text token. Set eos_token in its config.")
@@ -52,7 +52,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def load_model(
     name: str, *, dtype: str = "float32", trust_remote_code: bool = False, gradient_checkpointing: bool = False
 ) -> PreTrainedModel:
-    """The causal language model ``name``, on the CPU, in ``dtype``, of which "auto" is the one that it was saved in.
+    """Load the causal language model ``name`` on the CPU, in ``dtype``; "auto" is the dtype it was saved in.
 
     To be trained it is fp32: DeepSpeed makes its precision the ds_config's.
 
@@ -95,7 +95,7 @@ def cache_folder() -> Path:
 
 
 def smollm2_folder() -> Path:
-    """A folder with SmolLM2-135M-Instruct in Hugging Face's form, made on first use (20 s)."""
+    """Return a folder with SmolLM2-135M-Instruct in Hugging Face's form, made on first use (20 s)."""
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)  # finds the package, does not import it
     roots = (spec.submodule_search_locations or []) if spec else []
     file = next((path for root in roots if (path := Path(root) / _SMOLLM2_FILE).is_file()), None)

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy on completion tokens, computed where it is needed only."""
+"""The loss: cross-entropy, computed on completion tokens only."""
 
 from __future__ import annotations
 

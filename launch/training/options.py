@@ -15,7 +15,7 @@ from ..data.options import CHAT_TEMPLATE_CHOICES, PRESETS, DataOptions
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a run, checked each for itself. Raises ConfigError for values that can't be."""
+    """Return the options of a run, each checked by itself. Raises ConfigError for impossible values."""
     about = "Fine-tune a causal language model; AdaGradSelect chooses the blocks of each step."
     return _parsed(_parser("train", about), arguments)
 
@@ -60,7 +60,7 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
 
 
 def data_options(options: argparse.Namespace) -> DataOptions:
-    """The options that are about which data to load."""
+    """Return the options of the data to load."""
     return DataOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(DataOptions)})
 
 

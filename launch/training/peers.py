@@ -17,7 +17,7 @@ from . import command, options
 
 
 def main() -> int:
-    """Returns the exit code, as launch/train.py does; a method may raise anything."""
+    """Return the exit code, as launch/train.py does; a method may raise anything."""
     try:
         return command.main(options.parse_peer)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A job in this process: signals, process group, and what went wrong as one line."""
+"""A job in this process: signals, process group, and errors as one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_job(wanted: argparse.Namespace) -> int:
                 os.rmdir(wanted.output)
             dist.destroy_process_group()
     except AgselError as error:
-        # Every rank meets the same error at the same place, but for a disk that only one of them writes to.
+        # Every rank meets the same error at the same place, except those of a disk that one rank alone writes to.
         if ranks.is_main() or isinstance(error, CheckpointError):
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return FAILED

@@ -51,7 +51,7 @@ class Progress:
 
 
 def from_checkpoint(checkpoint: Path, client_state: Mapping[str, Any], position: Mapping[str, Any]) -> Progress:
-    """The progress that ``checkpoint`` carries. Raises CheckpointError unless it is this run's."""
+    """Return the progress saved in ``checkpoint``. Raises CheckpointError unless it is this run's."""
     state = client_state.get(STATE)
     if state is None:
         raise CheckpointError(f"{checkpoint} was not written by launch/train.py. Start without --resume.")
@@ -75,7 +75,7 @@ def from_checkpoint(checkpoint: Path, client_state: Mapping[str, Any], position:
 
 
 def position_of(options: argparse.Namespace, *, rows: int, rows_per_step: int, total_steps: int) -> dict[str, Any]:
-    """What must be the same for the data to go on where it stopped."""
+    """Return the settings that must be equal for the data to go on where it stopped."""
     return {
         "dataset": options.dataset,
         "seed": options.seed,

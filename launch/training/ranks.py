@@ -55,7 +55,7 @@ def add_up(*values: float) -> list[float]:
 
 
 def gather(items: list[Any]) -> list[Any]:
-    """The items of all ranks in rank order, on every rank; they must be picklable. Collective."""
+    """Return the items of all ranks in rank order, on every rank; they must be picklable. Collective."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, items)
     return [item for theirs in everyone for item in theirs]

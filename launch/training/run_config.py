@@ -53,7 +53,7 @@ def complete(
     seed: int,
     section: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A copy of ``config`` with nothing left open; ``config`` is not edited.
+    """Return a copy of ``config`` with nothing left open; ``config`` is not edited.
 
     "auto" is filled where the run knows the value: batch sizes, the optimizer's lr (--lr, or 1e-4), the
     scheduler's warmup_max_lr, total_num_steps and warmup_num_steps (a tenth of the run). A --lr overrides the

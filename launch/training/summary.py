@@ -103,7 +103,7 @@ class Summary:
         }
 
     def _steps_of(self) -> dict[str, list[int] | None]:
-        """Return [first, last] step of each figure that is about steps; None where there was none."""
+        """Return [first, last] step of each figure about steps; None if it covers no step."""
         first, done = self._progress.first_step, self._progress.step
         whole = [0, done - 1] if done else None
         here = [first, done - 1] if done > first else None
@@ -111,7 +111,7 @@ class Summary:
 
 
 def step_seconds(records: Sequence[Mapping[str, Any]], quantile: float) -> dict[str, float]:
-    """A quantile of a step's seconds, 0.5: the median, over all and by phase."""
+    """Return a quantile of a step's seconds, 0.5: the median, over all and by phase."""
     by_phase: dict[str, list[float]] = {"all": [record["seconds"] for record in records]}
     for record in records:
         by_phase.setdefault(record["phase"], []).append(record["seconds"])
@@ -145,7 +145,7 @@ def selection_summary(selection: Any | None) -> dict[str, Any] | None:
 def table(summary: Mapping[str, Any]) -> str:
     """Return the summary for people: two columns of text.
 
-    Figures of a resumed run that are not of all its steps say of which they are.
+    Figures of a resumed run that do not cover all its steps say which steps they cover.
     """
     since = _since(summary["steps_of"]["step_seconds"])
     loss, match, data = summary["loss"], summary["exact_match_percent"], summary["data"]
