@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed_suite import agsel_suite_shim as shim
-from deepspeed_suite.comparison import Difference, compare, compare_engines, read_engines, read_table
+from deepspeed_suite.comparison import Difference, compare, compare_engines, not_run, read_engines, read_table
 
 SUITE = Path(__file__).resolve().parents[1] / "deepspeed_suite"
 PLAIN = {"a.py::T::one[1]": "passed", "a.py::T::one[2]": "passed", "a.py::T::two": "skipped", "a.py::three": "failed"}
@@ -60,6 +60,12 @@ def test_engines_are_counted():
     assert compare_engines({"a.py": 3}, known, "cyclic") == []
     assert compare_engines({"a.py": 3}, known, "all") == ["a.py: 3 engines engaged, expected 4"]
     assert compare_engines({"b.py": 0}, known, "all") == ["no engine was engaged: nothing of ds_agsel was tried"]
+
+
+def test_a_file_without_a_test_that_ran_is_a_problem():
+    assert not_run(["a.py"], PLAIN) == []
+    (empty, broken) = not_run(["a.py", "b.py", "c.py"], {**PLAIN, "c.py": "not collected"})
+    assert empty.startswith("b.py: no test ran") and broken.startswith("c.py: no test ran")
 
 
 @pytest.mark.parametrize("row", ["a.py,all,failed,", "a.py,all,broken,why", ",all,failed,why"])
