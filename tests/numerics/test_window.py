@@ -26,6 +26,7 @@ from support import (
     weights,
 )
 
+import ds_agsel
 from ds_agsel.errors import TrainingError
 
 STAGES = [
@@ -249,7 +250,8 @@ def two_engines(case: Case, second: Case, ends_the_first: bool) -> tuple[dict[st
         first.destroy()
     else:
         first(**batch(case, 3, 0, 0))
-    engine = build(second, model)
+    groups = [{"params": list(model.parameters())}]
+    engine = ds_agsel.initialize(model=model, model_parameters=groups, config=ds_config(second))[0]
     result = run_steps(engine, second)
     if not ends_the_first:
         with pytest.raises(TrainingError) as refused:
@@ -303,8 +305,6 @@ def test_toggling_within_the_window_does_not_thaw_the_selection(workers, stage):
 
 
 def plain_config_has_no_window() -> bool:
-    import ds_agsel
-
     model = tiny_model(Case())
     config = ds_config(Case(section=None))
     engine = ds_agsel.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
