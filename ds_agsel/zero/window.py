@@ -182,7 +182,10 @@ class StepWindow:
 
     def explains_silence(self) -> bool:
         """Whether no planned block took part in this rank's forward, so that its loss rightly needs no gradient."""
-        return self.is_open and all(self._saw(block) == NOT_RUN for block in self._selection.active_blocks)
+        watch = self._watch
+        if not self.is_open or watch is None or not any(map(watch.has_run, range(len(self._parameters)))):
+            return False  # nothing ran at all: the loss is not this model's
+        return all(self._saw(block) == NOT_RUN for block in self._selection.active_blocks)
 
     def not_run(self, blocks: Sequence[int], refuse_dropped: bool) -> list[int]:
         """Those of ``blocks`` that took part in no rank's forward. Collective, and ranks agree.
