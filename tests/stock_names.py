@@ -1,8 +1,8 @@
 """Which of DeepSpeed's names the code of ds_agsel reads, sets, calls or overrides, derived from its source.
 
 ``python tests/stock_names.py`` rewrites `ds_agsel/zero/compat/names.py`, which the guard holds DeepSpeed to; run it
-when tests/unit/test_guard.py says that the list is out of date. A name that an optimizer has with CPU offload alone
-belongs into `OFFLOAD` below.
+when tests/unit/test_guard.py says that the list is out of date. A name that an optimizer has in some configurations
+alone belongs into `CONDITIONAL` below.
 """
 
 from __future__ import annotations
@@ -33,18 +33,22 @@ NAMES_FILE = ROOT / "ds_agsel" / "zero" / "compat" / "names.py"
 
 STOCKS = {"ZERO12": DeepSpeedZeroOptimizer, "ZERO3": DeepSpeedZeroOptimizer_Stage3, "ENGINE": DeepSpeedEngine}
 OPTIMIZERS = frozenset({"ZERO12", "ZERO3"})
-# There with CPU offload alone.
-OFFLOAD = {
+# By the optimizer's own flag: what is there where it is true, and may be missing elsewhere.
+CONDITIONAL: dict[str, dict[str, set[str]]] = {
     "ZERO12": {
-        "_offload_accumulated_param_ids",
-        "accumulated_grads_in_cpu",
-        "grad_position",
-        "local_overflow",
-        "norm_for_param_grads",
-        "param_buffer_of_bit16_for_cpu_offload_groups",
+        # stage_1_and_2.py:925; with CPU offload it is true, too
+        "contiguous_gradients": {"grads_in_partition", "grads_in_partition_offset"},
+        "cpu_offload": {
+            "_offload_accumulated_param_ids",
+            "accumulated_grads_in_cpu",
+            "grad_position",
+            "local_overflow",
+            "norm_for_param_grads",
+            "param_buffer_of_bit16_for_cpu_offload_groups",
+        },
     },
-    "ZERO3": {"norm_for_param_grads", "subgroup_to_device"},
-    "ENGINE": set(),
+    "ZERO3": {"offload_optimizer": {"norm_for_param_grads", "subgroup_to_device"}},
+    "ENGINE": {},
 }
 
 
@@ -327,17 +331,18 @@ def rendered(derived: dict[str, Derived]) -> str:
         "    Attributes:",
         "        methods: parameters by name, as `guard.parameters_of` gives them.",
         "        attributes: there once an instance is made.",
-        "        offload_attributes: there once an instance with CPU offload is made.",
+        "        conditional: by the name of a flag of the instance, what is there where that is true.",
         '    """',
         "    methods: Mapping[str, str]",
         "    attributes: tuple[str, ...]",
-        "    offload_attributes: tuple[str, ...]",
+        "    conditional: Mapping[str, tuple[str, ...]]",
     ]
     for key, names in derived.items():
-        plain = sorted(names.attributes - OFFLOAD[key])
+        conditional = {flag: tuple(sorted(names.attributes & some)) for flag, some in CONDITIONAL[key].items()}
+        plain = sorted(names.attributes.difference(*conditional.values()))
         lines.append(
             f"{key} = StockNames(methods={dict(sorted(names.methods.items()))!r}, attributes={tuple(plain)!r}, "
-            f"offload_attributes={tuple(sorted(names.attributes & OFFLOAD[key]))!r},)"
+            f"conditional={conditional!r},)"
         )
     command = ["ruff", "format", "--stdin-filename", NAMES_FILE.name, "-"]
     return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=True).stdout

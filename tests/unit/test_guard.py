@@ -27,7 +27,13 @@ from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
 LISTS = {"ZERO12": names.ZERO12, "ZERO3": names.ZERO3, "ENGINE": names.ENGINE}
 OURS = {"ZERO12": SelectiveZeroOptimizer, "ZERO3": SelectiveZero3Optimizer, "ENGINE": SelectiveEngine}
 METHODS = [(key, name) for key, listed in LISTS.items() for name in listed.methods]
-ATTRIBUTES = [(key, name) for key, listed in LISTS.items() for name in listed.attributes + listed.offload_attributes]
+
+
+def attributes_of(listed: names.StockNames) -> list[str]:
+    return [*listed.attributes, *(name for some in listed.conditional.values() for name in some)]
+
+
+ATTRIBUTES = [(key, name) for key, listed in LISTS.items() for name in attributes_of(listed)]
 OVERRIDES = sorted(
     {
         (key, name)
@@ -48,7 +54,7 @@ def whole(key: str) -> Any:
     stock = stock_names.STOCKS[key]
     instance = stock.__new__(stock)
     listed = LISTS[key]
-    for name in listed.attributes + listed.offload_attributes:
+    for name in attributes_of(listed):
         if not hasattr(stock, name):
             instance.__dict__[name] = object()
     return instance
@@ -68,7 +74,7 @@ def test_the_lists_are_those_of_the_code() -> None:
     for key, used in derived.items():
         assert not used.unknown, f"{key}: used, and neither DeepSpeed's nor ours: {sorted(used.unknown)}"
         listed = LISTS[key]
-        attributes = set(listed.attributes + listed.offload_attributes)
+        attributes = set(attributes_of(listed))
         assert set(listed.methods) ^ set(used.methods) == set(), remedy
         assert attributes ^ used.attributes == set(), remedy
         assert dict(listed.methods) == used.methods, remedy
@@ -165,8 +171,9 @@ def test_an_attribute_that_is_gone_is_named(key: str, name: str, monkeypatch: py
     instance.__dict__.pop(name, None)
     while hasattr(stock, name):
         monkeypatch.delattr(owner_of(stock, name), name)
-    if name not in ("cpu_offload", "offload_optimizer") and name in LISTS[key].offload_attributes:
-        instance.__dict__["offload_optimizer" if key == "ZERO3" else "cpu_offload"] = True
+    for flag, some in LISTS[key].conditional.items():
+        if flag != name:
+            instance.__dict__[flag] = name in some
     with pytest.raises(ConfigError, match=rf"its {stock.__name__} has no attribute {name}\b.*{REMEDY}"):
         require(key, instance)
 
@@ -339,3 +346,14 @@ def test_an_old_deepspeed_is_met_with_the_sentence(module: str, change: str, rea
 def test_what_is_missing_besides_deepspeed_is_said_as_it_is() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_module"), versions.imports_of_deepspeed():
         importlib.import_module("no_such_module")
+
+
+def test_what_a_configuration_does_not_have_is_not_asked_for() -> None:
+    """Without contiguous gradients ZeRO-1/2 have no ``grads_in_partition`` (stage_1_and_2.py:925)."""
+    for key, listed in LISTS.items():
+        instance = whole(key)
+        for flag, some in listed.conditional.items():
+            instance.__dict__[flag] = False
+            for name in some:
+                instance.__dict__.pop(name, None)
+        require(key, instance)

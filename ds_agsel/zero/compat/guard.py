@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, TypeVar
@@ -80,23 +81,21 @@ def override_faults(cls: type) -> list[str]:
 def require_known_deepspeed(optimizer: ZeROOptimizer) -> None:
     """Raise ConfigError unless ``optimizer`` has all that this package relies on."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        offloads = bool(getattr(optimizer, "offload_optimizer", False))
-        faults = name_faults(optimizer, DeepSpeedZeroOptimizer_Stage3, ZERO3, offloads)
+        faults = name_faults(optimizer, DeepSpeedZeroOptimizer_Stage3, ZERO3)
     else:
-        offloads = bool(getattr(optimizer, "cpu_offload", False))
-        faults = name_faults(optimizer, DeepSpeedZeroOptimizer, ZERO12, offloads)
+        faults = name_faults(optimizer, DeepSpeedZeroOptimizer, ZERO12)
     if faults:
         raise refusal(faults)
 
 
 def require_known_engine(engine: DeepSpeedEngine) -> None:
     """Raise ConfigError unless ``engine`` has all that this package relies on."""
-    faults = name_faults(engine, DeepSpeedEngine, ENGINE, offloads=True)
+    faults = name_faults(engine, DeepSpeedEngine, ENGINE)
     if faults:
         raise refusal(faults)
 
 
-def name_faults(instance: Any, stock: type, names: StockNames, offloads: bool) -> list[str]:
+def name_faults(instance: Any, stock: type, names: StockNames) -> list[str]:
     """Return which of ``names`` the ``instance`` of ``stock`` lacks or has in another form, in words."""
     cls, title = type(instance), stock.__name__
     faults = []
@@ -106,7 +105,8 @@ def name_faults(instance: Any, stock: type, names: StockNames, offloads: bool) -
             faults.append(f"it has no {title}.{name}")
         elif isinstance(method, FunctionType) and not takes(found := parameters_of(method), _parsed(recorded)):
             faults.append(f"its {title}.{name} takes ({', '.join(found)}), not ({recorded})")
-    for name in names.attributes + (names.offload_attributes if offloads else ()):
+    conditional = [listed for flag, listed in names.conditional.items() if getattr(instance, flag, False)]
+    for name in itertools.chain(names.attributes, *conditional):
         if not _has(instance, name):
             faults.append(f"its {title} has no attribute {name}")
     return faults

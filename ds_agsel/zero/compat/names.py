@@ -14,12 +14,12 @@ class StockNames:
     Attributes:
         methods: parameters by name, as `guard.parameters_of` gives them.
         attributes: there once an instance is made.
-        offload_attributes: there once an instance with CPU offload is made.
+        conditional: by the name of a flag of the instance, what is there where that is true.
     """
 
     methods: Mapping[str, str]
     attributes: tuple[str, ...]
-    offload_attributes: tuple[str, ...]
+    conditional: Mapping[str, tuple[str, ...]]
 
 
 ZERO12 = StockNames(
@@ -90,8 +90,6 @@ ZERO12 = StockNames(
         "grad_start_offset",
         "gradient_accumulation_steps",
         "gradient_predivide_factor",
-        "grads_in_partition",
-        "grads_in_partition_offset",
         "ipg_buckets",
         "is_param_in_current_partition",
         "loss_scale",
@@ -121,14 +119,17 @@ ZERO12 = StockNames(
         "round_robin_gradients",
         "single_partition_of_fp32_groups",
     ),
-    offload_attributes=(
-        "_offload_accumulated_param_ids",
-        "accumulated_grads_in_cpu",
-        "grad_position",
-        "local_overflow",
-        "norm_for_param_grads",
-        "param_buffer_of_bit16_for_cpu_offload_groups",
-    ),
+    conditional={
+        "contiguous_gradients": ("grads_in_partition", "grads_in_partition_offset"),
+        "cpu_offload": (
+            "_offload_accumulated_param_ids",
+            "accumulated_grads_in_cpu",
+            "grad_position",
+            "local_overflow",
+            "norm_for_param_grads",
+            "param_buffer_of_bit16_for_cpu_offload_groups",
+        ),
+    },
 )
 ZERO3 = StockNames(
     methods={
@@ -221,7 +222,7 @@ ZERO3 = StockNames(
         "sub_group_to_group_id",
         "swap_optimizer",
     ),
-    offload_attributes=("norm_for_param_grads", "subgroup_to_device"),
+    conditional={"offload_optimizer": ("norm_for_param_grads", "subgroup_to_device")},
 )
 ENGINE = StockNames(
     methods={
@@ -267,5 +268,5 @@ ENGINE = StockNames(
         "monitor",
         "optimizer",
     ),
-    offload_attributes=(),
+    conditional={},
 )
