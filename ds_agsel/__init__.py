@@ -33,7 +33,7 @@ def uninstall() -> None:
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` inside a ``with``; see `ds_agsel.entry.install`."""
+    """`install` for a ``with`` block; see `ds_agsel.entry.install`."""
     from ds_agsel.entry import install as entry
 
     return entry.installed()

@@ -7,7 +7,7 @@ The rule reads the tree of modules, no table of architectures.
    Lists of bare leaves (a ``ModuleList`` of ``Linear``) count only in a model that repeats nothing larger.
    A ``ModuleList`` of one larger module counts too where it has the name of such a list (a decoder of one layer
    beside an encoder of several) or, where nothing repeats, where the model's config counts layers.
-2. The modules above the layers are the *trunk*. What else hangs on the trunk is a *part*: before, between or
+2. The modules above the layers are the *trunk*. Any other module of the trunk is a *part*: before, between or
    after its layers in the order of registration, which is the order of use in nearly every model.
 3. A part before the layers belongs to the embedding. After them, a norm is the final norm and the rest is the
    head; in a model of several stacks each has its own ("encoder.final_norm"). A part between two stacks is a
@@ -15,7 +15,7 @@ The rule reads the tree of modules, no table of architectures.
 4. A *tower* is a module with layers, beside others with layers, that holds neither the token embedding nor what is
    tied to the output: a vision or audio encoder. Its part before the layers is a block of its own
    ("vision_tower.embedding").
-5. What is certain comes before the order: what holds an ``nn.Embedding`` is embedding, and so is each module
+5. Facts override the order: what holds an ``nn.Embedding`` is embedding, and so is each module
    tied to it; what ``get_output_embeddings`` returns is head; a norm that is named "final" is the final norm,
    though it stands before the layers (OPT's does).
 """
@@ -68,7 +68,7 @@ def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None 
     Args:
         overrides: block name -> regular expressions that match whole parameter names; replaces the rule.
 
-    Raises BlockError where nothing is trainable or repeated, and where overrides leave a trainable parameter
+    Raises BlockError if nothing is trainable or repeated, and where overrides leave a trainable parameter
     in no block or put it in two.
     """
     trainable = {name: numel(p) for name, p in model.named_parameters() if p.requires_grad and numel(p) > 0}
@@ -166,7 +166,7 @@ class _Division:
         return [m for m in self._outside_layers(self._model) if isinstance(m, nn.Embedding) or m is self._source]
 
     def _is_tower(self, trunk: nn.Module) -> bool:
-        """Whether ``trunk`` has layers, is not all that has, and reads something other than tokens."""
+        """Whether ``trunk`` has layers, is not the only module with layers, and reads something other than tokens."""
         inside = {id(m) for m in trunk.modules()}
         if not self._layers & inside or self._layers <= inside:
             return False
@@ -288,7 +288,7 @@ def _members(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether all that holds parameters in ``module`` is called a norm, and it is: no head "PreLayerNormHead"."""
+    """Whether every module in ``module`` with parameters has a norm's class name (not a head "PreLayerNormHead")."""
     holders = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     return all("norm" in type(m).__name__.lower() for m in [module, *holders])
 

@@ -3,13 +3,13 @@
 Nothing that a file says is opened, changed or removed unless `files.inside` finds it in the tag's own folder.
 
 [Note: A whole tag] A tag is whole when its manifest, which checks itself, is there and every file it lists has the
-size and sha256 it had when it was saved. While a tag is being saved it holds `SAVING_FILE`; the manifest is written
-(temporary file, fsync, rename) once every file is on disk, and then `latest`. So at any moment of a save, and after
-a kill or a power cut at any, the tags saved before are whole and this one is whole or known not to be. A whole tag
-that is saved anew waits under another name until the new one is whole.
+size and sha256 it had when it was saved. While a tag is being saved it holds `SAVING_FILE`. The manifest is written
+(temporary file, fsync, rename) once every file is on disk, then `latest`. At any moment of a save, and after
+a kill or a power cut, the earlier tags are therefore whole, and this one is whole or known not to be. A whole tag
+that is overwritten waits under another name until the new one is whole.
 
-[Note: Unverifiable tags] A tag of plain DeepSpeed has neither file. Its weights load, with a warning, where it is named
-by hand or by `latest`; nothing falls back to it and pruning leaves it. A tag of ours without a manifest, which an older
+[Note: Unverifiable tags] A tag of plain DeepSpeed has neither file. Its weights load, with a warning, if it is named
+by hand or by `latest`; no fallback chooses it and pruning leaves it. A tag of ours without a manifest, which an older
 ds_agsel may have written, is refused; `seal` gives it one.
 """
 
@@ -93,7 +93,7 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
 def make_room(folder: Path, run: Run) -> None:
     """Make ``folder`` ready to be saved to. A whole tag there waits under another name for `settle` or `give_up`.
 
-    No rank may still read the tag that is there. Raises CheckpointError where ``folder`` is a link or has links in it,
+    No rank may still read the tag that is there. Raises CheckpointError if ``folder`` is a link or has links in it,
     through which a save would write elsewhere.
     """
     aside = _aside(folder)
@@ -118,7 +118,7 @@ def make_room(folder: Path, run: Run) -> None:
 
 
 def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]], facts: Mapping[str, Any]) -> None:
-    """Declare ``folder`` whole. Raises CheckpointError where a file is missing: the folder is not shared by all ranks.
+    """Declare ``folder`` whole. Raises CheckpointError if a file is missing: the folder is not shared by all ranks.
 
     Every file must be on disk (`entries`). Files in ``folder`` that ``files`` lacks belong to others. The marker of the
     save stays until `settle`, so that `give_up` can still undo it.
@@ -146,7 +146,7 @@ def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
 
 
 def settle(folder: Path) -> None:
-    """``folder`` is whole: remove what it replaces, and take over what others have put there."""
+    """Remove the tag that the whole ``folder`` replaces, and keep the files that others put there."""
     aside = _aside(folder)
     if aside.exists():
         ours = read_manifest(aside).files
@@ -247,7 +247,7 @@ def read_state(folder: Path) -> SelectionState:
 def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
     """Return the problems of ``folder`` as sentences; empty if it is whole. Reads every file.
 
-    ``count`` callers may share the work: each finds what is wrong with its part of the files, the ``index``-th.
+    ``count`` callers may share the work: each checks its part of the files, the ``index``-th.
     """
     if not folder.is_dir():
         return ["there is no such folder"]
@@ -283,9 +283,9 @@ def tags(directory: Path) -> list[str]:
 
 
 def candidates(directory: Path, latest: str = LATEST_FILE) -> list[str]:
-    """Tags to load where none is named: the one that ``latest`` names, then the others, the one saved last first.
+    """Return the tags to try if none is named: the one that ``latest`` names, then the others, newest save first.
 
-    With `LATEST_UNIVERSAL_FILE` there are no others. Raises CheckpointError where ``latest`` leads out of
+    With `LATEST_UNIVERSAL_FILE` there are no others. Raises CheckpointError if ``latest`` leads out of
     ``directory``.
     """
     named: list[str] = []
@@ -351,7 +351,7 @@ def _aside(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a tag's listed files, the manifest first: what is left of a removal that was killed is never whole."""
+    """Remove a tag's listed files, the manifest first, so that a killed removal never leaves a whole tag."""
     try:
         files = [*read_manifest(folder).files]
     except CheckpointError:

@@ -63,7 +63,7 @@ def _add_launching(commands: Any) -> None:
 
 
 def _replace_process(command: Sequence[str]) -> int:
-    """Become ``command``: signals and the exit status are its own."""
+    """Replace this process by ``command``, which then gets the signals and sets the exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], list(command))
@@ -180,7 +180,7 @@ def _watch(options: argparse.Namespace) -> None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's own name, with those above it where two are alike."""
+    """Return each folder's own name, with its parents' if two are alike."""
     depth = 1
     parts = [folder.resolve().parts for folder in folders]
     while len({part[-depth:] for part in parts}) < len(set(parts)) and depth < max(map(len, parts)):

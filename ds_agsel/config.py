@@ -121,7 +121,7 @@ def parse_section(section: Mapping[str, Any]) -> SelectionConfig:
 
 
 def section_problems(section: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong with an ``adagrad_select`` section, unknown keys first; empty where nothing is."""
+    """Return all problems of an ``adagrad_select`` section, unknown keys first; empty if it has none."""
     if not isinstance(section, Mapping):
         return [
             f"{SECTION}={_shown(section)} is not an object. Use {{}} for all defaults, or remove the section"
@@ -139,7 +139,7 @@ def section_problems(section: Mapping[str, Any]) -> list[str]:
 def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the unchecked section of a whole ds_config; None if it has no section.
 
-    Raises ConfigError where the section is no object, and for a top-level key that looks like a misspelt
+    Raises ConfigError if the section is no object, and for a top-level key that looks like a misspelt
     section, since DeepSpeed ignores keys that it does not know.
     """
     if SECTION in ds_config:
@@ -156,21 +156,21 @@ def find_section(ds_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """`` Did you mean "x"?``, led by a blank, for the candidate nearest to ``word``; "" where none is."""
+    """Return `` Did you mean "x"?`` for the candidate nearest to ``word``; "" if none is near."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f' Did you mean "{by_lower[near[0]]}"?' if near else ""
 
 
 def fraction_hint(select_percent: float) -> str:
-    """Return a sentence, led by a blank, where ``select_percent`` was probably meant as a fraction; else ""."""
+    """Return a sentence, after a blank, if ``select_percent`` was probably meant as a fraction; else ""."""
     if select_percent > 1:
         return ""
     return f" It is in percent: for {select_percent:g} of the blocks set it to {100 * select_percent:g}."
 
 
 def contradiction(names: Iterable[str]) -> str:
-    """Return what is said of names that stand in both always_select and never_select."""
+    """Return the message for names that are in both always_select and never_select."""
     return (
         f"{SECTION}.always_select and {SECTION}.never_select both name {quoted(names)}. A block is"
         " updated at every step or at none: take it out of one of them."
@@ -206,7 +206,7 @@ def _unknown_key(key: object) -> str:
 
 @dataclass(frozen=True)
 class _Words:
-    """How a field's errors are told: what it holds, the remedy, and for a number the range."""
+    """The words of a field's error: what it holds, the remedy, and for a number the range."""
 
     kind: str
     remedy: str

@@ -69,10 +69,10 @@ class DsConfig:
         precision: "fp32", "bf16" or "fp16": the dtype of the model weights.
         autocast_dtype: that of ``torch_autocast``, where it is enabled.
         accumulation_dtype: ``data_types.grad_accum_dtype``; None for DeepSpeed's default.
-        train_batch_size, micro_batch_size, accumulation_steps: None where not set.
+        train_batch_size, micro_batch_size, accumulation_steps: None if not set.
         optimizer_type, scheduler_type: None without that section.
         reduce_bucket_numel, sub_group_numel, persistence_threshold_numel, max_live_numel, prefetch_bucket_numel: sizes
-            in elements; the last is None where not set.
+            in elements; the last is None if not set.
         autos: dotted paths of all values "auto", as the user spelt them.
     """
 
@@ -105,7 +105,7 @@ class DsConfig:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> DsConfig:
-        """Return what the mapping ``raw`` says, which is not edited."""
+        """Return the settings of the mapping ``raw``, which is not modified."""
         settings = _settings(raw)
         read = _Reader(settings)
         stage = read.whole(f"{_ZERO}.stage", 0)
@@ -161,7 +161,7 @@ class DsConfig:
 
     @property
     def arithmetic(self) -> str:
-        """In which numbers forward computes: "fp32", "bf16", "fp16", or "autocast " and a dtype."""
+        """The dtype that forward computes in: "fp32", "bf16", "fp16", or "autocast " and a dtype."""
         if self.is_half or self.autocast_dtype is None:
             return self.precision
         return f"autocast {self.autocast_dtype}"
@@ -236,7 +236,7 @@ class _Reader:
 
 
 def unknown_device(name: str, device: Any) -> str:
-    """Return what to say of an unknown ``device`` in the offload section ``name``."""
+    """Return the message for an unknown ``device`` in the offload section ``name``."""
     return f"{_ZERO}.{name}.device={device!r} is unknown. Use none, cpu or nvme."
 
 
@@ -348,7 +348,7 @@ def with_scheduler_for_groups(raw: Mapping[str, Any], num_groups: int, parents: 
 def for_one_rank(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``raw`` without values "auto" and with batch sizes that fit a single rank, for DeepSpeed's own parser.
 
-    Raises ConfigError where no number of ranks makes train_batch_size the product of the other two.
+    Raises ConfigError if no number of ranks makes train_batch_size the product of the other two.
     """
     read = DsConfig.of(raw)
     read.require_readable("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

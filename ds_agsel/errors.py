@@ -1,4 +1,4 @@
-"""What can go wrong, by who can mend it. Every message names the setting, its value, what is allowed and the remedy."""
+"""Errors, one class per remedy. Each message names the setting, its value, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ConfigError(AgselError, ValueError):
 
 
 class ConfigErrors(ConfigError):
-    """Several settings that can't work, told by the first of them.
+    """Several settings that can't work; the message is that of the first.
 
     Attributes:
         problems: a line for each, at least one.

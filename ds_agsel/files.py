@@ -9,7 +9,7 @@ from pathlib import Path
 def inside(folder: Path, name: str) -> Path:
     """Return the path of ``name``, which a file gave, in ``folder``; the file need not exist.
 
-    Raises ValueError where ``name`` is absolute, has ``..`` or empty parts, or passes through a link below ``folder``.
+    Raises ValueError if ``name`` is absolute, has ``..`` or empty parts, or passes through a link below ``folder``.
     Use it for every path that is read out of a file, before that path is opened, changed or removed.
     """
     parts = name.split("/")
@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed or removed in ``folder`` outlast a power cut, where the system can."""
+    """Flush ``folder`` itself, so that created, renamed and removed files outlast a power cut, if the system can."""
     if os.name != "posix":
         return  # a folder can't be opened there
     descriptor = os.open(folder, os.O_RDONLY)

@@ -32,7 +32,7 @@ logger = logging.getLogger("ds_agsel")
 
 
 class SelectionCallback(TrainerCallback):
-    """Adds the selection to the Trainer's logs, for all that it reports to, and writes the files of a run.
+    """Adds the selection to the Trainer's logs, for all its reporters, and writes the files of a run.
 
     Each training log gains ``adagrad_select/...`` (`ds_agsel.report.metrics`): phase, ε, saved bytes, every block's
     update count, and ``selected/BLOCK``, the share of the steps since the last log that updated it. ``blocks.json``,
@@ -88,7 +88,7 @@ class SelectionCallback(TrainerCallback):
         self._last_log_seconds, self._last_log_step = time.perf_counter(), state.global_step
         if dist.get_rank() == 0:  # on a CPU, Accelerate may think each rank the main process
             folder = Path(args.output_dir if self.folder is None else self.folder)
-            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # an earlier run's: this one is not finished
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # left by an earlier run; this run is not finished
             self._selection_log = SelectionLog(folder, self._optimizer)
             path = folder / METRICS_FILE
             self._metrics = JsonLines(path, _lines_before(path, state.global_step))
@@ -218,7 +218,7 @@ def _take_places(callback: SelectionCallback) -> None:
 
 
 def _lines_before(path: Path, global_step: int) -> int:
-    """How many lines of an earlier metrics.jsonl were written before step ``global_step``."""
+    """Return how many lines of an earlier metrics.jsonl were written before step ``global_step``."""
     if global_step == 0 or not path.is_file():
         return 0
     lines = path.read_text(encoding="utf-8").splitlines()

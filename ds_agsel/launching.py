@@ -35,7 +35,7 @@ _ANSWERED_AT_ONCE = frozenset({"-h", "--help", "--version"})
 def train_command(arguments: Sequence[str]) -> list[str]:
     """Return the command that trains with ``arguments``, options of the launcher among them.
 
-    Raises ConfigError where this installation has no launch code.
+    Raises ConfigError if this installation has no launch code.
     """
     to_launcher, to_training = split(arguments)
     if _ANSWERED_AT_ONCE & set(to_training):

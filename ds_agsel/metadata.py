@@ -1,6 +1,6 @@
 """One validated reader for the JSON beside a checkpoint: the manifest and the selection's state.
 
-Needs neither torch nor deepspeed. What is wrong is a CheckpointError that names the field. [Note: Signed manifests] A
+Needs neither torch nor deepspeed. An invalid field is a CheckpointError that names it. [Note: Signed manifests] A
 sha256 finds damage; it does not stop anyone who can write to the folder, for they can write a fitting sha256 too. With
 the environment variable `KEY_VARIABLE` set, manifests also carry an HMAC-SHA256 by that key, and only those load.
 """
@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_json(text: str) -> Any:
-    """Return what the JSON ``text`` says. Raises ValueError, also for deep nesting, NaN and infinity."""
+    """Parse the JSON ``text``. Raises ValueError, also for deep nesting, NaN and infinity."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except RecursionError:
@@ -138,7 +138,7 @@ def read_manifest_text(text: str, source: str) -> Manifest:
 
 
 def signing_key() -> bytes | None:
-    """Return the key of [Note: Signed manifests]; None where none is set. Raises CheckpointError for an empty one."""
+    """Return the key of [Note: Signed manifests]; None if none is set. Raises CheckpointError for an empty one."""
     key = os.environ.get(KEY_VARIABLE)
     if key is None:
         return None
@@ -176,14 +176,14 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 
 
 class SavingMarker(BaseModel):
-    """What a folder that is being saved to says of its save: who saves, and whether the folder was empty before."""
+    """The marker in a folder that is being saved to: the saving run, and whether the folder was empty before."""
 
     run: StrictStr = ""
     is_new: StrictBool = False
 
     @classmethod
     def parse(cls, text: str) -> SavingMarker:
-        """Return the marker in ``text``. One that can't be read is nobody's: what it marks is left alone."""
+        """Return the marker in ``text``. A damaged one belongs to no run: the folder it marks is left alone."""
         if not text:
             return cls(is_new=True)  # of an older ds_agsel
         try:
@@ -252,7 +252,7 @@ def _check_blocks(field: str, blocks: list[int], num_blocks: int) -> None:
 
 
 def read_selection_state(content: Any, source: str) -> SelectionState:
-    """Return ``content``, a parsed state, once it is known to be right. Raises CheckpointError naming the field."""
+    """Return the parsed ``content`` as a validated state. Raises CheckpointError naming the field."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source} is not a JSON object")
     version = content.get("version")

@@ -65,7 +65,7 @@ def split_param_groups(param_groups: Sequence[ParamGroup], block_of: Mapping[nn.
 
 
 class HyperparameterLink:
-    """Split groups follow the user's groups: what changes there (a scheduler, a hand) is copied to the children.
+    """Copies changes of the user's groups (by a scheduler or by hand) to the groups split from them.
 
     Only a change is copied, so that a scheduler working on the split groups themselves is left alone. The link
     lives outside ``param_groups``, which are pickled into checkpoints.
@@ -83,7 +83,7 @@ class HyperparameterLink:
     def push(self, children: Iterable[ParamGroup]) -> None:
         """Copy what has changed in the parents since the last call to their children.
 
-        Raises TrainingError where a group was added to the parents: its parameters are in no partition of ZeRO's.
+        Raises TrainingError if a group was added to the parents: its parameters are in no partition of ZeRO's.
         """
         children = list(children)
         added = len(self._parents) - len(self._seen) or len(children) - len(self._parent_of)

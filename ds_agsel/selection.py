@@ -1,8 +1,8 @@
 """The controller that an engine carries as ``engine.selection``: plan, choice, record.
 
 One optimizer step passes through it as `choose` (explore steps, once the scores are known), `leave_out` (blocks
-without a gradient) and `commit` or `skip`. It knows nothing of devices, ranks or ZeRO; what is frozen meanwhile is
-the step's window's (zero/window.py).
+without a gradient) and `commit` or `skip`. It knows nothing of devices, ranks or ZeRO; freezing is the task of the
+step's window (zero/window.py).
 """
 
 from __future__ import annotations

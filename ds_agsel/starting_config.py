@@ -69,7 +69,7 @@ def text(*, stage: int = 2, offload: bool = True, select_percent: float = 20) ->
 
 
 def write(path: Path, content: str, *, overwrite: bool) -> None:
-    """Write ``content`` to ``path``. Raises ConfigError where it exists, unless ``overwrite``, or can't be written."""
+    """Write ``content`` to ``path``. Raises ConfigError if it exists, unless ``overwrite``, or can't be written."""
     try:
         with open(path, "w" if overwrite else "x", encoding="utf-8") as file:
             file.write(content)

@@ -73,7 +73,7 @@ class Run:
 
 
 def _lock(path: Path) -> int | None:
-    """Return the descriptor of ``path``, locked; None where another has the lock or there are no locks."""
+    """Return the descriptor of ``path``, locked; None if another has the lock or there are no locks."""
     if fcntl is None:
         return None
     descriptor = None

@@ -1,7 +1,7 @@
 """Compare the settings of all ranks before anything can hang; where they differ, every rank raises and names them.
 
 [Note: By the store] Ranks that differ may not meet in the same collective, so what they compare goes through the
-process group's key-value store, where nobody waits without end: each rank posts what it was started with, rank 0
+process group's key-value store, whose waits have a timeout: each rank posts what it was started with, rank 0
 compares and posts a verdict, and a rank that never comes is named.
 """
 

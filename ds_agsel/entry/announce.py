@@ -19,7 +19,7 @@ logger = logging.getLogger("ds_agsel")
 
 
 def announce(text: str) -> None:
-    """Tell ``text`` on rank 0: to the log where it shows INFO, else to stderr. A closed pipe is no error."""
+    """Print ``text`` on rank 0: to the log if it shows INFO, else to stderr. A closed pipe is no error."""
     ranked = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if ranked else int(os.environ.get("RANK", "0"))
     if rank != 0:

@@ -1,4 +1,4 @@
-"""The arguments of `deepspeed.initialize`: the ds_config among them, and what DeepSpeed is given in their place."""
+"""The arguments of `deepspeed.initialize`: the ds_config among them, and their replacements for DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the framework that calls `deepspeed.initialize` knows and does not hand over, as `frames` finds it."""
+"""Facts that the framework calling `deepspeed.initialize` knows but does not pass on, found by `frames`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def steps_per_epoch(accumulation: int) -> tuple[int, str] | None:
 
     A Trainer's number is its own; where its data have no length, its ``max_steps`` is the length of epoch 1. An
     Accelerator's is that of the data loader that stands first in the running ``prepare``, else of the only one prepared
-    before; two of different lengths are ambiguous. None where nobody knows.
+    before; two of different lengths are ambiguous. None if nobody knows.
 
     Args:
         accumulation: micro-batches in an optimizer step.
@@ -60,7 +60,7 @@ def only_evaluates() -> bool:
 
 
 def warn_of_unseen_ranks() -> None:
-    """Say so where the calling Accelerator does not know of all ranks, and so gives each of them the same data."""
+    """Warn if the calling Accelerator does not know of all ranks, and so gives each of them the same data."""
     for accelerator, _ in frames.methods_of("accelerate.accelerator", "Accelerator"):
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if accelerator.num_processes < ranks:
@@ -74,7 +74,7 @@ def warn_of_unseen_ranks() -> None:
 
 
 def warn_of_replaced_optimizer(given: Any) -> None:
-    """Say so where the calling Accelerator hands over ``given`` for an optimizer of the user that is no Adam."""
+    """Warn if the calling Accelerator passes ``given`` in place of a user's optimizer that is not an Adam."""
     for _, frame in frames.methods_of("accelerate.accelerator", "Accelerator"):
         for prepared in frame.f_locals.get("args", ()):
             if isinstance(prepared, torch.optim.Optimizer) and not isinstance(

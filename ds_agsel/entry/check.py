@@ -1,4 +1,4 @@
-"""Whether a ds_config is sound for ds_agsel: every problem that `initialize` would stop at, found without running."""
+"""Check a ds_config for ds_agsel: find every problem that `initialize` would stop at, without running."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = No
 
 
 def _deepspeeds_problems(ds_config: Mapping[str, Any]) -> list[str]:
-    """Return what DeepSpeed itself will stop at, by its own parser."""
+    """Return the errors that DeepSpeed's own parser raises."""
     problems = compat.zero_section_problems(zero_section(ds_config))
     try:
         alone = for_one_rank({key: value for key, value in ds_config.items() if key != SECTION})
@@ -77,7 +77,7 @@ def _policy_problems(config: SelectionConfig) -> list[str]:
 
 
 def _model_problems(config: SelectionConfig, model: torch.nn.Module) -> list[str]:
-    """Return what is only seen with the model's blocks at hand: names that are none's, a policy that can't choose."""
+    """Return the problems that need the model's blocks: names of no block, a policy that can't choose."""
     try:
         prepare(model, config, None, None, config.steps_per_epoch or 1)  # the length is known only where the data is
     except ConfigErrors as error:

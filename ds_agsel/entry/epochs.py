@@ -1,7 +1,7 @@
 """How many optimizer steps epoch 1 has, during which steps explore.
 
 [Note: Where the length comes from] The section's ``steps_per_epoch`` is taken first, then ``training_data``, then what
-the calling framework knows. A raw loop with a DataLoader of its own tells none of it: there, once the first step has
+the calling framework knows. A raw loop with its own DataLoader passes none of these: there, once the first step has
 been applied, the DataLoader that the loop is iterating is found among the live objects of the process (`EpochFinder`).
 torch offers no hook for it; one on DataLoader.__iter__ would replace the search. A loop over something else has no
 length: the scheduler's ``total_num_steps`` is taken for it, or `ASSUMED_STEPS`, and the log says so.
@@ -32,14 +32,14 @@ ASSUMED_STEPS = 1000
 
 @dataclass(frozen=True)
 class EpochLength:
-    """Optimizer steps in epoch 1, and who says so."""
+    """Optimizer steps in epoch 1, and the source of the number."""
 
     steps: int
     source: str
 
 
 def known_length(config: SelectionConfig, ds_config: DsConfig, training_data: Any) -> EpochLength | None:
-    """Return what is known of epoch 1 before training starts; None where a raw loop keeps its data to itself.
+    """Return the length of epoch 1 if it is known before training starts; None for a raw loop with its own data.
 
     The process group must be there.
     """

@@ -1,12 +1,12 @@
 """The only module that walks the call stack: for what a framework knows but does not pass on to what it calls.
 
-It is read in two cases, each for want of a hook upstream that would replace it:
+It is read in two cases, in each because upstream has no hook for it:
 
 - `callers`: Accelerate calls `deepspeed.initialize` with model and optimizer and keeps the data loader
   (accelerator.py:2144, 1.15); HF Trainer, which knows the steps of an epoch, calls Accelerate. An argument
-  ``training_data`` or ``steps_per_epoch`` from there would do.
+  ``training_data`` or ``steps_per_epoch`` from there would replace this.
 - `hf`: a TrainerCallback is not told of the CallbackHandler that calls it (trainer_callback.py, transformers 5), and
-  the order of its list decides who sees an edited log. A priority of callbacks would do.
+  the order of its list decides which callbacks see an edited log. A priority of callbacks would replace this.
 
 Only objects of public classes are looked for, and the local variables of documented functions; where a framework
 changes, nothing is found and the caller goes on without.

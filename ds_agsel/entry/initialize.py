@@ -26,7 +26,7 @@ from ds_agsel.zero.support import refuse_unsupported
 
 logger = logging.getLogger("ds_agsel")
 
-_SIGNATURE = inspect.signature(deepspeed.initialize)  # now: what wraps it later need not say its own
+_SIGNATURE = inspect.signature(deepspeed.initialize)  # taken now: a later wrapper may have another signature
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -122,7 +122,7 @@ def _prepare(
 
 
 def _shared_parts(prepared: Preparation, model: Any, ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what all ranks must have alike."""
+    """Return the arguments that must be equal on all ranks."""
     return {
         **agreement.parts(ds_config, prepared.config, model),
         "versions": {**agreement.versions(), "deepspeed": deepspeed.__version__},
@@ -135,7 +135,7 @@ def _shared_parts(prepared: Preparation, model: Any, ds_config: Mapping[str, Any
 
 
 def _tell_other_ranks(number: int, arguments: Mapping[str, Any], error: ConfigError) -> None:
-    """Let the other ranks raise what this one is about to."""
+    """Let the other ranks raise the error that this one is about to raise."""
     if process_group.is_expected():
         process_group.start(arguments)
     agreement.require(number, {}, failure=str(error))

@@ -23,7 +23,7 @@ logger = logging.getLogger("ds_agsel")
 
 
 class _Installation:
-    """Who wants the wrapper, and the wrapper while anybody does."""
+    """The users of the wrapper, and the wrapper while there are any."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -44,7 +44,9 @@ class _Installation:
             self._wrapper = self._wrap(self._stock)
             deepspeed.initialize = self._wrapper
         elif not self.is_wanted and self._wrapper is not None:
-            if deepspeed.initialize is self._wrapper:  # else somebody wrapped ours, which passes all calls on from now
+            if (
+                deepspeed.initialize is self._wrapper
+            ):  # else another wrapper holds ours, which from now on passes all calls on
                 deepspeed.initialize = self._stock
             self._wrapper = self._stock = None
 
@@ -71,8 +73,8 @@ def install() -> None:
     """Make every later call of `deepspeed.initialize` in this process honour the ``adagrad_select`` section.
 
     Calls whose ds_config has none, or a disabled one, go to DeepSpeed as they are. Idempotent and thread-safe. A name
-    bound before (``from deepspeed import initialize``) is not reached: install first. A process that ends well without
-    any selection is told so, as a framework may never have called it.
+    bound before (``from deepspeed import initialize``) is not reached: install first. A process that succeeds without
+    any selection logs that, as a framework may never have called it.
     """
     with _installation.lock:
         if not _installation.wanted_by_install:

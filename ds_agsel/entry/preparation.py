@@ -1,4 +1,4 @@
-"""What a run is made of before DeepSpeed is called: blocks, param groups, lottery, policy. For initialize and check."""
+"""The parts of a run before DeepSpeed is called: blocks, param groups, lottery, policy. For initialize and check."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Preparation:
 
     Attributes:
         named: the model's parameters by name.
-        user_optimizer: the optimizer object that the caller gave or whose maker he gave; None: DeepSpeed makes one.
+        user_optimizer: the caller's optimizer object, or the one that the caller's callable made; None: DeepSpeed's.
         user_groups: the caller's param groups, which `split` follows.
         steps_per_epoch: optimizer steps in epoch 1; None if unknown.
     """
@@ -56,12 +56,12 @@ def prepare(
     steps_per_epoch: int | None,
     find_steps_per_epoch: Callable[[], int] | None = None,
 ) -> Preparation:
-    """Return what the run of ``model`` under ``config`` is made of.
+    """Return the parts of the run of ``model`` under ``config``.
 
     Args:
-        optimizer: the caller's, or None where the ds_config names one, made over ``model_parameters``.
+        optimizer: the caller's, or None if the ds_config names one, made over ``model_parameters``.
         model_parameters: None for all, parameters, or param groups.
-        find_steps_per_epoch: asked after the first step where ``steps_per_epoch`` is None.
+        find_steps_per_epoch: called after the first step if ``steps_per_epoch`` is None.
 
     Raises ConfigError (ConfigErrors for several) for settings that can't work. Not collective.
     """

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
             runpy.run_path(name, run_name="__main__")
     except SystemExit as exit_:
         if exit_.code not in (None, 0):
-            ds_agsel.uninstall()  # it says itself what went wrong: no word at exit about what was not selected
+            ds_agsel.uninstall()  # the script reports its own failure: no message at exit about a missing selection
         raise
 
 

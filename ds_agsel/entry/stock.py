@@ -1,4 +1,4 @@
-"""Whether `deepspeed.initialize` is meant as DeepSpeed's own, whatever was put in its place (`install`)."""
+"""A switch by which the installed `deepspeed.initialize` acts as DeepSpeed's own."""
 
 from __future__ import annotations
 

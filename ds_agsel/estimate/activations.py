@@ -10,7 +10,7 @@ _LOGIT_BYTES = 2 + 3 * 4
 
 
 def checkpointed_activation_bytes(model: ModelShape, tokens: int, item_bytes: int = 2) -> int:
-    """About what a micro-step over ``tokens`` tokens keeps, with every layer checkpointed and a fused attention.
+    """Estimate what a micro-step over ``tokens`` tokens keeps, with every layer checkpointed and a fused attention.
 
     The input of each layer, all inputs and outputs of one layer's linear layers and their gradients, and the logits.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MATMUL_SHARE = 0.4  # of the peak; what well-tuned training of dense transformers is reported to reach
+MATMUL_SHARE = 0.4  # of the peak: reported for well-tuned training of dense transformers
 MEMORY_SHARE = 0.8
 LINK_SHARE = 0.8  # PCIe: 24.8 of 31.5 GB/s with nvbandwidth on PCIe 4.0 x16 (forums.developer.nvidia.com, topic 352186)
 COPY_LATENCY_SECONDS = 10e-6

@@ -1,8 +1,8 @@
-"""Bytes per rank, by what they are and where they lie, at the moment when backward has ended.
+"""Bytes per rank, by kind and place, at the moment when backward has ended.
 
-Gradients, master weights and states are exact: tests compare them with the buffers of real engines. Staging is what
-comes on top for a while: reduction buckets, one gradient on its way, copies between host and accelerator, weights that
-ZeRO-3 has gathered. Activations, CUDA's own context and fragmentation are not in here.
+Gradients, master weights and states are exact: tests compare them with the buffers of real engines. Staging is
+temporary: reduction buckets, one gradient on its way, copies between host and accelerator, weights that
+ZeRO-3 has gathered. Activations, CUDA's own context and fragmentation are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUILT = Features(streaming_top_k=True, lean_host_staging=True)
 
 @dataclass(frozen=True)
 class Bytes:
-    """What lies in one place."""
+    """The bytes in one place, by kind."""
 
     weights: int = 0
     gradients: int = 0

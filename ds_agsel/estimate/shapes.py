@@ -58,7 +58,7 @@ def shape_of(
 
     Its groups are split as `ds_agsel.initialize` splits ``model_parameters``.
 
-    Raises BlockError where the model can't be divided into blocks.
+    Raises BlockError if the model can't be divided into blocks.
     """
     blocks = find_blocks(model, overrides)
     named = dict(model.named_parameters())
@@ -87,7 +87,7 @@ def build_on_meta(model: str) -> nn.Module:
     """Build ``model`` without weights from a config.json, a folder with one, a name in `known_models` or a hub name.
 
     It is the class of transformers that the config's ``architectures`` names, and where it names none the causal
-    language model of its type. Raises ConfigError where there is no such model, or none can be built.
+    language model of its type. Raises ConfigError if there is no such model, or none can be built.
     """
     import transformers
 
@@ -165,7 +165,7 @@ def _config_from(model: str, fields: Mapping[str, Any]) -> Any:
 
 
 def _with_special_floats(value: Any) -> Any:
-    """``value`` with transformers' ``{"__float__": "Infinity"}``, which JSON has no other word for, as the number."""
+    """Return ``value`` with transformers' ``{"__float__": "Infinity"}``, which JSON can't express, as the number."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])

@@ -1,12 +1,12 @@
-"""When what happens in steps that bring states to the accelerator: a discrete-event model. Simulated, never measured.
+"""A discrete-event model of steps that bring states to the accelerator. Simulated, never measured.
 
 Three things work at the same time: the compute stream (forward, backward, then the updates in the plan's order), the
 link to the accelerator and the link from it. What moves, and after which update, is `residency.plan_moves`' own answer;
 the waits are those of residency/transfer.py, [Note: Waits]: a state leaves after its update, what arrives later waits
 for the copies of what left, an update waits for its own block's arrival and for nothing else.
 
-On exploit steps the moves begin when the step before has ended, on explore steps when backward has. The host's own
-time is taken as 0, and so is attention's arithmetic beside its projections: that makes compute shorter, hiding harder.
+On exploit steps the moves begin when the previous step has ended, on explore steps when backward has. The host's own
+time counts as 0, as does attention's arithmetic beside its projections: both make compute shorter and hiding harder.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def simulate(
 def hiding_tokens(model: ModelShape, setup: Setup, card: Card, num_selected: int, limit: int = 1 << 22) -> int | None:
     """Return the least tokens per step and rank at which each simulated exploit step hides all its transfers.
 
-    None where ``limit`` are too few. By bisection: more tokens compute longer and move the same.
+    None if ``limit`` are too few. By bisection: more tokens compute longer and move the same.
     """
 
     def hides(tokens: int) -> bool:

@@ -22,8 +22,8 @@ _FINAL_FRACTION = 0.01
 class AdaGradSelect(Policy):
     """arXiv:2512.15764, Algorithm 2, as docs/design.md fixes it.
 
-    Where the length of epoch 1 is not known before training, it is found when step 1 is planned: step 0 explores with
-    ε₀ whatever the length. What was found is part of the state, so that a resumed run goes on with it.
+    If the length of epoch 1 is not known before training, it is found when step 1 is planned: step 0 explores with
+    ε₀ at any length. The length found is part of the state, so that a resumed run uses it again.
     """
 
     needs_steps_per_epoch = True
@@ -61,12 +61,12 @@ class AdaGradSelect(Policy):
             self._steps_per_epoch = find()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the length of epoch 1 where it was found, and not told."""
+        """Return the length of epoch 1 if it was found during training rather than given."""
         found = self.context.steps_per_epoch is None and self._steps_per_epoch is not None
         return {"steps_per_epoch": self._steps_per_epoch} if found else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a length that was found, unless this run was told one."""
+        """Use the length that the saved run found, unless this run was given one."""
         super().load_state_dict({key: value for key, value in state.items() if key != "steps_per_epoch"})
         found = state.get("steps_per_epoch")
         if found is None or self.context.steps_per_epoch is not None:

@@ -1,4 +1,4 @@
-"""What a policy answers, checked before anything is done with it."""
+"""Validate a policy's answers before they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ds_agsel.config import SECTION
 from ds_agsel.errors import TrainingError
 from ds_agsel.policies.base import Policy
 
-_OWN_POLICIES = "ds_agsel.policies."  # are known to answer alike each time
+_OWN_POLICIES = "ds_agsel.policies."  # known to be deterministic
 
 
 def checked_plan(policy: Policy, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
@@ -27,7 +27,7 @@ def checked_choice(policy: Policy, step: int, scores: Sequence[float]) -> tuple[
 def _checked(policy: Policy, method: str, step: int, ask: Callable[[], Any]) -> tuple[int, ...] | None:
     """Return the blocks that ``ask()``, a call of ``policy``'s ``method``, answers; None for a plan of None.
 
-    A policy from elsewhere is asked twice: one whose answers differ would select other blocks on each rank. Raises
+    A third-party policy is called twice: if its answers differ, ranks would select different blocks. Raises
     TrainingError that names the policy for anything but distinct indices of blocks in the lottery, at least one and at
     most `max_selected`, as a sequence of integers.
     """

@@ -1,4 +1,4 @@
-"""What a policy is: a pure choice of blocks from the step, the scores and the record of past updates."""
+"""The interface of a policy: a pure choice of blocks from the step, the scores and the record of past updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLOOR_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """What a policy is told about the run, once. ``always_select`` and ``never_select`` are not counted.
+    """The facts of the run that a policy is made with. ``always_select`` and ``never_select`` are not counted.
 
     Attributes:
         num_blocks: B, the blocks in the lottery; a policy names them 0 … B-1.
@@ -29,8 +29,8 @@ class PolicyContext:
         block_names: (num_blocks,), for messages and for policies that are told names.
         steps_per_epoch: optimizer steps in epoch 1; None if unknown.
         block_indices: (num_blocks,), what the model and selection.jsonl number them; None: 0 … B-1 too.
-        find_steps_per_epoch: gives ``steps_per_epoch`` once the first step has been applied, equal on all ranks. To be
-            called by `Policy.plan` alone, which all ranks call together; None: nobody can find it.
+        find_steps_per_epoch: gives ``steps_per_epoch`` once the first step has been applied, equal on all ranks. Only
+            `Policy.plan`, which all ranks call together, may call it; None: it can't be found.
     """
 
     config: SelectionConfig
@@ -53,7 +53,7 @@ class Policy(ABC):
     """Chooses the blocks of each step. Pure: the same arguments give the same answer, on every rank.
 
     Steps are numbered from 0 and count applied optimizer steps. A subclass gives `plan`, and `choose` only
-    where its explore steps take something else than the highest scores.
+    if its explore steps do not take the highest scores.
     """
 
     name: ClassVar[str]
@@ -94,12 +94,12 @@ class Policy(ABC):
 
     @property
     def max_selected(self) -> int:
-        """As many blocks as a step can choose: what memory for one step is sized by."""
+        """The most blocks that a step can choose, by which memory for one step is sized."""
         return self.context.num_selected
 
     @property
     def chooses_highest_scores(self) -> bool:
-        """Whether `choose` is the one here, so that a block may be given up once k others have scored higher."""
+        """Whether `choose` is not overridden, so that a block may be dropped once k others have scored higher."""
         return type(self).choose is Policy.choose
 
     def explore_probability(self, step: int) -> float:
@@ -128,8 +128,8 @@ class Policy(ABC):
 def num_selected(select_percent: float, num_blocks: int) -> int:
     """Return k = max(1, floor(select_percent / 100 · num_blocks)), the number of blocks updated per step.
 
-    Warns where select_percent is less than one block, as the paper's rule then still updates one.
-    Raises ConfigError where no block is left to choose from.
+    Warns if select_percent is less than one block, as the paper's rule then still updates one.
+    Raises ConfigError if no block is left to choose from.
     """
     if num_blocks < 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Random draws in log space: a probability that would underflow to 0 still has its place in the order."""
+"""Random draws in log space: probabilities that would underflow to 0 keep their order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunningTopK:
         self._best: list[tuple[float, int]] = []  # (key, -index), unordered
 
     def add(self, index: int, key: float) -> int | None:
-        """Take one more key; returns the index that is out for good by it, which may be ``index``."""
+        """Add a key; return the index that it rules out for good, which may be ``index``."""
         self._best.append((math.inf if math.isnan(key) else key, -index))
         if len(self._best) <= self._k:
             return None

@@ -1,1 +1,1 @@
-"""What a run did, for people: monitor scalars, logs, a page and a terminal view. Training needs none of it."""
+"""Present a run to people: monitor scalars, logs, a page and a terminal view. Training works without it."""

@@ -1,4 +1,4 @@
-"""What a run writes of its selection while it trains, for `ds-agsel report`, `ds-agsel watch` and the replay policy."""
+"""The selection's logs of a training run, for `ds-agsel report`, `ds-agsel watch` and the replay policy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SelectionLog:
         folder: made where it does not exist. A selection.jsonl in it keeps the lines of the steps that
             the selection has applied (a resumed run's); steps of its history that the file lacks are written
             without traffic, and any others are dropped.
-        optimizer: that of an engine which `ds_agsel.initialize` returned; it has the selection.
+        optimizer: of an engine that `ds_agsel.initialize` returned; it has the selection.
     """
 
     def __init__(self, folder: Path, optimizer: Any) -> None:

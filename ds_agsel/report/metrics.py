@@ -1,4 +1,4 @@
-"""What an applied step did, as numbers for a monitor."""
+"""Numbers of an applied step for a monitor."""
 
 from __future__ import annotations
 

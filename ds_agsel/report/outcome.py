@@ -9,11 +9,11 @@ from typing import Any
 from ds_agsel.report.runs import Run, number
 from ds_agsel.report.text import bytes_text, printable, seconds_text
 
-_MAX_LETTERS = 120  # of a text from a summary
+_MAX_LETTERS = 120  # characters of a text from a summary
 
 
 def outcome_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of the page's first table: a label and a text for each run. Rows that no run has anything for are left out.
+    """Rows of the page's first table: a label and a text for each run. Rows without a value in any run are left out.
 
     "time of a step against plain" is there where one of the runs is plain DeepSpeed, or selects every block.
     """

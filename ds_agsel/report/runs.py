@@ -1,4 +1,4 @@
-"""A run's logs as they lie in its folder, also while it goes on and where they are damaged. Standard library only."""
+"""Read a run's logs from its folder, also while it runs or if they are damaged. Standard library only."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Measured:
 
 @dataclass
 class Run:
-    """All that could be read of a run, its texts `printable`. ``problems`` names what could not."""
+    """Everything that could be read of a run, its texts `printable`. ``problems`` names the rest."""
 
     name: str
     folder: Path
@@ -100,7 +100,7 @@ class Run:
         return sum(step.phase == phase for step in self.steps)
 
     def selected_numel(self) -> list[int] | None:
-        """Parameters updated by each step; None where the blocks' sizes are not known."""
+        """Parameters updated by each step; None if the blocks' sizes are not known."""
         if self.block_numels is None:
             return None
         return [sum(self.block_numels[block] for block in step.blocks) for step in self.steps]

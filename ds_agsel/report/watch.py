@@ -27,7 +27,7 @@ def watch(folder: Path, *, interval_seconds: float = 2.0, once: bool = False, co
     """Show the run in ``folder`` until it is finished or Ctrl-C; ``once``: as it is now.
 
     Waits for a run that has written nothing yet, its folder included. Where the output is no terminal, a snapshot
-    follows each change. Raises DataError where ``once`` finds no run.
+    follows each change. Raises DataError if ``once`` finds no run.
     """
     console = console or Console()
     if once:

@@ -1,7 +1,7 @@
 """What moves between host and accelerator for a step: pure, by block index and bytes, no tensors and no streams.
 
-[Note: Budget] The states on the accelerator never take more than a budget. By default that is the largest selection
-there can be, and the two next largest blocks: one that is still leaving and one that arrives early. With less, the
+[Note: Budget] The states on the accelerator never take more than a budget. By default that is the largest possible
+selection and the two next largest blocks: one that is still leaving and one that arrives early. With less, the
 blocks of a step pass through: a block leaves right after its own update, and the one after next takes its place.
 """
 
@@ -34,7 +34,7 @@ def default_budget_bytes(block_bytes: Mapping[int, int], num_selected: int) -> i
 
 
 def check_budget(budget_bytes: int, block_bytes: Mapping[int, int], names: Sequence[str]) -> None:
-    """Raise ConfigError where a block by itself does not fit, naming the largest."""
+    """Raise ConfigError if a block by itself does not fit, naming the largest."""
     largest = max(block_bytes, key=lambda block: (block_bytes[block], -block))
     if block_bytes[largest] > budget_bytes:
         raise ConfigError(

@@ -1,15 +1,14 @@
-"""States that live in a file on NVMe: read for the groups that a step updates, written back, and nothing else moved.
+"""States in a file on NVMe: read for the groups that a step updates, and written back. Others do not move.
 
 [Note: Direct I/O] The step's reads and writes go round the page cache, through DeepSpeed's asynchronous I/O op, from
 and to page-locked buffers. The op does not look at the result of a write (csrc/aio/common/deepspeed_aio_common.cpp:110,
 0.19.8): a full disk would silently give wrong numbers. The space is therefore reserved before the first write.
 
-[Note: Anonymous file] The file has no name: its room on the disk is given back when the process ends, however it ends,
-and no other run can meet it. The op opens it by its number in /proc.
+[Note: Anonymous file] The file has no name: its disk space is freed when the process ends, in any way, and no other
+run can open it. The op opens it by its number in /proc.
 
-[Note: Mapped] For what looks at states between steps (checkpoints, accessors) a group's part of the file is mapped
-into memory: it comes in page by page as it is read, and the kernel lets it go again. The kernel also keeps both ways to
-the file coherent.
+[Note: Mapped] For access between steps (checkpoints, accessors) a group's part of the file is mapped into memory: the
+kernel reads it page by page and evicts it again. It also keeps mapping and direct I/O coherent.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class SwappedStates:
         return self._tensors(held, group, KEYS)
 
     def leave(self, group: int) -> None:
-        """Write ``group`` back, which has been updated, and read on as far as there is room now."""
+        """Write the updated ``group`` back, and read ahead as far as the ring now has room."""
         place = self._order.index(group)
         held = self._held(self._reads[place])
         if group not in self._updated:
@@ -111,7 +110,7 @@ class SwappedStates:
             self._updated.add(group)
         self._writes[place] = self._transfer("async_pwrite", [(held, self._starts[group])])
         self._count("written", held.nbytes)
-        # A write has the time of the next group's update before somebody waits for it.
+        # A write may take as long as the next group's update before anything waits for it.
         self._issue(written=place)
 
     def _issue(self, needed: int = -1, written: int = 0) -> None:
@@ -144,7 +143,7 @@ class SwappedStates:
         return {key: flat.narrow(0, index * padded, numel) for index, key in enumerate(keys)}
 
     def forget(self) -> None:
-        """Let what is under way pass, and forget what was read."""
+        """Wait for transfers in flight, and discard what was read."""
         while self._under_way:
             self._under_way[0].wait()
         self._writes.clear()
@@ -210,7 +209,7 @@ class SwappedStates:
 
 
 class _Transfer:
-    """Reads or writes that were issued together, on a handle of their own: one can wait for all that a handle has."""
+    """Reads or writes issued together on one handle: a wait covers all transfers of a handle."""
 
     def __init__(self, handle: Any, under_way: deque[_Transfer], idle: list[Any]) -> None:
         self._handle = handle

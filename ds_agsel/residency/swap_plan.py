@@ -1,8 +1,8 @@
-"""Where states lie in a file on NVMe and in the buffers before it: pure, by group and elements, without tensors.
+"""The places of states in a file on NVMe and in its buffers: pure, by group and elements, without tensors.
 
 [Note: Ring] The groups of a step pass through one stretch of buffers, used as a ring in the order of their update: a
-group is read to where the oldest ones lay, as soon as those have been written back. How far reading runs ahead of the
-update is a matter of the ring's size alone; it must hold the largest group.
+group is read to where the oldest ones lay, as soon as those have been written back. Only the
+ring's size limits how far reading runs ahead of the update; it must hold the largest group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FileLayout:
 
     Attributes:
         numels: of each group's partition.
-        alignment: what places and sizes are multiples of, as direct I/O wants it.
+        alignment: elements that places and sizes are multiples of, as direct I/O requires.
     """
 
     numels: Mapping[int, int]

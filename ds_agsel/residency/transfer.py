@@ -1,9 +1,9 @@
 """Carries out a plan's moves: pinned host memory, one stream for each direction, events. No ZeRO and no selection.
 
-[Note: Waits] Nothing here waits on the host, but `bring_home`. Between the streams there are four waits, and each is
+[Note: Waits] The host waits only in `bring_home`. Between the streams there are four waits, and each is
 needed: a leaving state is copied after the compute stream's update of it (1); what arrives takes memory that has been
-given back, and bytes that have been written to the host, only after the copy of what left (2); an update begins after
-its block's arrival (3); and the host reads what was copied to it after the copy's event (4). Memory for states is
+freed, and bytes that have been written to the host, only after the copy of the leaving state (2); an update begins
+after its block's arrival (3); and the host reads what was copied to it after the copy's event (4). Memory for states is
 allocated and freed on the H2D stream, so that the caching allocator hands it out again in that stream's order.
 """
 
@@ -121,7 +121,7 @@ class StateTransfer:
 
     def _arrive(self, block: int) -> None:
         state = self._blocks[block]
-        if state.place is Residency.LEAVING:  # what is copied from the host now is ordered after what is copied to it
+        if state.place is Residency.LEAVING:  # orders copies from the host after copies to it
             state.become(Residency.ON_HOST)
         state.become(Residency.ARRIVING)
         with self._on(self._h2d):
@@ -150,7 +150,7 @@ class StateTransfer:
             state.become(Residency.RESIDENT)
 
     def updated(self, block: int) -> None:
-        """Note that the current stream updates the block, and give the host room for moments that are new."""
+        """Note that the current stream updates the block, and allocate host memory for new moments."""
         self._blocks[block].updated()
         for group in self._groups_of_block[block]:
             host = self._states[group]
@@ -161,7 +161,7 @@ class StateTransfer:
 
     def _leave(self, block: int) -> None:
         state = self._blocks[block]
-        if state.place is Residency.ARRIVING:  # its memory is given back in the order of the stream it arrives on
+        if state.place is Residency.ARRIVING:  # its memory is freed in the order of the stream it arrives on
             state.become(Residency.RESIDENT)
         state.become(Residency.LEAVING)
         self._copy_to_host(block)
@@ -199,7 +199,7 @@ class StateTransfer:
                 state.become(Residency.ON_HOST)
 
     def bring_home(self, blocks: Iterable[int]) -> None:
-        """Make the host's states of ``blocks`` current; they stay where they are. The host waits: (4)."""
+        """Make the host's states of ``blocks`` current without evicting them. The host waits: (4)."""
         blocks = tuple(blocks)
         for block in blocks:
             self._copy_to_host(block)
@@ -211,7 +211,7 @@ class StateTransfer:
                 self._blocks[block].become(Residency.ON_HOST)
 
     def send_home(self, blocks: Iterable[int]) -> None:
-        """Make ``blocks`` leave, and wait until they have: the host may change their states."""
+        """Evict ``blocks`` and wait for it, so that their states can be modified on the host."""
         blocks = tuple(blocks)
         for block in blocks:
             if block in self.resident:
@@ -219,7 +219,7 @@ class StateTransfer:
         self.bring_home(blocks)
 
     def adopt(self, group: int, state: HostState) -> None:
-        """Take ``state`` as what the host has of ``group`` from now on. Streams and allocated memory are kept.
+        """Replace the host's state of ``group`` by ``state``. Streams and allocated memory are kept.
 
         Raises TrainingError unless the group's block is on the host alone.
         """

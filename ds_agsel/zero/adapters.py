@@ -55,7 +55,7 @@ def restrict(
     """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
 
     ``block_of_group[i]`` is the block of param group i. With ``states_visit``, its states live on the host from now
-    on and visit the accelerator. Raises ConfigError where the installed DeepSpeed, or the groups it made, are not the
+    on and visit the accelerator. Raises ConfigError if the installed DeepSpeed, or the groups it made, are not the
     ones this was written for.
     """
     compat.require_known_deepspeed(optimizer)

@@ -65,7 +65,7 @@ class Errors:
         self._message: str | None = None
 
     def attempt(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return ``work(...)``, or None where it fails or an earlier attempt has failed."""
+        """Return ``work(...)``, or None if it fails or an earlier attempt has failed."""
         if self._message is not None:
             return None
         try:
@@ -79,7 +79,7 @@ class Errors:
         self._message = self._message or message
 
     def first_of_all_ranks(self) -> str | None:
-        """Return what went wrong, on the first rank where anything did; None where all went well. Collective."""
+        """Return what went wrong, on the first rank where anything did; None if all went well. Collective."""
         found = gather(self._message)
         rank = next((rank for rank, message in enumerate(found) if message is not None), None)
         if rank is None:

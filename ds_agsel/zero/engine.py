@@ -26,7 +26,7 @@ class SelectiveEngine(CheckpointingEngine):
 
     @compat.overrides
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """`DeepSpeedEngine.forward`. Raises TrainingError where another engine trains the model now."""
+        """`DeepSpeedEngine.forward`. Raises TrainingError if another engine trains the model now."""
         if torch.is_grad_enabled():
             self.optimizer.window.refuse_if_retired()
         return super().forward(*inputs, **kwargs)

@@ -315,7 +315,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def resident_state_bytes(self) -> int:
         """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
 
-        0 where they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
+        0 if they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
         """
         return self.home.bytes().visiting
 

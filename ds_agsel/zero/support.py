@@ -246,7 +246,7 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def optimizer_problem(ds_config: DsConfig) -> str | None:
-    """Return what is wrong with the optimizer that ``ds_config`` names, or does not name; None where nothing is."""
+    """Return what is wrong with the optimizer that ``ds_config`` names, or does not name; None if nothing is."""
     name = ds_config.optimizer_type or ""
     if name.lower() in ADAM_NAMES:
         return None

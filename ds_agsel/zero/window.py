@@ -73,7 +73,7 @@ class StepWindow:
     # ------------------------------------------------------------------------ open
 
     def refuse_if_retired(self) -> None:
-        """Raise TrainingError where another engine has taken the model over."""
+        """Raise TrainingError if another engine has taken the model over."""
         if self._is_retired:
             raise TrainingError(
                 "this engine's model was given to another engine, which trains it now, or the engine was destroyed. "
@@ -86,7 +86,7 @@ class StepWindow:
         self.prepare()
 
     def open(self) -> None:
-        """Make room for the planned step. Idempotent. Raises ConfigError where the policy has no plan."""
+        """Make room for the planned step. Idempotent. Raises ConfigError if the policy has no plan."""
         if self.is_open:
             return
         _ = self._selection.plan
@@ -204,7 +204,7 @@ class StepWindow:
         return [block for block, found in zip(blocks, seen) if found == NOT_RUN]
 
     def require_gradients(self, blocks: Sequence[int]) -> None:
-        """Raise TrainingError where one of ``blocks`` ran and got no gradient, as far as this rank knows."""
+        """Raise TrainingError if one of ``blocks`` ran and got no gradient, as far as this rank knows."""
         self._refuse_dropped([block for block in blocks if self._saw(block) == NO_GRADIENT])
 
     def _refuse_dropped(self, blocks: Sequence[int]) -> None:

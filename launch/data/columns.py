@@ -26,7 +26,7 @@ class TextColumns:
     """Where a row's prompt and completion are. Picklable: tokenisation workers get it.
 
     Attributes:
-        prompt: column of the prompt; None where ``template`` makes it, or ``completion`` holds whole conversations.
+        prompt: column of the prompt; None if ``template`` makes it, or ``completion`` holds whole conversations.
         completion: column of the completion, or of the conversation.
         template: text with columns in braces, which is the prompt.
         remove_pattern: regular expression of the text to remove from completions.

@@ -21,7 +21,7 @@ def read(folder: Path, needed: str, config: str | None) -> dict[str, Dataset]:
 
     A folder that ``save_to_disk`` wrote, one with a file for each split (``train.jsonl``), or a clone of a hub data
     set: shards such as ``data/train-00000-of-00001.parquet``, or the files that its README's ``configs`` name, of
-    which ``config`` chooses. Raise DataError where there is no file for ``needed``.
+    which ``config`` chooses. Raise DataError if there is no file for ``needed``.
     """
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(folder, needed)

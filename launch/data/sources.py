@@ -82,7 +82,7 @@ def load_test(options: DataOptions) -> tuple[Dataset, TextColumns]:
 def local_copy(name: str) -> Path | None:
     """Return the folder of the preset ``name`` in the one that DS_AGSEL_DATA names; None if there is no such folder.
 
-    Raises DataError where the variable names no folder.
+    Raises DataError if the variable names no folder.
     """
     root = os.environ.get(DATA_VARIABLE)
     if not root or name not in PRESETS:

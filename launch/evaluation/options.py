@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, Any] = {"dataset": "gsm8k", "chat_template": "auto", "built
 class EvaluationOptions:
     """What is evaluated and how; one field a command line option of the same name. Raises ConfigError.
 
-    None where an option is not given: see `completed`.
+    None if an option is not given: see `completed`.
     """
 
     model: str

@@ -24,7 +24,7 @@ def as_text(options: argparse.Namespace) -> str:
 
 
 def read(model: str) -> dict[str, Any]:
-    """Return the settings of the run that made the model in folder ``model``; empty where no run of ours did.
+    """Return the settings of the run that made the model in folder ``model``; empty if no run of ours did.
 
     Raises ConfigError for a damaged file.
     """

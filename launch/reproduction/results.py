@@ -183,7 +183,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def loss_at(points: Sequence[Point], processor_seconds: float) -> float | None:
     """Held-out loss after so much processor time, by linear interpolation between the two measured beside it.
 
-    Beyond the last, its loss: the run had ended. None where processor time was not measured.
+    Beyond the last, its loss: the run had ended. None if processor time was not measured.
     """
     known = [(p.processor_seconds, p.loss) for p in points if p.processor_seconds is not None]
     if len(known) < 2:

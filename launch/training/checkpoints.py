@@ -53,7 +53,7 @@ def are_there(folder: Path) -> bool:
 def load(engine: Any, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Load the newest whole checkpoint of ``folder``; returns its folder and its client_state. Collective.
 
-    Raises CheckpointError where none is whole.
+    Raises CheckpointError if none is whole.
     """
     tag = None
     if not hasattr(engine, "selection"):

@@ -35,7 +35,7 @@ def main(parse: Callable[[], argparse.Namespace] | None = None) -> int:
 
 
 def _check_launched() -> None:
-    """Raise ConfigError where neither a launcher nor MPI says which rank this is."""
+    """Raise ConfigError if neither a launcher nor MPI says which rank this is."""
     if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
         script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
         raise ConfigError(f"launch/{script}.py was started without a launcher. Use: {options.program(script)} …")

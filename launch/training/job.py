@@ -23,7 +23,7 @@ from .stopping import StopRequest
 
 
 def run(wanted: argparse.Namespace, stop: StopRequest) -> bool:
-    """Do the run of the options ``wanted``; return True where a signal stopped it before its end. Collective."""
+    """Do the run of the options ``wanted``; return True if a signal stopped it before its end. Collective."""
     return Job(wanted, stop).run()
 
 
@@ -47,7 +47,7 @@ class Job:
         self._selection_log: SelectionLog | None = None
 
     def run(self) -> bool:
-        """Train and evaluate to the end. Return True where a signal stopped it before."""
+        """Train and evaluate to the end. Return True if a signal stopped it before."""
         if ranks.is_main():
             self._metrics = JsonLines(self._run.folder.metrics, self._progress.log_lines)
             if self._run.selection is not None:

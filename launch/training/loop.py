@@ -147,7 +147,7 @@ class Loop:
             yield scoring.to_device(batch, self._engine.device)
 
     def check_finite(self, record: dict[str, Any]) -> None:
-        """Count non-finite losses in a row. Raise TrainingError where they are more than --max-nonfinite."""
+        """Count non-finite losses in a row. Raise TrainingError if they are more than --max-nonfinite."""
         progress, allowed = self._progress, self._run.options.max_nonfinite
         if math.isfinite(record["loss"]):
             progress.nonfinite_in_a_row = 0

@@ -23,7 +23,7 @@ def save_model(
 ) -> None:
     """Write ``folder`` for ``from_pretrained``: weights, tokenizer, generation config. Replaces it whole.
 
-    ``extra_files`` are texts by file name. Raises CheckpointError where it can't be written; the folder that was there
+    ``extra_files`` are texts by file name. Raises CheckpointError if it can't be written; the folder that was there
     before then stays.
     """
     building = folder.with_name(f".{folder.name}.new")
