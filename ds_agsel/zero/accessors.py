@@ -47,7 +47,7 @@ class AccessibleStep(SelectiveStep):
         self.optimizer.state[partition] = compat.new_adam_state(self.optimizer, partition)
 
     def _refuse_gradient_of(self, block: int) -> None:
-        """Raise TrainingError: there is no gradient of ``block`` that a step would apply."""
+        """Raise TrainingError: no step would apply a gradient of ``block``."""
         selection = self.selection
         raise TrainingError(
             f"step {selection.plan.step}: a gradient of block {selection.blocks[block].name} can't be set now: no step "
@@ -65,7 +65,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
 
     @compat.overrides
     def _lazy_init_hp_params_optimizer_state(self) -> None:
-        """Nothing: stock code links once, after the first group's first step (stage_1_and_2.py:2987)."""
+        """Do nothing: stock code links once, after the first group's first step (stage_1_and_2.py:2987)."""
 
     def _link_state(self, group: int) -> None:
         if group not in self._states_linked and self._has_state(group):
@@ -283,7 +283,7 @@ def _zeros(shape: torch.Size | int) -> Tensor:
 def _trainable(param: ZeroParameter) -> Iterator[None]:
     """``param`` requires gradients inside: stock accessors answer None for one that is frozen."""
     required = param.requires_grad
-    param.requires_grad = True  # not by requires_grad_, which a frozen one takes for the user's word
+    param.requires_grad = True  # not by requires_grad_, which on a frozen parameter counts as the user's choice
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ class InputGradients:
             return False
         checkpointed = [layer for layer in self._modules if getattr(layer, "gradient_checkpointing", False)]
         kinds = [_is_reentrant(getattr(layer, _FUNCTION, None)) for layer in checkpointed]
-        if not kinds or None in kinds:  # nothing is checkpointed, or by a function that is not known
+        if not kinds or None in kinds:  # nothing is checkpointed, or an unknown function does it
             return False
         for layer, reentrant in zip(checkpointed, kinds):
             if reentrant and not isinstance(getattr(layer, _FUNCTION), _MarkedInputs):
@@ -54,7 +54,7 @@ class InputGradients:
 
 
 class _MarkedInputs:
-    """A reentrant checkpoint function that marks a segment's input where its parameters would get no gradient else."""
+    """A reentrant checkpoint function that marks a segment's input if its parameters would else get no gradient."""
 
     def __init__(self, layer: nn.Module, function: Callable[..., Any]) -> None:
         self.layer = layer
@@ -79,6 +79,6 @@ def _is_reentrant(function: Any) -> bool | None:
 
 
 def _has_hook(owner: nn.Module) -> bool:
-    """Whether the embedding of ``owner`` has the hook. transformers before 5 keeps one alone, under another name."""
+    """Whether the embedding of ``owner`` has the hook. transformers before 5 keeps only one, under another name."""
     hooks = getattr(owner, "_require_grads_hooks", None)
     return bool(hooks) or getattr(owner, "_require_grads_hook", None) is not None

@@ -1,4 +1,4 @@
-"""Which restricted optimizer, and which home for its states, answers to an optimizer of DeepSpeed's."""
+"""Choose the restricted optimizer, and the home of its states, for an optimizer of DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def restrict(
     """Make DeepSpeed's ``optimizer`` update the blocks that ``selection`` names. The same object, of a subclass.
 
     ``block_of_group[i]`` is the block of param group i. With ``states_visit``, its states live on the host from now
-    on and visit the accelerator. Raises ConfigError if the installed DeepSpeed, or the groups it made, are not the
-    ones this was written for.
+    on and visit the accelerator. Raises ConfigError if the installed DeepSpeed, or the groups it made, are not those
+    that this package supports.
     """
     compat.require_known_deepspeed(optimizer)
     if len(optimizer.optimizer.param_groups) != len(block_of_group):

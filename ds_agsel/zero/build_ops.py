@@ -14,7 +14,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBu
 from ds_agsel.zero.support import AIO_REMEDY
 
 COLLECTIVES_OP, CPU_ADAM_OP, FUSED_ADAM_OP, ASYNC_IO_OP = "deepspeed_shm_comm", "cpu_adam", "fused_adam", "async_io"
-_QUIET_SECONDS = 180.0  # a build that writes nothing for so long, and that no process here holds, has ended
+_QUIET_SECONDS = 180.0  # a build that writes nothing for this long, and whose lock no process here holds, has ended
 _PATIENCE_SECONDS = 2.0  # loading an op takes its lock for a moment, too
 _MINUTES = "one to two minutes each on two cores"
 
@@ -22,7 +22,7 @@ _MINUTES = "one to two minutes each on two cores"
 def main(*what: str) -> None:
     """Build `cpu_adam`, and on a CPU `fused_adam` and the shared-memory collectives: minutes once, then cached.
 
-    With "nvme", the asynchronous I/O op; where there is no libaio, a line says how to have it.
+    With "nvme", the asynchronous I/O op; without libaio, a line says how to install it.
     """
     if "nvme" in what:
         if AsyncIOBuilder().is_compatible(verbose=False):
@@ -50,11 +50,11 @@ def extensions_folder() -> Path:
 
 
 def announce(ops: Sequence[str], say: Callable[[str], None]) -> None:
-    """Return when none of ``ops`` is being built by another process; say which are about to be compiled here.
+    """Wait until no other process is building any of ``ops``; then say which are about to be compiled here.
 
-    For one process a machine; the others wait inside torch. A build that was killed leaves its file ``lock``, on which
-    torch waits for ever. A lock that no process here has open, in a folder in which nothing was written for three
-    minutes, is removed. ``say`` is told of each, of what is waited for, how long compiling takes and where the result
+    For one process per machine; the others wait inside torch. A killed build leaves its file ``lock``, for which torch
+    waits for ever. A lock that no process here has open, in a folder in which nothing was written for three
+    minutes, is removed. ``say`` prints each removal, what is waited for, how long compiling takes and where the result
     is kept.
     """
     folder = extensions_folder()

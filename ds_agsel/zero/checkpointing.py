@@ -1,9 +1,9 @@
-"""Saving and loading through the engine: whole tags (`ds_agsel.checkpoints`), decided alike on all ranks.
+"""Save and load through the engine: whole tags (`ds_agsel.checkpoints`), with the same outcome on all ranks.
 
 [Note: Who hashes] Each rank hashes what it wrote, from its own node's cache and beside the others; the manifest is
 written by one rank of each folder, once it sees every file. With a folder that all nodes share that is rank 0. With
-`checkpoint.use_node_local_storage` each node has a folder of its own with a manifest of its own, and a tag is whole
-where it is whole on every node. At a load the ranks of a folder share the hashing.
+`checkpoint.use_node_local_storage` each node has its own folder with its own manifest, and a tag is whole if it is
+whole on every node. At a load the ranks of a folder share the hashing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         it goes on from; other runs' tags stay. Where the environment variable DS_AGSEL_CHECKPOINT_KEY is set, the
         manifest is signed by that key. Collective. Raises CheckpointError on every rank where any could not write, for
         a state that can't be saved and, with ``keep``, for a tag that reads back wrong: what this call wrote is then
-        removed, what it was to replace is put back, and ``latest`` names the tag before.
+        removed, the tag it was to replace is restored, and ``latest`` names the previous tag.
         """
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         directory, folder = Path(save_dir), checkpoints.folder_of(save_dir, tag)
@@ -144,12 +144,12 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         state: tuple[str, str],
         exclude_frozen_parameters: bool,
     ) -> str | None:
-        """Write all files, then the manifest; returns what went wrong on any rank. Collective."""
+        """Write all files, then the manifest; return the first error of any rank. Collective."""
         errors = self._saving
         all_of_it = {**universal_info(), **(client_state or {})}
         if dist.get_rank() == 0:
             all_of_it[SELECTION_KEY] = json.loads(state[1])
-        self.optimizer.window.lift()  # DeepSpeed records what is frozen as the user's (engine.py:5433)
+        self.optimizer.window.lift()  # DeepSpeed records frozen parameters as frozen by the user (engine.py:5433)
         with compat.writes_through(self, errors.attempt) as written:
             super().save_checkpoint(os.fspath(folder.parent), folder.name, all_of_it, False, exclude_frozen_parameters)
         if place.leads:
@@ -168,7 +168,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
             errors.attempt(checkpoints.write_manifest, folder, files, {**facts, **self._run.facts()})
         return errors.first_of_all_ranks()
 
-    # What these two raise on one rank alone must not keep it from the barrier that ends a save (engine.py:4964).
+    # An error of these two on one rank must not keep it from the barrier that ends a save (engine.py:4964).
 
     @compat.overrides
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -195,7 +195,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         }
 
     def _layout(self) -> str:
-        """Which elements lie where in which rank's partitions, hashed; equal on all ranks."""
+        """Return a hash of which elements lie where in which rank's partitions; equal on all ranks."""
         shapes = [[(name, list(shape)) for name, shape in group.items()] for group in self._get_zero_param_shapes()]
         return _sha256(json.dumps([dist.get_world_size(), self._form(), shapes]))
 
@@ -316,7 +316,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
 
     @compat.overrides
     def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
-        """Stock where this rank's file is what it needs; otherwise [Note: By name] in `repartition`."""
+        """Load as stock code does if this rank's file fits; otherwise by [Note: By name] in `repartition`."""
         if self.load_universal_checkpoint() and not self.zero_optimization_partition_weights():
             self._load_what_zero_does_not_manage(TagFiles(Path(load_dir) / tag))
         if self._saved_states is None:
@@ -330,7 +330,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         return True
 
     def _load_what_zero_does_not_manage(self, files: TagFiles) -> None:
-        """Buffers and frozen parameters, which DeepSpeed's universal load leaves as they are (engine.py:4660)."""
+        """Load buffers and frozen parameters, which DeepSpeed's universal load leaves as they are (engine.py:4660)."""
         own = self.module.state_dict()
         module = model_states(files)["module"]
         fitting = {name: value for name, value in module.items() if name in own and own[name].shape == value.shape}
@@ -338,7 +338,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
 
     @compat.overrides
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
-        """Stock, or the first rank's file where the saving run had fewer ranks or another stage."""
+        """Return stock's names, or the first rank's file if the saving run had fewer ranks or another stage."""
         found: list[str] = super()._get_all_ckpt_names(checkpoints_path, tag)
         return found or [os.fspath(path) for path in sorted(Path(checkpoints_path, tag).glob(FIRST_MODEL_STATES))[:1]]
 
@@ -386,7 +386,7 @@ def read_selection_state(files: TagFiles, universal: bool = False) -> metadata.S
     """Return the selection saved in a tag. Raises CheckpointError if it is missing or wrong."""
     folder = files.folder
     try:
-        if universal:  # which has what DeepSpeed's converter copies alone
+        if universal:  # this file has only what DeepSpeed's converter copies
             return metadata.read_selection_state(model_states(files)[SELECTION_KEY], f"checkpoint {folder}")
         if files.has("zero/optimizer_state.pt"):
             raise CheckpointError(

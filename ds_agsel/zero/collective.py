@@ -1,4 +1,4 @@
-"""What the ranks of a save or a load tell one another, so that all succeed or all raise."""
+"""Exchanges between the ranks of a save or a load, so that all succeed or all raise."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Errors:
             return None
         try:
             return work(*args, **kwargs)
-        except Exception as error:  # whatever a client_state, a policy or a scheduler raises as it is saved
+        except Exception as error:  # any error of a client_state, a policy or a scheduler while it is saved
             self.note(str(error) if isinstance(error, AgselError) else f"{type(error).__name__}: {error}")
             return None
 
@@ -79,7 +79,7 @@ class Errors:
         self._message = self._message or message
 
     def first_of_all_ranks(self) -> str | None:
-        """Return what went wrong, on the first rank where anything did; None if all went well. Collective."""
+        """Return the error of the first rank that has one; None if none has. Collective."""
         found = gather(self._message)
         rank = next((rank for rank, message in enumerate(found) if message is not None), None)
         if rank is None:

@@ -1,4 +1,4 @@
-"""The engine: what a user calls around a step, and what the monitor is told."""
+"""The engine: the methods that a user calls around a step, and the scalars for the monitor."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SelectiveEngine(CheckpointingEngine):
 
     @compat.overrides
     def zero_grad(self) -> None:
-        """`DeepSpeedEngine.zero_grad`; what an explore step has scored is dropped, and scored anew."""
+        """`DeepSpeedEngine.zero_grad`; the scores of an explore step are dropped, and computed anew."""
         super().zero_grad()
         self.optimizer.window.zero_grad()
 
@@ -79,7 +79,7 @@ class SelectiveEngine(CheckpointingEngine):
 
     @compat.overrides
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
-        """`DeepSpeedEngine.step`; an applied step is told to DeepSpeed's monitor as ``AdaGradSelect/...`` scalars.
+        """`DeepSpeedEngine.step`; an applied step is reported to DeepSpeed's monitor as ``AdaGradSelect/...`` scalars.
 
         The blocks' update counts follow every ``steps_per_print`` steps.
         """

@@ -1,7 +1,7 @@
-"""Explore steps that hold few gradients: a block is scored when backward ends it, and given up once k are better.
+"""Explore steps that hold few gradients: a block is scored when backward leaves it, dropped once k are better.
 
-[Note: Streaming top-k] The choice is the same as with all gradients at hand, because it is made by the same scores, and
-a block that k others have beaten can't come back. On several ranks a block's gradients are reduced, and its norms added
+[Note: Streaming top-k] The choice is the same as with all gradients kept, because it uses the same scores, and a block
+that k others have beaten can't be chosen any more. On several ranks a block's gradients are reduced, and its norms added
 up, when its last one has come; all ranks see gradients in one order, as ZeRO's buckets need anyway. A block some of
 whose parameters get no gradient stays to the end, and is scored there with the rest.
 """
@@ -18,7 +18,7 @@ from ds_agsel.selection import Selection
 
 
 class ExploreStream:
-    """What an explore step has seen so far of its blocks. The optimizer does what it says, in three functions.
+    """The blocks that an explore step has seen so far. It acts on gradients through three functions of the optimizer.
 
     Args:
         numbers_of_params: block -> how many parameters it has.
@@ -46,7 +46,7 @@ class ExploreStream:
         self.scores: dict[int, float] = {}
         self.kept: set[int] = set(selection.lottery.always)
         self.dropped: set[int] = set()
-        self.is_over = False  # all scores there are have been taken; what comes now adds to what is kept
+        self.is_over = False  # all scores have been taken; later gradients add to the kept ones
 
     def wants(self, block: int) -> bool:
         """Whether the stream takes a gradient of ``block``; not after `flush`, which left the block to the step.
@@ -87,7 +87,7 @@ class ExploreStream:
         return self.kept.union(self._waiting)
 
     def flush(self, and_score: bool) -> None:
-        """Backward is over: keep the blocks that are not whole, scored now (the last scores), or left to the step."""
+        """End backward: keep the blocks that are not whole, scored now (the last scores) or left to the step."""
         for block in sorted(self._waiting):
             if and_score:
                 self._finish(block)

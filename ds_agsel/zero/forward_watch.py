@@ -103,7 +103,9 @@ class ForwardWatch:
         if self._depth > 0:
             return
         with_grad, _Forward.with_grad = _Forward.with_grad, False
-        if with_grad and not is_in_backward() and _error() is self._error_before:  # one that failed counts for nothing
+        if (
+            with_grad and not is_in_backward() and _error() is self._error_before
+        ):  # a forward that failed does not count
             self._ran.update(block for block in self._modules if self.has_run(block))
         self._clear_flags()
 

@@ -12,7 +12,7 @@ class FreezeMask:
     """Freezes parameters on top of what the user has frozen, and gives the user's choice back.
 
     [Note: Two masks] ``requires_grad`` holds one value, and both the user and the selection set it. A parameter that
-    the user has frozen is left alone. One that the mask freezes is *held*: what the user wants of it meanwhile
+    the user has frozen is left alone. One that the mask freezes is *held*: what the user sets on it meanwhile
     (PEFT's ``disable_adapter()`` freezes and thaws every adapter; a callback freezes a layer) is noted as the user's
     choice. A call of ``requires_grad_`` is caught on the parameter itself, and changes nothing yet; an assignment of
     True is seen at the next `put`. Only an assignment of False to a held parameter can't be seen. The window holds
@@ -21,10 +21,10 @@ class FreezeMask:
 
     def __init__(self) -> None:
         self._held: dict[int, nn.Parameter] = {}
-        self._wanted: dict[int, bool] = {}  # what the user wants of each held one
+        self._wanted: dict[int, bool] = {}  # the user's choice for each held parameter
 
     def put(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Freeze ``parameters``, also those that were thawed since they are held."""
+        """Freeze ``parameters``, including held ones that were thawed since."""
         for parameter in parameters:
             if not parameter.requires_grad:
                 continue
@@ -41,7 +41,7 @@ class FreezeMask:
         return parameter
 
     def lift(self) -> None:
-        """Give every held parameter what the user wants of it. Idempotent."""
+        """Restore the user's ``requires_grad`` of every held parameter. Idempotent."""
         for key, parameter in self._held.items():
             del parameter.requires_grad_
             parameter.requires_grad = parameter.requires_grad or self._wanted[key]

@@ -1,4 +1,4 @@
-"""Flat gradient buffers, held for the groups that this step needs and for no others."""
+"""Flat gradient buffers, held only for the groups that this step needs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Where ZeRO-1 and ZeRO-2 keep reduced gradients until the step: on the accelerator, or with ZeRO-Offload on the host.
 
 [Note: Old numbers] With ZeRO-Offload each fp32 partition has a ``.grad`` on the host. Stock code writes it where a
-gradient arrives and never clears it, and so applies an old gradient again to a parameter that got none
+gradient arrives and never clears it. It thus applies an old gradient again to a parameter that got none
 (stage_1_and_2.py:940, 1888). Here buffers exist only for the blocks that the step needs, and what this window did not
-write in them is zeroed before it is read.
+write there is zeroed before it is read.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ class AcceleratorGradients:
             zero.grads_in_partition_offset = 0
 
     def keep(self, params: Sequence[nn.Parameter]) -> None:
-        """Put the gradients that ``params`` still hold where the step will look for them."""
+        """Move the gradients that ``params`` still hold to the place from which the step reads them."""
 
     def forget(self, param_id: int) -> None:
         """Forget that the parameter had a gradient in this window."""
 
     def drop(self, group: int) -> None:
-        """Forget what is known of ``group``'s gradients, which the choice has left out."""
+        """Forget the records of ``group``'s gradients, which the choice has left out."""
 
     def complete(self, groups: Sequence[int]) -> None:
         """Leave only this window's numbers in the gradients of ``groups``; see [Note: Old numbers]."""
 
     def norms(self, group: int) -> list[tuple[int, Tensor]] | None:
-        """(param id, L2 norm) of the slices of ``group`` whose norm was taken on the way; None: none ever is."""
+        """Return (param id, L2 norm) of ``group``'s slices with a known norm; None if no norm is ever taken early."""
         return None
 
     def overflowed(self) -> bool:
@@ -85,7 +85,7 @@ class AcceleratorGradients:
         return False
 
     def stage(self, groups: Sequence[int]) -> None:
-        """Make room for the updated weights of ``groups`` on their way to the accelerator."""
+        """Allocate staging for the updated weights of ``groups`` on their way to the accelerator."""
 
     def staged_bytes(self, group: int) -> int:
         """Bytes of ``group``'s updated weights that were copied to the accelerator."""
@@ -96,7 +96,7 @@ class AcceleratorGradients:
         return 0
 
     def release(self) -> None:
-        """Give page-locked memory back. The optimizer is destroyed."""
+        """Free page-locked memory, as the optimizer is destroyed."""
 
 
 class HostGradients(AcceleratorGradients):
@@ -128,7 +128,7 @@ class HostGradients(AcceleratorGradients):
     def hold(self, groups: Sequence[int]) -> None:
         zero, held = self._zero, set(groups)
         for group in self._buffers.hold(groups):
-            # A reused buffer may hold old numbers in the gaps between parameters, which no gradient will write to.
+            # A reused buffer may hold old numbers in the gaps between parameters, where no gradient is written.
             self._zero_gradient(group, keep=self._param_ids(group))
         for group in range(len(self._partitions)):
             if group not in held:

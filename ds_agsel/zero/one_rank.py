@@ -1,6 +1,6 @@
-"""ZeRO-2 on one data-parallel rank, without the reduction that would change nothing.
+"""ZeRO-2 on one data-parallel rank, without a reduction that would change nothing.
 
-[Note: One rank] Where a gradient has nobody to be averaged with, the trip through the reduction bucket (a copy in,
+[Note: One rank] With a single data-parallel rank, the trip through the reduction bucket (a copy in,
 a division by 1, a collective of one, a copy out) changes no bit and is left out.
 """
 
@@ -16,7 +16,7 @@ from ds_agsel.zero.selective import SelectiveStep
 
 
 class OneRankReduction(SelectiveStep, compat.DeepSpeedZeroOptimizer):
-    """Takes a gradient as it is where there is no other rank.
+    """Takes a gradient as it is if there is no other rank.
 
     Attributes:
         _holds_gradients: whether gradients stay where they are now, until their block has been scored.
@@ -27,7 +27,7 @@ class OneRankReduction(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     _holds_gradients: bool
 
     def _has_nobody_to_reduce_with(self, param: nn.Parameter) -> bool:
-        """[Note: One rank]. Not where the trip would round, in a communication dtype narrower than the gradients'."""
+        """Whether [Note: One rank] applies: not if a communication dtype narrower than the gradients' would round."""
         return (
             self.partition_gradients
             and dist.get_world_size(group=self.dp_process_group) == 1

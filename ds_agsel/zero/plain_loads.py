@@ -1,4 +1,4 @@
-"""Where the section is switched off: what plain DeepSpeed says of a checkpoint that was saved with a selection."""
+"""With the section switched off: plain DeepSpeed's error on a checkpoint that was saved with a selection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_agsel.errors import CheckpointError
 
 
 def name_the_remedy(engine: Any) -> None:
-    """Let ``load_checkpoint`` of ``engine``, which is DeepSpeed's own, name the remedy where it fails on our states.
+    """Make ``load_checkpoint`` of the plain ``engine`` name the remedy if it fails on our states.
 
     A selection has param groups by block, and DeepSpeed 0.19.8 can't load them into others: it raises RuntimeError of a
     "parameter-alignment layout" (stages 1, 2) or ValueError of a "number of parameter groups" (stage 3). Any load that

@@ -6,7 +6,7 @@ counts and hyperparameters stay each block's own, where DeepSpeed's universal lo
 parameter, and stage 3 gives every sub-group those of the first (stage3.py:3664, 3687).
 
 [Note: Blocks without state] A block that was never updated has no Adam state. Files say zeros and step 0 instead, as
-one element seen many times, which takes no room: `ds_to_universal` (0.19.8) asks every group for its state.
+expanded one-element zeros without storage: `ds_to_universal` (0.19.8) asks every group for its state.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class SavedStates(Protocol):
         """Elements ``start`` to ``start + numel`` of the flat master (`MASTER`) or moment of a parameter."""
 
     def step(self, name: str) -> int:
-        """How often a parameter was updated."""
+        """Return how often a parameter was updated."""
 
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
-        """Of the param group that a parameter is in."""
+        """Return those of the param group that a parameter is in."""
 
     @property
     def of_the_run(self) -> Mapping[str, Any]:
-        """What is the same for all groups: loss scale, clipping, versions."""
+        """The entries common to all groups: loss scale, clipping, versions."""
 
 
 def _section_keys(state_dict: Mapping[str, Any]) -> tuple[str, str]:
@@ -89,9 +89,11 @@ def set_masters(state_dict: dict[str, Any], masters: list[Tensor]) -> None:
 
 
 def add_empty_states(state_dict: Mapping[str, Any]) -> None:
-    """[Note: Blocks without state]."""
+    """Add zeros for blocks that were never updated; see [Note: Blocks without state]."""
     base, masters = sections(state_dict)
-    paddings = state_dict.get(constants.GROUP_PADDINGS, [0] * len(masters))  # the masters lack it, the states have it
+    paddings = state_dict.get(
+        constants.GROUP_PADDINGS, [0] * len(masters)
+    )  # the masters lack this tensor, the states have it
     for index, (master, padding) in enumerate(zip(masters, paddings)):
         if not base["state"].get(index):
             nothing = torch.zeros(1, dtype=master.dtype, device=master.device).expand(master.numel() + padding)

@@ -1,4 +1,4 @@
-"""What the restricted ZeRO optimizers of all stages share: the order of a step, scores, hyperparameters.
+"""The base of the restricted ZeRO optimizers of all stages: the order of a step, scores, hyperparameters.
 
 A *group* here is what DeepSpeed steps at once, with one flat fp32 partition on this rank: a param group with stages
 1 and 2, a sub-group of one with stage 3. Every group belongs to one block.
@@ -29,7 +29,7 @@ HOST_ADAM_KEY = "ds_agsel_host_adam"  # in DeepSpeed's state dict: [Note: Hidden
 
 
 class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
-    """Goes before DeepSpeed's optimizer class among a restricted one's bases.
+    """Base of a restricted optimizer class, before DeepSpeed's own in the order of bases.
 
     Attributes:
         _group_of_param: group of each parameter, by a number from 0 that counts parameters, equal on all ranks. Set
@@ -72,7 +72,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         raise NotImplementedError
 
     def _complete_gradients(self, blocks: Sequence[int]) -> None:
-        """Make the gradients of ``blocks`` those of this window and of nothing else, before they are looked at."""
+        """Leave only this window's numbers in the gradients of ``blocks``, before they are read."""
         raise NotImplementedError
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
@@ -84,7 +84,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         raise NotImplementedError
 
     def _begin_window(self) -> None:
-        """Make room for the planned step. Its window opens: no gradient has come."""
+        """Prepare for the planned step, whose window opens: no gradient has arrived."""
         self._blocks_with_gradient.clear()
         self._stream = self._new_stream() if self._can_stream() else None
         self._hold_gradient_buffers()
@@ -109,11 +109,11 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         raise NotImplementedError
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
-        """Put the gradients of ``block`` that ``params`` hold where the step will look for them."""
+        """Move the gradients of ``block`` that ``params`` hold to the place from which the step reads them."""
         raise NotImplementedError
 
     def _forget_block(self, block: int) -> None:
-        """Give back the gradients of ``block``, kept before or not."""
+        """Free the gradients of ``block``, kept before or not."""
         raise NotImplementedError
 
     def _after_update(self, groups: Sequence[int]) -> None:
@@ -124,7 +124,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     @compat.overrides
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Choose where the step explores, then update the chosen blocks. Collective."""
+        """Choose blocks if the step explores, then update the chosen blocks. Collective."""
         with self.window.stepping():
             self._step()
 
@@ -164,7 +164,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def _leave_out_what_did_not_run(self) -> None:
         """Take blocks that took part in no rank's forward out of the step. Collective.
 
-        Not where every block is updated: DeepSpeed's way with those is a gradient of zero. Raises TrainingError for
+        Not if every block is updated: DeepSpeed then uses a gradient of zero. Raises TrainingError for
         planned blocks that ran and received no gradient; a chosen one's score, 0, has said so.
         """
         selection = self.selection
@@ -249,7 +249,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
     def _can_stream(self) -> bool:
-        """Whether this step can give gradients back on the way: it explores, and one backward gives all scores."""
+        """Whether this step can free gradients during backward: it explores, and one backward gives all scores."""
         one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
         return self.selection.plan.blocks is None and one_backward
 
@@ -270,7 +270,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         return self._blocks_to_keep() if is_over else self.selection.active_blocks
 
     def _choose_on_first_micro_batch(self) -> None:
-        """Choose now: the rest of the window is an exploit step's. Not with scores that make the step be skipped."""
+        """Choose now: the rest of the window is an exploit step's. Not if the scores make the step be skipped."""
         scores = self._explore_scores()
         stream = self._stream
         if stream is not None and torch.isfinite(scores).all():
@@ -280,7 +280,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             self._hold_gradient_buffers()
 
     def _restart_stream(self) -> None:
-        """Drop the gradients that an explore step has scored: the user does not want them."""
+        """Drop the gradients that an explore step has scored, at the user's request."""
         if self._stream is not None:
             self._forget_gradients()
             self._begin_window()
@@ -302,7 +302,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._entered = shown, group
 
     def _leave(self) -> None:
-        """Put the state of the group that was entered last back, if it has not been yet."""
+        """Return the state of the last entered group to its home, unless that is done."""
         if self._entered is not None:
             entered, self._entered = self._entered, None
             self.home.leave(*entered)
@@ -313,7 +313,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         return self.home.is_on_disk
 
     def resident_state_bytes(self) -> int:
-        """Bytes that optimizer states which visit take on the accelerator now, master weights included, on this rank.
+        """Return the bytes of visiting states on this rank's accelerator now, master weights included.
 
         0 if they don't visit: they are then all on the host (CPU offload), or all on the accelerator.
         """

@@ -39,7 +39,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     def attach(
         self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, home: StateHome
     ) -> None:
-        """Take the controller and the states' home on. ``block_of_group[i]`` is the block of param group i."""
+        """Attach the controller and the states' home. ``block_of_group[i]`` is the block of param group i."""
         self._group_of_param = {self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group}
         self._attach(selection, block_of_group, link, home)
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
@@ -58,7 +58,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         self._gradients.begin_window()
 
     def _can_stream(self) -> bool:
-        """Not with ZeRO-1, which keeps whole gradients to the end."""
+        """Return the shared answer; False for ZeRO-1, which keeps whole gradients to the end."""
         return super()._can_stream() and self.partition_gradients
 
     def _hold_gradient_buffers(self) -> None:
@@ -77,7 +77,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         if not self._is_wanted(param, i):
             return
         if self._stream is not None and compat.is_coalescing(self):
-            self._stream = None  # all gradients come at once, when nothing can be given back any more
+            self._stream = None  # all gradients come at once, when none can be freed early
         stream = self._stream
         if stream is not None and not stream.is_over and stream.wants(self._block_of_group[i]):
             with compat.attribute(self, _holds_gradients=True):
@@ -96,7 +96,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter, i: int) -> None:
-        if self._is_wanted(param, i):  # asked again: with stage 1 no hook may have come through process_gradients
+        if self._is_wanted(param, i):  # checked again: with stage 1 no hook may have passed process_gradients
             super().reduce_ready_partitions_and_remove_grads(param, i)
 
     def _is_wanted(self, param: nn.Parameter, group: int) -> bool:
@@ -181,7 +181,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def update_offload_overflow_tracker_for_param_grad(self, param: nn.Parameter) -> None:
-        """Nothing: the norm, taken for every gradient, is finite just where the gradient is; see `has_overflow`."""
+        """Do nothing: the norm, taken for every gradient, is finite exactly if the gradient is; see `has_overflow`."""
 
     @compat.overrides
     def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param: nn.Parameter) -> None:
@@ -213,7 +213,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """Return the norm of all shown gradients, added up in the groups' order, whatever order they are updated in."""
+        """Return the norm of all shown gradients, added up in the groups' order, not in that of the update."""
         with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
             return super().scaled_global_norm(norm_type)
 

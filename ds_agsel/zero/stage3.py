@@ -8,7 +8,7 @@ prepared, clipped, stepped or written back.
 [Note: Gradient partitions] A parameter's partition, and with CPU offload its slice of the fp32 gradient, holds the
 numbers of an earlier step where this window brought it none; stock ZeRO-3 applies those and counts them in the norm
 (stage3.py:1456). Here a selected parameter without a gradient in the window has gradient 0: its moments decay and its
-weight decay applies, as in an expert that got no token. Buffers exist for the blocks that this step needs alone.
+weight decay applies, as in an expert that got no token. Buffers exist only for the blocks that this step needs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
     def attach(
         self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, home: StateHome
     ) -> None:
-        """Take the controller and the states' home on. ``block_of_group[i]`` is the block of sub-group i."""
+        """Attach the controller and the states' home. ``block_of_group[i]`` is the block of sub-group i."""
         members = [(param, sub_group) for sub_group, params in enumerate(self.fp16_groups) for param in params]
         self._number_of_param = {param.ds_id: number for number, (param, _) in enumerate(members)}
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
@@ -89,7 +89,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             param.grad = None
             return
         if self._stream is not None and compat.is_coalescing(self):
-            self._stream = None  # all gradients come at once, when nothing can be given back any more
+            self._stream = None  # all gradients come at once, when none can be freed early
         stream = self._stream
         is_streamed = stream is not None and not stream.is_over and stream.wants(block)
         if param.ds_id not in compat.gradient_partitions(self):
@@ -209,7 +209,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     @compat.overrides
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        """Return what is known already: the norm, taken at every step, is finite just where the gradients are."""
+        """Return the known answer: the norm, taken at every step, is finite exactly if the gradients are."""
         return self._overflow_is_known
 
     @compat.overrides
@@ -221,7 +221,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     @compat.overrides
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
-        self._enter(sub_group_id)  # first: the gradient is hung on the tensor that will be updated
+        self._enter(sub_group_id)  # first: the gradient is set on the tensor that will be updated
         super()._prepare_sub_group(sub_group_id, timer_names)
 
     @compat.overrides

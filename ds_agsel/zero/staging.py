@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 
 
 class HostStaging:
-    """One host buffer, as large as the largest step so far needs, cut up anew for each step's groups.
+    """One host buffer, as large as the largest step so far needs, divided anew for each step's groups.
 
     Stock ZeRO-Offload keeps one for every group for good (stage_1_and_2.py:564), 2 bytes for each element of the model.
     The copies out of it are over before the next step writes to it: the step waits for its gradients' norm.
@@ -32,7 +32,7 @@ class HostStaging:
         return dict(zip(groups, cut, strict=True))
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._pin_memory and self._buffer.numel():
             get_accelerator().unpin_memory(self._buffer)
         self._buffer = self._buffer.new_empty(0)

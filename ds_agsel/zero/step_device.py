@@ -1,4 +1,4 @@
-"""Where AdamW runs: what the section and the ds_config say, and where they leave it open, what fits."""
+"""Choose where AdamW runs: by the section and the ds_config or, if they leave it open, by what fits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RATE_SAMPLE_BYTES = 64 * 2**20
 
 
 class StepDevice(enum.Enum):
-    """Where the update runs, and where what it needs lives.
+    """Where the update runs, and where its states are.
 
     HOST: ZeRO-Offload: states in host memory, AdamW on the processor.
     VISIT: states in pinned host memory; the selected blocks' are on the accelerator when AdamW runs there.

@@ -1,4 +1,4 @@
-"""What this package can't do, refused at start-up with the setting, its value and what to do instead."""
+"""Refuse unsupported settings at start-up, each with its value and the remedy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def unsupported(
 
 @dataclass(frozen=True)
 class _Rule:
-    """A combination of settings that can't be used, and what is said of it."""
+    """A combination of settings that can't be used, and its error message."""
 
     applies: Callable[[DsConfig, SelectionConfig], Any]
     text: Callable[[DsConfig, SelectionConfig], str]
@@ -246,7 +246,7 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def optimizer_problem(ds_config: DsConfig) -> str | None:
-    """Return what is wrong with the optimizer that ``ds_config`` names, or does not name; None if nothing is."""
+    """Return the problem of the optimizer that ``ds_config`` names, or fails to name; None if it is supported."""
     name = ds_config.optimizer_type or ""
     if name.lower() in ADAM_NAMES:
         return None

@@ -1,4 +1,4 @@
-"""Read DeepSpeed's files of one tag: those that its manifest lists, and no class that a checkpoint does not need.
+"""Read DeepSpeed's files of one tag: only those that its manifest lists, and only classes that a checkpoint needs.
 
 [Note: A checkpoint runs no code] DeepSpeed 0.19.8 unpickles its files (torch_checkpoint_engine.py:37), and a pickle can
 call anything. Here they are read with ``weights_only=True`` and the classes of `allowed_classes`. A client_state with
@@ -70,7 +70,7 @@ def restricted_unpickling() -> Iterator[None]:
 
 
 class TagFiles:
-    """The files of the tag in ``folder``. Where it has a manifest, those that are not in it do not exist."""
+    """The files of the tag in ``folder``. If it has a manifest, only the files listed there exist."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

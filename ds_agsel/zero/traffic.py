@@ -1,4 +1,4 @@
-"""What a step moves, counted where DeepSpeed moves it: `selection.Traffic`."""
+"""Count the bytes that a step moves, where DeepSpeed moves them, for `selection.Traffic`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The window of an optimizer step: opened by whatever comes first, closed once, whatever happens in it.
+"""The window of an optimizer step: opened by the first forward, backward or gradient, and closed exactly once.
 
 [Note: The window] A step's window holds what belongs to one optimizer step and to no other: what is frozen, the
 explore stream, the gradient buffers and sums, the blocks that have received a gradient, the blocks that ran. It opens
@@ -10,7 +10,7 @@ backward or gradient if no forward was seen, and closes
   window are dropped and DeepSpeed's own record of them, so that the next backward begins a new window. The plan
   stands.
 
-An exception in forward leaves the window as it is: no gradient has come of it. ``zero_grad`` drops what an explore
+An exception in forward leaves the window as it is: it produced no gradient. ``zero_grad`` drops what an explore
 step has scored; otherwise it does what DeepSpeed's does with its stage.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_agsel")
 
-NOT_RUN, NO_GRADIENT, GRADIENT = range(3)  # what a block saw in the window; of several ranks the largest counts
+NOT_RUN, NO_GRADIENT, GRADIENT = range(3)  # a block's outcome in the window; the largest over all ranks counts
 
 _OWNERS = WeakIdKeyDictionary()  # parameter -> weak reference to the window that trains it
 
@@ -82,11 +82,11 @@ class StepWindow:
 
     def _begin_forward(self) -> None:
         if self._backward_is_running:
-            self.abandon()  # an exception ended it where nobody could see it: loss.backward()
+            self.abandon()  # an exception ended it out of our sight: loss.backward()
         self.prepare()
 
     def open(self) -> None:
-        """Make room for the planned step. Idempotent. Raises ConfigError if the policy has no plan."""
+        """Prepare for the planned step. Idempotent. Raises ConfigError if the policy has no plan."""
         if self.is_open:
             return
         _ = self._selection.plan
@@ -112,12 +112,12 @@ class StepWindow:
                 self._mask.put(parameters)
 
     def begin_backward(self) -> None:
-        """DeepSpeed's backward begins."""
+        """Note that DeepSpeed's backward begins."""
         self.prepare()
         self._backward_is_running = True
 
     def end_backward(self) -> None:
-        """DeepSpeed's backward is over, with what follows it."""
+        """Note that DeepSpeed's backward is over, its epilogue included."""
         self._backward_is_running = False
         self._mask.lift()
 
@@ -162,7 +162,7 @@ class StepWindow:
             self._stage._restart_stream()
 
     def retire(self) -> None:
-        """Leave the model to another engine, or to nobody: no hooks, no mask, no gradients. Idempotent."""
+        """Release the model: remove hooks, mask and gradients. Idempotent."""
         if self._is_retired:
             return
         self.abandon()
@@ -181,14 +181,14 @@ class StepWindow:
         return NO_GRADIENT if self._watch is None or self._watch.has_run(block) else NOT_RUN
 
     def explains_silence(self) -> bool:
-        """Whether no planned block took part in this rank's forward, so that its loss rightly needs no gradient."""
+        """Whether no planned block took part in this rank's forward, so that its loss correctly needs no gradient."""
         watch = self._watch
         if not self.is_open or watch is None or not any(map(watch.has_run, range(len(self._parameters)))):
             return False  # nothing ran at all: the loss is not this model's
         return all(self._saw(block) == NOT_RUN for block in self._selection.active_blocks)
 
     def not_run(self, blocks: Sequence[int], refuse_dropped: bool) -> list[int]:
-        """Those of ``blocks`` that took part in no rank's forward. Collective, and ranks agree.
+        """Return those of ``blocks`` that took part in no rank's forward. Collective, equal on all ranks.
 
         With ``refuse_dropped`` raises TrainingError, on every rank, for those that ran and got no gradient on any.
         """

@@ -62,7 +62,7 @@ class Zero(Method):
 
 
 class AdaGradSelect(Zero):
-    """Return the ds_config's section, or its defaults if it has none."""
+    """ZeRO with the ds_config's section, or with the section's defaults if it has none."""
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**config, SECTION: {**config.get(SECTION, {}), "enabled": True}}

@@ -1,9 +1,9 @@
-"""The one package that touches what DeepSpeed does not document, with the versions it is known to work on.
+"""The only package that uses undocumented names of DeepSpeed, with the versions it is known to work on.
 
 What it relies on is checked by `guard.py` ([Note: What the guard holds] there) as this package is imported, as its
-classes are made and as an engine is: a release that moved something is met with a sentence instead of wrong numbers.
+classes are made and as an engine is: a release that moved a name raises an error, and does not give wrong numbers.
 
-Callers write ``from ds_agsel.zero import compat`` and ``compat.name``: what this module gives is what others may use.
+Callers write ``from ds_agsel.zero import compat`` and ``compat.name``; no other names may be used.
 """
 
 from ds_agsel.zero.compat.versions import KNOWN_VERSIONS, deepspeed_version, imports_of_deepspeed, is_known

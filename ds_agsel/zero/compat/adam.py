@@ -31,7 +31,7 @@ def adam_step(
 ) -> int | torch.Tensor:
     """Return a step count as ``optimizer`` keeps it: an int for DeepSpeed's, fp32 of no dimension for torch's.
 
-    On the host; on ``device`` where ``param_group`` is given and torch's fused or capturable form wants it there.
+    On the host; on ``device`` if ``param_group`` is given and asks for torch's fused or capturable form.
     """
     if isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam)):
         return count
@@ -42,15 +42,15 @@ def adam_step(
 def has_fused_adam() -> bool:
     """Return whether DeepSpeed's FusedAdam can be made for this accelerator: its op loads, built now if need be.
 
-    Builders call themselves compatible without nvcc, without ninja and on a CPU that has no such op, so that only
-    loading tells. Logs a warning with the reason where that fails. Local to this rank.
+    Builders report themselves compatible without nvcc, without ninja and on a CPU that has no such op: only loading
+    tells. Logs a warning with the reason if that fails. Local to this rank.
     """
     builder = get_accelerator().create_op_builder("FusedAdamBuilder")
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
         return False
     try:
         builder.load(verbose=False)
-    except Exception as error:  # of its compiler, of ninja, of nvcc, of the loader: each raises another one
+    except Exception as error:  # compiler, ninja, nvcc and loader each raise errors of their own
         logger.warning(
             "adagrad_select: DeepSpeed's FusedAdam can't be built here (%s: %s); torch's AdamW is used instead. "
             "To have it, install the CUDA toolkit of torch.version.cuda, with nvcc, and ninja.",

@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 
 
 def forget_backward(optimizer: ZeROOptimizer) -> None:
-    """Put ``optimizer`` where it stands after a step: no gradient, full bucket, sum or running backward.
+    """Bring ``optimizer`` into its state after a step: no gradient, full bucket, sum or running backward.
 
     Plain ZeRO-1 and 2 go on from an interrupted backward with "has already been reduced" (stage_1_and_2.py:1431);
     ZeRO-3 goes on, and with accumulation keeps what the interrupted one has added. Host waits.
@@ -54,6 +54,6 @@ def _forget_stage3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 
 
 def remove_gradient_hooks(optimizer: ZeROOptimizer) -> None:
-    """Let no gradient reach ``optimizer`` any more: what its ``destroy`` does with them (stage_1_and_2.py:759)."""
+    """Remove the hooks that bring gradients to ``optimizer``, as its ``destroy`` does (stage_1_and_2.py:759)."""
     for hook in [*optimizer._grad_acc_hooks, *getattr(optimizer, "_leaf_module_hooks", ())]:
         hook.remove()

@@ -20,7 +20,7 @@ from ds_agsel.zero.compat.views import attribute
 def swap_class(instance: Any, subclass: type) -> None:
     """Make ``instance`` an object of ``subclass``, which must add methods and no constructor.
 
-    The way in that leaves DeepSpeed's long constructors to DeepSpeed (docs/deepspeed.md).
+    This leaves DeepSpeed's long constructors to DeepSpeed (docs/deepspeed.md).
     """
     if type(instance) not in subclass.__mro__:
         base = next(cls for cls in subclass.__mro__ if cls.__module__.startswith("deepspeed."))

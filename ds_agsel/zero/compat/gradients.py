@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import nn
 
-STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"  # before a name that the class keeps to itself
+STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"  # Python's mangling of a class-private name
 
 
 def gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> dict[int, torch.Tensor]:
@@ -20,7 +20,7 @@ def gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> dict[int, t
 
 
 def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Reduce what waits in ZeRO-3's buckets and give each rank its partition. Collective."""
+    """Reduce the gradients waiting in ZeRO-3's buckets and give each rank its partition. Collective."""
     for dtype in sort_dtypes(optimizer.ipg_buckets.keys()):
         getattr(optimizer, f"{STAGE3_PRIVATE}reduce_and_partition_ipg_grads")(dtype)
 
@@ -31,7 +31,7 @@ def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
 
 
 def is_in_bucket(param: Any) -> bool:
-    """Whether ZeRO-3 took the gradient of ``param`` when it came; not one that tiles add to yet (stage3.py:1588)."""
+    """Whether ZeRO-3 took the gradient of ``param`` on arrival; False while tiles still add to it (stage3.py:1588)."""
     return getattr(param, "ds_grad_is_ready", True)
 
 

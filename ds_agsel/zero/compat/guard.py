@@ -1,8 +1,8 @@
-"""Refuses a DeepSpeed that has moved what this package relies on, before anything is trained.
+"""Refuse a DeepSpeed that has moved names this package relies on, before anything is trained.
 
 [Note: What the guard holds] Three things, each an error that names what moved and the release to install:
 
-- `overrides` marks each method of ours that stands in the place of one of DeepSpeed's. As the class is made, the stock
+- `overrides` marks each method of ours that replaces one of DeepSpeed's. When the class is made, the stock
   method must be there and ours must take every call that it takes: a method that DeepSpeed renamed would otherwise be
   an override that nobody calls. A method of ours that is not marked must have no stock one behind it.
 - `names.py` lists every other stock name that this package reads, sets or calls, for stages 1 and 2, for stage 3 and
@@ -56,7 +56,7 @@ class ChecksOverrides:
 
 
 def override_faults(cls: type) -> list[str]:
-    """Return what is wrong with the methods by which ``cls`` overrides DeepSpeed's, in words."""
+    """Return the faults, as sentences, of the methods by which ``cls`` overrides DeepSpeed's."""
     faults = []
     for owner, name, value in _own_methods(cls):
         marked = getattr(_function(value), _MARK, False)
@@ -144,8 +144,8 @@ def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
 def takes(callee: tuple[str, ...], caller: tuple[str, ...]) -> bool:
     """Return whether a method with parameters ``callee`` can be called as one with parameters ``caller``.
 
-    A name that is passed by position must stand at the same place or be taken by ``*args``; what ``callee`` has more
-    needs a default.
+    A name that is passed by position must stand at the same place or be taken by ``*args``; additional parameters of
+    ``callee`` need a default.
     """
     positional, keyword_only, any_positional, any_keyword = _sorted(callee)
     wanted, wanted_keywords, wants_positional, wants_keyword = _sorted(caller)

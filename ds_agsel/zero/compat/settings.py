@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 
 def ds_config_problems(ds_config: Mapping[str, Any]) -> list[str]:
-    """Return what DeepSpeed's own parser refuses in ``ds_config``, which has no values "auto" and fits one rank.
+    """Return the errors of DeepSpeed's own parser on ``ds_config``, which has no values "auto" and fits one rank.
 
     No process group is needed: without one the parser takes one rank (runtime/config.py, DeepSpeedConfig.__init__). It
     stops at its first complaint; a wrong section of a pydantic model gives a line for each of its settings.
@@ -26,7 +26,9 @@ def ds_config_problems(ds_config: Mapping[str, Any]) -> list[str]:
             f"{found['msg']}. See this section in its documentation."
             for found in error.errors(include_url=False)
         ]
-    except Exception as error:  # AssertionError, ValueError, DeepSpeedConfigError, or a slip on a value's type
+    except (
+        Exception
+    ) as error:  # AssertionError, ValueError, DeepSpeedConfigError, or any error that a value's type causes
         return [f"DeepSpeed refuses this ds_config: {str(error) or type(error).__name__}"]
     return list(_engine_problems(parsed))
 

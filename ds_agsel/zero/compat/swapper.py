@@ -1,4 +1,4 @@
-"""What DeepSpeed's NVMe swapper was told, and how a load passes it by."""
+"""The settings of DeepSpeed's NVMe swapper, and how a load bypasses it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SwapSettings:
 def take_swapper(optimizer: DeepSpeedZeroOptimizer_Stage3) -> tuple[SwapSettings, dict[int, Path]]:
     """Return DeepSpeed's swap settings and, by sub-group, the file that begins with its fp32 partition.
 
-    From here on ``optimizer`` has no swapper, and takes its states for offloaded to the host.
+    From here on ``optimizer`` has no swapper, and treats its states as offloaded to the host.
     """
     swapper = optimizer.optimizer_swapper
     partitions = enumerate(optimizer.fp32_partitioned_groups_flat)
@@ -58,7 +58,7 @@ def swapped_weights_follow(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator
     """Inside, ZeRO-3 may load a checkpoint also where it has model weights on NVMe; they follow the master weights.
 
     Its load copies masters to the flat weights of every sub-group, and such a one has none (stage3.py:3578): inside,
-    all of those have one buffer, and what is written there is forgotten.
+    all of those share one buffer, whose content is discarded.
     """
     flats = optimizer.fp16_partitioned_groups_flat
     swapped = [index for index, flat in enumerate(flats) if flat is None]

@@ -1,4 +1,4 @@
-"""The DeepSpeed releases that this package was tested with, and the sentence for all others."""
+"""The DeepSpeed releases that this package was tested with, and the error for all others."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ home            between steps            during a group's update
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
 explore step; `begin` when its blocks are final; then for each group, in the order that `begin` returned, `enter` before
 DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time. Between
-steps, whoever reads or writes states does so inside `readable` or `writable`. A home is chosen in `adapters.home_for`
-alone; a new place or form of states is a new subclass there.
+steps, read and write states only inside `readable` or `writable`. Only `adapters.home_for` chooses a
+home; a new place or form of states is a new subclass there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ds_agsel.zero.storage import storage_bytes
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What states take on this rank.
+    """Memory of states on this rank.
 
     Attributes:
         moments: bytes of the Adam moments that exist, wherever they are.
@@ -93,7 +93,7 @@ class StateHome(ABC):
 
     @abstractmethod
     def leave(self, shown: int, group: int) -> None:
-        """Take the updated state of ``group``, which was entered last, back. Also called after an exception."""
+        """Return the updated state of ``group``, the last one entered, to its home. Also called after an exception."""
 
     # ------------------------------------------------------------------- between steps
 
@@ -101,12 +101,12 @@ class StateHome(ABC):
     def readable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Inside, DeepSpeed's lists and the base optimizer hold the current states of ``groups`` (None: of all).
 
-        The host waits for what is under way. The tensors are valid inside alone; see `keep_readable`.
+        The host waits for transfers in flight. The tensors are valid only inside; see `keep_readable`.
         """
 
     @abstractmethod
     def writable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
-        """As `readable`, and what is changed there is kept: in place, or by new tensors, or by moments that are new.
+        """As `readable`, and changes are kept: in place, by new tensors, or by new moments.
 
         No copy of the states of ``groups`` elsewhere outlives this.
         """

@@ -12,16 +12,16 @@ class StatesInPlace(StateHome):
     """The tensors that DeepSpeed made are those that it steps, reads and writes."""
 
     def prefetch(self, blocks: Sequence[int] | None) -> None:
-        """Nothing: all states are there."""
+        """Do nothing: all states are in place."""
 
     def begin(self, blocks: Sequence[int]) -> list[int]:
         return self.groups_of(blocks)
 
     def enter(self, shown: int, group: int) -> None:
-        """Nothing: the state is there."""
+        """Do nothing: the state is in place."""
 
     def leave(self, shown: int, group: int) -> None:
-        """Nothing: the state stays."""
+        """Do nothing: the state stays."""
 
     def readable(self, groups: Sequence[int] | None = None) -> AbstractContextManager[None]:
         return nullcontext()
@@ -30,4 +30,4 @@ class StatesInPlace(StateHome):
         return nullcontext()
 
     def adopt(self, groups: Sequence[int] | None = None) -> None:
-        """Nothing: what DeepSpeed holds is the state."""
+        """Do nothing: DeepSpeed's own tensors are the state."""

@@ -2,8 +2,8 @@
 
 [Note: Taken over] DeepSpeed's own swapper reads a sub-group's states and its gradients in one operation, so that states
 can't be read before there are gradients, and the engine loads no checkpoint of what it holds (engine.py:4456). It makes
-the fp32 partitions, which never are in memory all at once; then `SwappedStates` takes them over, and for DeepSpeed's
-code this is offload to the host from there on: gradients of the step's blocks are in host memory, checkpoints have the
+the fp32 partitions, which never are in memory all at once; then `SwappedStates` takes them over. To DeepSpeed's code
+this is offload to the host from there on: gradients of the step's blocks are in host memory, checkpoints have the
 form of offload to the host, and can be loaded with it and the other way round.
 
 [Note: Not there] A partition and a moment that lie in the file are expanded one-element zeros: right shape, no storage.
@@ -51,7 +51,9 @@ class StatesOnNvme(StateHome):
         layout = FileLayout(dict(enumerate(optimizer.fp16_partitioned_groups_flat_numel)), alignment)
         capacity = ring_bytes(layout, self.groups_of_block, selection) // _ELEMENT_BYTES
         self.swapped = SwappedStates(settings.folder, layout, settings.new_handle, capacity, self._count)
-        self._masters = tuple(optimizer.fp32_partitioned_groups_flat)  # also where DeepSpeed is shown some of them
+        self._masters = tuple(
+            optimizer.fp32_partitioned_groups_flat
+        )  # all of them, also while DeepSpeed is shown only some
         for group, partition in enumerate(self._masters):
             # One group at a time, so that the partitions are never all in memory.
             file = files.get(group)
@@ -121,7 +123,7 @@ class StatesOnNvme(StateHome):
 
     @contextmanager
     def writable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
-        self.swapped.forget()  # what was read ahead of a step would be written back over what is changed here
+        self.swapped.forget()  # states read ahead for a step would later overwrite the changes made here
         with self.readable(groups):
             try:
                 yield

@@ -92,7 +92,7 @@ class VisitingStates(StateHome):
         base = self.optimizer.optimizer
         host = self.transfer.on_host(group)
         host.state["step"] = compat.adam_step(base, self._count_of(group) + 1)
-        # The host's tensors stand in their place again before anything else can look.
+        # The host's tensors are restored before any other code can see the lists.
         base.state.pop(compat.masters(self.optimizer)[shown])
         compat.set_master(self.optimizer, shown, host.master)
         base.state[host.master] = host.state
