@@ -1,4 +1,4 @@
-"""How sure a measured share is."""
+"""The confidence interval of a measured share."""
 
 from __future__ import annotations
 

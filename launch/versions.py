@@ -1,4 +1,4 @@
-"""Which versions a result depends on. Light: package metadata alone, nothing is imported."""
+"""The versions that a result depends on. Light: package metadata alone, nothing is imported."""
 
 from __future__ import annotations
 

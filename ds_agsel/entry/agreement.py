@@ -93,7 +93,7 @@ def require(call: int, own: Mapping[str, Any], failure: str | None = None) -> No
 
 
 def post_plain(call: int) -> None:
-    """Tell ranks that call `require` that this one was started without the section. Waits for nobody."""
+    """Tell ranks that call `require` that this one was started without the section. Does not wait."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         store = torch.distributed.distributed_c10d._get_default_store()
         store.set(_key(call, torch.distributed.get_rank()), json.dumps(_PLAIN))

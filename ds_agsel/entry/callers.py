@@ -21,7 +21,7 @@ def steps_per_epoch(accumulation: int) -> tuple[int, str] | None:
 
     A Trainer's number is its own; where its data have no length, its ``max_steps`` is the length of epoch 1. An
     Accelerator's is that of the data loader that stands first in the running ``prepare``, else of the only one prepared
-    before; two of different lengths are ambiguous. None if nobody knows.
+    before; two of different lengths are ambiguous. None if unknown.
 
     Args:
         accumulation: micro-batches in an optimizer step.

@@ -18,7 +18,7 @@ class Residency(enum.Enum):
     ON_HOST: in pinned host memory alone. Costs the accelerator nothing.
     ARRIVING: memory on the accelerator is taken, the copy H2D is under way. Costs the block's whole state.
     RESIDENT: usable on the accelerator; an update makes the host's copy stale. Costs the block's whole state.
-    LEAVING: the copy D2H is under way; the memory is given back, in stream order, when it has passed. Costs the
+    LEAVING: the copy D2H is under way; the memory is freed, in stream order, when it has passed. Costs the
         block's whole state until then.
     """
 

@@ -2,8 +2,8 @@
 
 [Note: Streaming top-k] The choice is the same as with all gradients kept, because it uses the same scores, and a block
 that k others have beaten can't be chosen any more. On several ranks a block's gradients are reduced, and its norms
-added up, when its last one has come; all ranks see gradients in one order, as ZeRO's buckets need anyway. A block some of
-whose parameters get no gradient stays to the end, and is scored there with the rest.
+added up, when its last one has come; all ranks see gradients in one order, as ZeRO's buckets need anyway.
+A block some of whose parameters get no gradient stays to the end, and is scored there with the rest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One row of the benchmark, in a process of its own: it takes a training step each time the parent says so.
 
-`benchmark.py` starts `serve` in a new process and sends ``(batch, blocks)`` for each step; what comes back are
+`benchmark.py` starts `serve` in a new process and sends ``(batch, blocks)`` for each step; the answers are
 dicts: first the sizes of the blocks, then one per step.
 
 [Note: Steady state] The first step of every row is on all blocks, so that all Adam states exist before anything
@@ -46,7 +46,7 @@ PLAIN = "plain"
 ALL = "all"
 FLOOR = f"floor-{FLOOR_PERCENT}"
 VISIT = f"visit-{FLOOR_PERCENT}"
-RESET = "reset"  # the command that starts the peak of memory anew
+RESET = "reset"  # the command that resets the peak of memory
 
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.01
@@ -91,7 +91,7 @@ class Workload:
 
     @property
     def mode(self) -> str:
-        """What people read of the stage and the offload."""
+        """The stage and the offload as text."""
         return f"ZeRO-{self.stage}, offload_optimizer {self.offload}"
 
     def model(self) -> LlamaForCausalLM:
@@ -112,7 +112,7 @@ class Workload:
         return LlamaForCausalLM(config).to(_PRECISIONS[self.precision]).train()
 
     def tokens(self, batch: int) -> torch.Tensor:
-        """Batch number ``batch``: int64, (micro_batch, sequence_length), the same in every row."""
+        """Return batch number ``batch``: int64, (micro_batch, sequence_length), the same in every row."""
         generator = torch.Generator().manual_seed(self.seed * 100003 + batch)
         size = (self.micro_batch, self.sequence_length)
         return torch.randint(0, self.shape.vocab_size, size, generator=generator)
@@ -179,7 +179,7 @@ class Stopwatch:
 
 
 class PlanningClock:
-    """Host seconds that ds_agsel spends on what to choose, to freeze and to move, since `take` was called last."""
+    """Host seconds that ds_agsel spends on choosing, freezing and planning moves, since the last `take`."""
 
     TIMED = (
         (StepWindow, "prepare"), (Selection, "choose"), (Selection, "commit"), (visiting, "plan_moves"),
@@ -212,7 +212,7 @@ class Trainer(Protocol):
     blocks: tuple[Block, ...]
 
     def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
-        """One training step; what was measured of it. ``blocks`` is the choice of the row that is followed."""
+        """Take a training step and return its measurements. ``blocks``: the choice of the row that is followed."""
 
 
 class DeepSpeedTrainer:
@@ -234,7 +234,7 @@ class DeepSpeedTrainer:
             model=model, model_parameters=model.parameters(), config=config
         )
         self._selection = getattr(self._engine, "selection", None)
-        self._adapter = adapter_for(self._optimizer)  # plain DeepSpeed's optimizer has what is read by it, too
+        self._adapter = adapter_for(self._optimizer)  # its methods work on plain DeepSpeed's optimizer, too
 
     def start_measuring(self) -> None:
         """Remove the hooks that watched the warm-up's gradients: they would cost time."""
@@ -279,7 +279,7 @@ class DeepSpeedTrainer:
 
 
 class FloorTrainer:
-    """A hand-written loop that does for the given blocks what must be done, and nothing else."""
+    """A hand-written loop that does only the necessary work for the given blocks."""
 
     def __init__(self, workload: Workload) -> None:
         self._device = get_accelerator().current_device_name()
@@ -345,14 +345,14 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def reset_peak_memory() -> None:
-    """Start the peak anew, where the system can (Linux): what came before was not the steady state."""
+    """Reset the peak, if the system can (Linux): earlier memory was not the steady state's."""
     reset_peak_resident()
     if get_accelerator().device_name() != "cpu":
         get_accelerator().reset_peak_memory_stats()
 
 
 def serve(connection: Connection, row: str, workload: Workload, log: Path) -> None:
-    """Be a row: a process's work, until the parent closes the pipe. Writes what libraries print to ``log``."""
+    """Run a row's process until the parent closes the pipe. Writes what libraries print to ``log``."""
     with open(log, "w", encoding="utf-8") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())

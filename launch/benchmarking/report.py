@@ -1,4 +1,4 @@
-"""What the benchmark's samples say: medians, ratios within a round, bars, and a table for people. Pure."""
+"""The results of the benchmark's samples: medians, ratios within a round, bars, and a table. Pure."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def gradient_bytes(sample: Sample) -> int:
 
 
 def expected_gradient_bytes(blocks: Sequence[int], block_numels: Sequence[int], workload: Workload) -> int:
-    """Bytes of the gradients of ``blocks`` and of nothing else, with ZeRO's alignment of each block's partition.
+    """Return the bytes of the gradients of ``blocks`` alone, with ZeRO's alignment of each block's partition.
 
     fp32 on the host with offload, the model's precision on the accelerator without. ZeRO-3's offload keeps both, the
     sum in the model's precision on the host too, and it pads nothing on one rank.
@@ -115,7 +115,7 @@ def summarize(samples: Mapping[str, Samples], block_numels: Sequence[int], token
 
 
 def _mean_traffic(steps: Sequence[Sample]) -> dict[str, float] | None:
-    """Mean per step; None for rows that nobody counts for."""
+    """Return the mean per step; None for rows without counts."""
     if "traffic" not in steps[0]:
         return None
     names = [name for name in steps[0]["traffic"] if name != "step"]
@@ -123,7 +123,7 @@ def _mean_traffic(steps: Sequence[Sample]) -> dict[str, float] | None:
 
 
 def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: Workload) -> list[Bar]:
-    """Return the bars that the measured rows allow to judge. All ratios are medians of the rounds' ratios."""
+    """Return the bars that can be judged by the measured rows. All ratios are medians of the rounds' ratios."""
     found = []
 
     def bar(name: str, limit: float, row: str, base: str) -> None:
@@ -158,7 +158,7 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: 
 
 
 def _streaming_bar(row: str, by_round: Samples, block_numels: Sequence[int], workload: Workload) -> Bar:
-    """Return the most gradient bytes there were at once, over those of the k + 1 largest blocks."""
+    """Return the peak of gradient bytes over the bytes of the k + 1 largest blocks."""
     sample = next(iter(by_round.values()))
     largest = sorted(range(len(block_numels)), key=lambda block: -block_numels[block])[: len(sample["blocks"]) + 1]
     on_device = replace(workload, offload="none")

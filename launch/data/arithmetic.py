@@ -2,8 +2,7 @@
 
 A problem is a short story of one to three operations; its answer shows each of them and ends in ``#### N``,
 as GSM8K's do. Which split a problem belongs to is a hash of its *skeleton* (story form and numbers, not names
-or things), so that no problem of one split turns up in another, dressed differently, whatever the sizes and
-seeds.
+or things), so that no problem of one split occurs in another under other names, at any size and seed.
 """
 
 from __future__ import annotations

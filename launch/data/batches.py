@@ -34,7 +34,7 @@ class EpochPlan:
     """The rows of every step, a function of (seed, step): nothing to save, and nothing to skip on a resume.
 
     Each epoch shuffles anew, sorts by length among neighbours, so that little is padded, and shuffles the
-    batches. Rows that fill no whole batch sit the epoch out; other ones in the next.
+    batches. Rows that fill no whole batch are left out of the epoch; other ones in the next.
     """
 
     def __init__(self, lengths: np.ndarray, batching: Batching, seed: int) -> None:

@@ -20,19 +20,19 @@ _ROLES = {
     "bard": "assistant",
     "model": "assistant",
 }
-# What a message may hold that decides about its text or whether it is learnt, and that is not read here.
+# Fields of a message that affect its text or whether it is learnt, and that are not supported here.
 _NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train", "loss")
 
 Turn = dict[str, str]  # "role" and "content"
 
 
 class UnusableRow(ValueError):
-    """A row that no example can be made of; the text says why, and what to do."""
+    """A row that can't become an example; the text gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What comes before an answer, as turns of a conversation, and the answer."""
+    """An answer, and the turns of conversation before it."""
 
     turns: tuple[Turn, ...]
     completion: str

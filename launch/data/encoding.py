@@ -21,7 +21,7 @@ from .columns import TextColumns
 from .templates import ChatTemplate
 
 _FORMAT_VERSION = 2  # part of the cache's key: raise it when an encoded row changes
-_ROWS_PER_WORKER = 1000  # below that a process costs more to start than it saves
+_ROWS_PER_WORKER = 1000  # with fewer rows a process costs more to start than it saves
 
 
 def wants_chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -49,7 +49,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.use_chat_template:
-            _ = self._template  # raises what is wrong with it now, not in a worker
+            _ = self._template  # raises an error in it now, not in a worker
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Columns of text to ``input_ids``, ``prompt_numel``, ``cut_numel``, ``prompt``, ``completion``, ``problem``.
@@ -125,7 +125,7 @@ class Encoder:
 
     @property
     def _vocabulary(self) -> Any:
-        """How the tokenizer makes tokens, without the padding and truncation that its last call left in it."""
+        """Return the tokenizer's state as text, without the padding and truncation that its last call left."""
         if not self.tokenizer.is_fast:
             return sorted(self.tokenizer.get_vocab().items())
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -133,7 +133,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """A name for all that decides about the tokens; tokenizers themselves do not hash alike twice."""
+        """A hash of everything that determines the tokens; tokenizers themselves have no stable hash."""
         parts = (
             _FORMAT_VERSION,
             self._vocabulary,

@@ -11,7 +11,7 @@ CHAT_TEMPLATE_CHOICES = ("auto", "always", "never")
 
 @dataclass(frozen=True)
 class Preset:
-    """A well-known data set: its address on the hub, its columns, and what to take out of its completions."""
+    """A well-known data set: its address on the hub, its columns, and the pattern to remove from its completions."""
 
     hub_name: str
     hub_config: str | None
@@ -31,7 +31,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What `load` is asked for; one field a command line option of the same name."""
+    """The arguments of `load`; each field is the command line option of the same name."""
 
     dataset: str
     dataset_config: str | None = None

@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart: found out by asking it."""
+"""Test whether a model keeps the examples of a packed row apart, by running it."""
 
 from __future__ import annotations
 

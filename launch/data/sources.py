@@ -1,4 +1,4 @@
-"""Examples for training, validation and testing: from the hub, from files, or made here, as text columns."""
+"""Examples for training, validation and testing: from the hub, from files, or generated, as text columns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _KNOWN_COLUMNS = (
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of the data, which columns of theirs are the text, and what a user should know of them."""
+    """The three splits of the data, the names of their text columns, and remarks for the user."""
 
     train: Dataset
     validation: Dataset
@@ -51,8 +51,8 @@ def load(options: DataOptions) -> Splits:
     """Load the data that ``options`` name, split in three.
 
     Where the data has no validation or test split, its rows are taken out of train by ``seed``. Raises
-    DataError for data that is not there, empty, malformed or without the columns asked for; ConfigError for
-    options that can't be.
+    DataError for data that is missing, empty, malformed or without the named columns; ConfigError for impossible
+    options.
     """
     if options.dataset == BUILTIN:
         return _builtin(options)

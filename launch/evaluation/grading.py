@@ -21,7 +21,7 @@ _BRACED_WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf|operatorname|begin|end
 
 
 class Parsed:
-    """What a text answers; ``text`` is it as math-verify reads it, None if there is nothing."""
+    """The answer in a text; ``text`` is the part that math-verify read, None if it found no answer."""
 
     def __init__(self, text: str) -> None:
         self.candidates: list[Any] = math_verify.parse(_marked_for_math_verify(text))

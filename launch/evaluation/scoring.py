@@ -1,4 +1,4 @@
-"""How good the model in training is: loss on the validation split, exact match of answers on the test split.
+"""Score the model in training: loss on the validation split, exact match of answers on the test split.
 
 `launch/evaluate.py` judges a model that was saved, by equivalence in place of equality.
 """
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Generation:
-    """One test problem, what was expected and what the model wrote."""
+    """One test problem, the expected answer and the model's text."""
 
     prompt: str
     expected: str
@@ -97,7 +97,7 @@ def _evaluating(engine: Any) -> Iterator[None]:
 def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
     """Row indices in batches of like length; the ranks take turns, the longest batches first.
 
-    All ranks get as many, as forward is collective with ZeRO-3: False marks one that is there for that alone.
+    All ranks get equally many, as forward is collective with ZeRO-3; False marks a batch that only fills up.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = [(order[start : start + batch_size], True) for start in range(0, len(order), batch_size)]

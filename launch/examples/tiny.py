@@ -1,4 +1,4 @@
-"""What the examples run on where no model or data is named: it needs no network and no time."""
+"""A tiny model and data for examples that are run without options. They need no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 
 def model_and_tokenizer(name: str | None) -> tuple[AutoModelForCausalLM, PreTrainedTokenizerFast]:
-    """Those of a hub name or folder; None: a random Llama of 3 layers and a vocabulary of numbers."""
+    """Load those of a hub name or folder; None: a random Llama of 3 layers and a vocabulary of numbers."""
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<end>", "+", "=", *map(str, range(40))])}

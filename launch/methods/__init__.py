@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "make"]
 
-# Where each method is; imported when it is asked for, since most need a package of the extra `peers`.
+# The module of each method; imported on demand, since most need a package of the extra `peers`.
 _CLASSES = {
     "adagrad_select": "zero:AdaGradSelect",
     "full": "zero:Full",

@@ -78,7 +78,7 @@ class _BadamZero(Full):
     STAGE: ClassVar[int]
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        # The optimizer is an object, so that DeepSpeed is to take what it does not know.
+        # The optimizer is an object, and DeepSpeed must accept a class that it does not know.
         free = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         return {**with_zero(super().edit(config), stage=self.STAGE), **free}
 
@@ -86,7 +86,7 @@ class _BadamZero(Full):
         from transformers.integrations import HfDeepSpeedConfig
 
         config = dict(context.config)
-        # By it, while it is alive, the package sees at import and later whether this is ZeRO-3.
+        # While it is alive, the package detects ZeRO-3 by it, at import and later.
         self._seen_by_badam = HfDeepSpeedConfig(config)
         base = torch.optim.AdamW(model.parameters(), **adam_options(config))
         self._optimizer = block_optimizer(model, base, self.options, context)

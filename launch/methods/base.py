@@ -1,4 +1,4 @@
-"""What a job asks of a method, and what all methods have in common."""
+"""The interface between a job and a method, and the code that all methods share."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RunContext:
 
 
 class Method:
-    """One way to train. A job calls `edit`, then `start`, then at each step `begin_step` and, after it, the questions.
+    """One way to train. A job calls `edit`, then `start`, then at each step `begin_step` and, after it, the queries.
 
-    The questions about sizes are about this process. Only `start` need be written anew.
+    Sizes are those of this process. A subclass must define only `start`.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {}  # name -> default; an option has its default's type
@@ -55,7 +55,7 @@ class Method:
         return config
 
     def start(self, model: Any, context: RunContext) -> Any:
-        """Make the engine, or what answers to an engine's names. Sets ``self.engine``, too."""
+        """Make and return the engine, or an object with its interface. Sets ``self.engine``, too."""
         raise NotImplementedError
 
     def begin_step(self, step: int) -> None:
@@ -90,7 +90,7 @@ class Method:
         return DsConfig.of(config).arithmetic
 
     def faults(self) -> list[str]:
-        """Sentences on what this method does not do as it was told."""
+        """Return sentences on settings that this method did not follow."""
         return []
 
     def result(self) -> tuple[Any, Mapping[str, torch.Tensor] | None]:

@@ -87,7 +87,7 @@ class Lisa(PlainTorch):
 
 
 class LisaZero(Full):
-    """The callback, which sets requires_grad, under ZeRO, which goes on stepping what is frozen."""
+    """LISA's callback, which sets requires_grad, under ZeRO, which still steps frozen parameters."""
 
     OPTIONS: ClassVar[Mapping[str, Option]] = _LISA
 

@@ -17,7 +17,7 @@ from .tensors import held_by
 
 
 class Zero(Method):
-    """An engine of DeepSpeed, as the ds_config has it."""
+    """An engine of DeepSpeed, as the ds_config defines it."""
 
     def start(self, model: Any, context: RunContext) -> Any:
         self.engine = self._initialize(model, context.config)

@@ -1,4 +1,4 @@
-"""What the cells of a plan would take on one card: bytes from the estimator, time from counted operations.
+"""Estimate the cells of a plan on one card: bytes from the estimator, time from counted operations.
 
 Nothing here is measured on a GPU. Rates are `ds_agsel.estimate.cards`', assumed; the second number of hours takes the
 ratios that the benchmark measured on a CPU instead of the counted ones.
@@ -29,7 +29,7 @@ from .plan import Cell, Cost, MethodEntry, SweepPlan, Variation
 from .running import ROOT
 
 _ADAM_BYTES = 28  # that AdamW reads and writes for each element
-_HOST_BYTES_PER_SECOND = 100e9  # what CPU Adam is taken to reach, as in docs/scaling.md
+_HOST_BYTES_PER_SECOND = 100e9  # assumed for CPU Adam, as in docs/scaling.md
 _EXPLORES, _EXPLOITS = "explore", "exploit"
 _shape = cache(read_shape)
 

@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class Variation(_Strict):
-    """What a method does otherwise for one model."""
+    """Settings of a method that differ for one model."""
 
     deepspeed_config: str | None = None
     options: Options = {}
@@ -82,7 +82,7 @@ class Evaluation(_Strict):
 
 
 class Expected(_Strict):
-    """Rough seconds of a cell's parts, for the announcement at the start. ``more``: what a method takes beside."""
+    """Rough seconds of a cell's parts, for the announcement at the start. ``more``: additional seconds of a method."""
 
     start: float
     step: float

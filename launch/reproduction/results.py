@@ -1,4 +1,4 @@
-"""What the cells measured, read from their folders, and the comparisons that are made of it."""
+"""The measurements of the cells, read from their folders, and their comparisons."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class CellResult:
-    """A final cell. ``message`` says why it is not whole; what was not measured is None."""
+    """A final cell. ``message`` says why it is not complete; numbers that were not measured are None."""
 
     model: str
     method: str

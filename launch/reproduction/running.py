@@ -1,4 +1,4 @@
-"""Running cells: each in a process of its own, with a log, a time limit, and a mark only once it is whole."""
+"""Run cells: each in its own process, with a log, a time limit, and a mark only once it is complete."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:error: .+|[\w.]*(?:Error|Exception|
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell. ``message`` is None for one that is whole."""
+    """The outcome of a cell. ``message`` is None if it is complete."""
 
     state: Literal["done", "failed"]
     lr: float
@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Stopped(Exception):
-    """The sweep was told to stop; the cell it was at has no mark, and is run again by the next sweep."""
+    """The sweep was stopped; the cell that was running has no mark, and the next sweep runs it again."""
 
 
 class Sweep:
@@ -103,7 +103,7 @@ class Sweep:
         return messages[0] if messages else "no short run gave a finite held-out loss"
 
     def is_open(self, cell: Cell) -> bool:
-        """Whether a sweep would run ``cell``, could it."""
+        """Whether ``cell`` still needs to be run."""
         outcome = self.outcome(cell)
         return outcome is None or (self.retry and outcome.state == "failed")
 
@@ -283,7 +283,7 @@ def _end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Whether anybody was there to get the signal; 0 only asks."""
+    """Return whether a process received the signal; signal 0 only checks."""
     process.poll()  # a leader that has ended counts as there until it is waited for
     try:
         os.killpg(process.pid, number)

@@ -69,9 +69,9 @@ class Assembly:
     """A run that is ready to train.
 
     Attributes:
-        engine: DeepSpeed's, or what answers to its names (`methods.plain_torch.TorchEngine`).
+        engine: DeepSpeed's, or an object with its interface (`methods.plain_torch.TorchEngine`).
         selection: of the engine's blocks; None for plain DeepSpeed and for methods without one.
-        precision: the numbers that it computes in, in words.
+        precision: the dtype that it computes in, as text.
         keeps_last_logits: whether the model can compute the logits of given positions alone.
         watch: compares weights around each step; None unless --method is given.
     """
@@ -134,7 +134,7 @@ def assemble(wanted: argparse.Namespace) -> Assembly:
 
 
 def _ops_of(config: Mapping[str, Any]) -> list[str]:
-    """Return the ops that DeepSpeed needs for AdamW, and compiles where it has not yet."""
+    """Return the ops that DeepSpeed needs for AdamW, and compiles on first use."""
     if DsConfig.of(config).offload_optimizer.is_on:
         return [build_ops.CPU_ADAM_OP]
     return [build_ops.FUSED_ADAM_OP] if get_accelerator().device_name() == "cpu" else []
@@ -167,7 +167,7 @@ def _load_data(wanted: argparse.Namespace, raw_config: Mapping[str, Any]) -> Run
 def _load_splits(
     wanted: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[str, ...], dict[str, encoding.Encoded]]:
-    """Return what is to be said of the data, and its three parts, tokenised."""
+    """Return remarks on the data, and its three splits, tokenised."""
     splits = sources.load(options.data_options(wanted))
     encoder = encoding.Encoder(
         tokenizer=tokenizer,

@@ -1,4 +1,4 @@
-"""What a run prints: on the main rank only, beside a progress bar, and whether or not somebody still reads it."""
+"""Print a run's messages: on the main rank only, above a progress bar, and safely after the reader has ended."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def outlive_closed_pipes() -> None:
 
 
 class _Surviving:
-    """A text stream that goes on into the void once its reader is gone."""
+    """A text stream that drops its text once its reader is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What training takes of this process: processor time, memory, bytes held. What lies between steps is left out."""
+"""Costs of training in this process: processor time, memory, bytes held. Work between steps is left out."""
 
 from __future__ import annotations
 
@@ -68,6 +68,6 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_resident() -> None:
-    """Start the peak anew, where the system can (Linux)."""
+    """Reset the peak, if the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM

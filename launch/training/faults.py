@@ -1,4 +1,4 @@
-"""Whether a method did what it was to do: some elements of every parameter, compared around what it does."""
+"""Check that a method trains what it should: compare some elements of every parameter around its work."""
 
 from __future__ import annotations
 

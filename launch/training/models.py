@@ -56,7 +56,7 @@ def load_model(
 
     To be trained it is fp32: DeepSpeed makes its precision the ds_config's.
 
-    Raises ConfigError for a name that is no hub model, no folder with a model and not ``smollm2``.
+    Raises ConfigError for a name that is not a hub model, a folder with a model or ``smollm2``.
     """
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=trust_remote_code

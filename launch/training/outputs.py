@@ -35,7 +35,7 @@ def save_model(
             (building / name).write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # the last two from those who write tensors
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two come from the writers of tensors
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(
             f"The model could not be written to {folder}: {error}. Make room, then --resume."

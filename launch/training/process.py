@@ -64,7 +64,7 @@ def run_job(wanted: argparse.Namespace) -> int:
 
 
 def _set_verbosity() -> None:
-    """On the main rank show what ds_agsel chooses where the ds_config leaves it open; on the others, errors alone."""
+    """Log ds_agsel's choices at INFO on the main rank; only errors on the others."""
     transformers.logging.set_verbosity_error()
     if not ranks.is_main():
         datasets.disable_progress_bars()

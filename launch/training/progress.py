@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint carries beside the engine's own state."""
+"""The progress of a run, which a checkpoint carries beside the engine's own state."""
 
 from __future__ import annotations
 

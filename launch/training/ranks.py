@@ -1,4 +1,4 @@
-"""What the ranks of one job must do together: agree, add up, let the main rank go first."""
+"""Collectives of a job: agree, add up, let the main rank go first."""
 
 from __future__ import annotations
 

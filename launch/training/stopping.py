@@ -1,4 +1,4 @@
-"""Leaving on SIGINT and SIGTERM at a moment that suits every rank."""
+"""Stop on SIGINT and SIGTERM at the same step on every rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def listen(self) -> None:
-        """From now on catch SIGINT and SIGTERM in place of dying of them."""
+        """Catch SIGINT and SIGTERM from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 

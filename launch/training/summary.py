@@ -1,4 +1,4 @@
-"""What a run says of itself at its end: one dict for programs (summary.json), one table for people."""
+"""The summary of a run: one dict for programs (summary.json), one table for people."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _change(before: float | None, after: float | None, digits: int = 3, unit: st
 
 
 def _since(steps: Sequence[int] | None) -> str:
-    """Return what the figures of a resumed run's last process need beside them."""
+    """Return the remark on figures that cover only a resumed run's last process."""
     if steps is None:
         return " (no step since it was resumed)"
     return f" (steps {steps[0]} to {steps[1]}, since it was resumed)" if steps[0] else ""
