@@ -88,7 +88,7 @@ def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None 
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 (zero.Init) has left an empty tensor in its place."""
+    """Return the elements of the whole parameter, also if ZeRO-3 (zero.Init) has left an empty tensor there."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -138,7 +138,7 @@ class _Division:
         self._claimed: set[int] = set()
 
     def names(self) -> dict[str, list[str]]:
-        """Block name -> first names of its parameters, blocks in the model's order."""
+        """Return block name -> first names of its parameters, blocks in the model's order."""
         self._claim(EMBEDDING, self._embedding_parameters())
         output = _call_if_present(self._model, "get_output_embeddings")
         if output is not None:
@@ -166,7 +166,7 @@ class _Division:
         return [m for m in self._outside_layers(self._model) if isinstance(m, nn.Embedding) or m is self._source]
 
     def _is_tower(self, trunk: nn.Module) -> bool:
-        """Whether ``trunk`` has layers, is not the only module with layers, and reads something other than tokens."""
+        """Return whether ``trunk`` has layers, is not the only module that has, and reads something else than tokens."""
         inside = {id(m) for m in trunk.modules()}
         if not self._layers & inside or self._layers <= inside:
             return False
@@ -288,7 +288,7 @@ def _members(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether every module in ``module`` with parameters has a norm's class name (not a head "PreLayerNormHead")."""
+    """Return whether all that has parameters in ``module`` is a norm by class name (not "PreLayerNormHead")."""
     holders = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     return all("norm" in type(m).__name__.lower() for m in [module, *holders])
 

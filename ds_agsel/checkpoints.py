@@ -67,7 +67,7 @@ def folder_of(directory: str | os.PathLike[str], tag: str) -> Path:
 
 
 def entry_of(path: Path) -> tuple[int, str]:
-    """(bytes, sha256) of a file."""
+    """Return (bytes, sha256) of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -203,7 +203,7 @@ def prune(directory: Path, keep: int, run: Run) -> list[str]:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether ``folder`` has a manifest, right or wrong."""
+    """Return whether ``folder`` has a manifest, right or wrong."""
     return (folder / MANIFEST_FILE).is_file()
 
 

@@ -38,7 +38,7 @@ class SplitGroups:
 
 
 def split_param_groups(param_groups: Sequence[ParamGroup], block_of: Mapping[nn.Parameter, int]) -> SplitGroups:
-    """Each group divided by block, in the groups' order and, within one, in the blocks'.
+    """Divide each group by block, in the groups' order and, within one, in the blocks'.
 
     Parameters keep their order. Frozen and empty ones, which are in no block, are left out, as DeepSpeed does
     (runtime/utils.py, is_optimized_parameter). Raises ConfigError for a trainable parameter that has no block.

@@ -245,7 +245,7 @@ class Selection:
             )
 
     def load_state_dict(self, state: Mapping[str, Any] | SelectionState) -> None:
-        """Go on from ``state``. A section that has changed since is followed from the next step on.
+        """Continue from ``state``. A section that has changed since applies from the next step on.
 
         Raises CheckpointError, before anything changes, for a state that is wrong or of other blocks.
         """

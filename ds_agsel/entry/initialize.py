@@ -69,7 +69,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _trains(arguments: Mapping[str, Any], ds_config: Mapping[str, Any] | None) -> bool:
-    """Whether the engine is to have an optimizer."""
+    """Return whether the engine is to have an optimizer."""
     named = ds_config is not None and DsConfig.of(ds_config).has_optimizer
     return arguments.get("optimizer") is not None or named
 

@@ -106,12 +106,12 @@ def installed() -> Iterator[None]:
 
 
 def calls() -> dict[str, int]:
-    """How many calls of the installed `deepspeed.initialize` gave a "selective" engine, and how many a "plain" one."""
+    """Return how many calls of the installed `deepspeed.initialize` gave a "selective" or a "plain" engine."""
     return dict(_installation.calls)
 
 
 def _warn_if_nothing_was_selected() -> None:
-    """At exit, on rank 0: say why no engine selected, where the script itself did not fail."""
+    """Say at exit, on rank 0, why no engine selected, unless the script itself failed."""
     is_main = multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
     if not is_main or getattr(sys, "last_value", None) is not None or _installation.calls["selective"]:
         return

@@ -33,7 +33,7 @@ def start(arguments: Mapping[str, Any]) -> None:
 
 
 def is_expected() -> bool:
-    """Whether the launcher has started other ranks, which a process group would connect."""
+    """Return whether the launcher has started other ranks, which a process group would connect."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -10,7 +10,7 @@ _inside: ContextVar[bool] = ContextVar("ds_agsel_inside_initialize", default=Fal
 
 
 def is_meant() -> bool:
-    """Whether the caller is inside `stock_initialize`, in this thread."""
+    """Return whether the caller is inside `stock_initialize`, in this thread."""
     return _inside.get()
 
 

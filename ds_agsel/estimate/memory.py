@@ -77,7 +77,7 @@ def partitions_of(groups: Sequence[Numels], setup: Setup, rank: int) -> tuple[Pa
 
 
 def full_memory(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> Memory:
-    """Plain DeepSpeed training the param groups ``groups``, with parameters that are ``frozen`` beside them."""
+    """Return the memory of plain DeepSpeed training ``groups``, with ``frozen`` parameters beside them."""
     stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
     return _Ledger(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping, None).memory()
 
@@ -85,7 +85,7 @@ def full_memory(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: in
 def selective_memory(
     model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0, features: Features = BUILT
 ) -> Memory:
-    """ds_agsel at ``step``.
+    """Return the memory of ds_agsel at ``step``.
 
     ``stepping``: "host" is `offload_optimizer`; "accelerator" keeps masters and moments in pinned host memory and has
     the selected blocks' on the accelerator; "resident" keeps all of them there.
@@ -117,7 +117,7 @@ class _Ledger:
         return [*self._weights(), *self._gradients(), *self._states(), *self._staging()]
 
     def _sum(self, shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
-        """Σ over groups of the group's value, times its block's share."""
+        """Return Σ over groups of the group's value, times its block's share."""
         return weighted([shares[block] for block in self._blocks], values)
 
     def _shares(self) -> list[int]:
@@ -184,23 +184,23 @@ class _Ledger:
         return [*entries, ("host", "master_weights", masters), ("accelerator", "master_weights", masters_there)]
 
     def _visiting(self) -> Fraction:
-        """Bytes of the states that are on the accelerator when the step ends."""
+        """Return the bytes of the states that are on the accelerator when the step ends."""
         return self._sum(self._step.selected, self._shares()) * self._setup.visiting_bytes
 
     def _block_bytes(self) -> dict[int, int]:
-        """Of each block's states, where they are updated."""
+        """Return the bytes of each block's states where they are updated."""
         block_bytes = dict.fromkeys(range(len(self._step.selected)), 0)
         for block, share in zip(self._blocks, self._shares(), strict=True):
             block_bytes[block] += share * self._setup.visiting_bytes
         return block_bytes
 
     def _ring(self) -> int:
-        """Bytes of host memory through which states on NVMe pass: zero/nvme.py."""
+        """Return the bytes of host memory through which states on NVMe pass: zero/nvme.py."""
         default = default_ring(self._block_bytes().values(), self._step.max_selected)
         return self._setup.state_budget_bytes or default
 
     def _budget(self) -> int:
-        """Bytes that states take on the accelerator at most: residency/plan.py, [Note: Budget]."""
+        """Return the most bytes that states take on the accelerator: residency/plan.py, [Note: Budget]."""
         if self._setup.state_budget_bytes is not None:
             return self._setup.state_budget_bytes
         return default_budget_bytes(self._block_bytes(), self._step.max_selected)

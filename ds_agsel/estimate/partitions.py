@@ -41,7 +41,7 @@ def flat_partition(
     numels: Sequence[int], ranks: int, rank: int, *, item_bytes: int = 4, align_parameters: bool = False,
     round_robin: bool = False,
 ) -> Partition:  # fmt: skip
-    """Stages 1 and 2: the group is flattened, padded to 2 · ranks elements, and cut into equal slices.
+    """Return the partition of stages 1 and 2: the group flattened, padded to 2 · ranks elements, cut into equal slices.
 
     With ``align_parameters`` every parameter but the first starts at a multiple of 16 bytes of ``item_bytes``
     elements; with ``round_robin`` the parameters are first dealt out to the ranks in turn.
@@ -71,7 +71,7 @@ def flat_partition(
 
 
 def parameter_partition(numels: Sequence[int], ranks: int, rank: int) -> Partition:
-    """Stage 3: every parameter is padded to a multiple of the ranks and cut by itself."""
+    """Return the partition of stage 3: every parameter is padded to a multiple of the ranks and cut by itself."""
     shares = [math.ceil(numel / ranks) for numel in numels]
     covered = [max(0, min(share, numel - rank * share)) for share, numel in zip(shares, numels, strict=True)]
     return Partition(
@@ -85,7 +85,7 @@ def parameter_partition(numels: Sequence[int], ranks: int, rank: int) -> Partiti
 
 
 def sub_groups(numels: Sequence[int], ranks: int, sub_group_size: int) -> list[int]:
-    """Stage 3: elements, on one rank, of each sub-group that a param group is stepped in.
+    """Return the elements, on one rank, of each sub-group that stage 3 steps a param group in.
 
     Parameters are added until a sub-group has ``sub_group_size`` elements (stage3.py, _create_fp16_sub_groups).
     """

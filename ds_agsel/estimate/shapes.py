@@ -110,7 +110,7 @@ def build_on_meta(model: str) -> nn.Module:
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Configs that need no hub, by the model's name in lower case."""
+    """Return the configs that need no hub, by the model's name in lower case."""
     models: dict[str, dict[str, Any]] = json.loads(
         resources.files("ds_agsel.estimate").joinpath("known_models.json").read_text(encoding="utf-8")
     )

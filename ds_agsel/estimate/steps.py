@@ -130,7 +130,7 @@ def _uniform(num_blocks: int, lottery: Lottery, count: int) -> Shares:
 
 
 def _reach(num_blocks: int, lottery: Lottery) -> Shares:
-    """For each block, the probability that backward gets down to it: that one at or below it was drawn."""
+    """Return for each block the probability that backward reaches it: that one at or below it was drawn."""
     ways = math.comb(lottery.num_drawn, lottery.num_selected)
     shares = []
     for block in range(num_blocks):
@@ -143,5 +143,5 @@ def _reach(num_blocks: int, lottery: Lottery) -> Shares:
 
 
 def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
-    """Σ share · value."""
+    """Return Σ share · value."""
     return sum((share * value for share, value in zip(shares, values, strict=True)), Fraction(0))

@@ -162,7 +162,10 @@ def _selective_rows(
 
 
 def _of_fullest(setup: Setup, on: Callable[[int], Memory]) -> Memory:
-    """Of the rank with most on its accelerator, and of those the most on its host: ranks differ at partitions' ends."""
+    """Return the memory of the rank with most on its accelerator and, among equals, on its host.
+
+    Ranks differ at the ends of partitions.
+    """
     return max(map(on, range(setup.ranks)), key=lambda memory: (memory.accelerator.total, memory.host.total))
 
 
@@ -212,7 +215,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
 
 
 def as_text(result: Estimate) -> str:
-    """Tables in GiB of each place's bytes and of what a step moves, without the rows and tables that are all 0."""
+    """Return tables in GiB of each place's bytes and of a step's traffic, without rows and tables that are all 0."""
     setup, model = result.setup, result.model
     lines = [
         f"{model.name}: {model.numel / 1e6:,.1f} M parameters in {len(model.blocks)} blocks; "

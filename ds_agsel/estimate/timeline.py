@@ -152,7 +152,7 @@ def work_of(
 
 
 def _shares(model: ModelShape, setup: Setup) -> dict[int, int]:
-    """Elements of each block on one rank."""
+    """Return the elements of each block on one rank."""
     shares = dict.fromkeys(range(len(model.blocks)), 0)
     for block, partition in zip(model.block_of_group, partitions_of(model.groups, setup, 0), strict=True):
         shares[block] += partition.numel

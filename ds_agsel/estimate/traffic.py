@@ -34,7 +34,7 @@ class TrafficBytes:
 
 
 def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> TrafficBytes:
-    """Plain DeepSpeed training ``groups``."""
+    """Return the traffic of plain DeepSpeed training ``groups``."""
     stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
     traffic = _traffic(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping)
     if setup.offload_optimizer != "nvme":
@@ -44,7 +44,7 @@ def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: i
 
 
 def selective_traffic(model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0) -> TrafficBytes:
-    """ds_agsel at ``step``. Where states visit, the first visit of a block, which brings no moments, costs less."""
+    """Return the traffic of ds_agsel at ``step``. A visiting block's first visit brings no moments and costs less."""
     return _traffic(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping)
 
 

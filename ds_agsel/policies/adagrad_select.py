@@ -45,7 +45,10 @@ class AdaGradSelect(Policy):
         return self._steps_per_epoch
 
     def explore_probability(self, step: int) -> float:
-        """ε_t = ε₀ · exp(-λt) in epoch 1, 0 from epoch 2 on. Only ε₀ is known before the length of epoch 1 is."""
+        """Return ε_t = ε₀ · exp(-λt) in epoch 1, 0 from epoch 2 on.
+
+        Only ε₀ is known before the length of epoch 1 is.
+        """
         config = self.context.config
         if step == 0 or self._steps_per_epoch is None:
             return config.explore_rate

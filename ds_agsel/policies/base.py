@@ -103,7 +103,7 @@ class Policy(ABC):
         return type(self).choose is Policy.choose
 
     def explore_probability(self, step: int) -> float:
-        """ε_t, the probability that ``step`` explores."""
+        """Return ε_t, the probability that ``step`` explores."""
         return 0.0
 
     def _check_length(self, what: str, values: Sequence[float]) -> None:

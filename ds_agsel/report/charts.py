@@ -128,7 +128,7 @@ def heat_map(run: Run) -> Drawing:
 
 
 def update_counts(run: Run) -> Drawing:
-    """How often each block was updated, by phase."""
+    """Draw how often each block was updated, by phase."""
     explore, exploit = run.counts("explore"), run.counts("exploit")
     places = np.arange(len(run.block_names))
 
@@ -152,7 +152,7 @@ def update_counts(run: Run) -> Drawing:
 
 
 def timeline(run: Run) -> Drawing:
-    """ε of each step, and which steps explored."""
+    """Draw ε of each step, and which steps explored."""
     steps = [step.step for step in run.steps]
     window = max(1, len(steps) // 50)
     explored = np.asarray([step.phase == "explore" for step in run.steps], dtype=float)
@@ -186,7 +186,7 @@ def timeline(run: Run) -> Drawing:
 
 
 def losses(runs: Sequence[Run]) -> Drawing:
-    """Training and validation loss on steps and on wall time."""
+    """Draw training and validation loss on steps and on wall time."""
     names = [_short(run.name, LIGHT) for run in runs]
 
     def legend_columns(letters: int) -> int:
@@ -235,7 +235,7 @@ def losses(runs: Sequence[Run]) -> Drawing:
 
 
 def memory(runs: Sequence[Run]) -> Drawing:
-    """Optimizer-state bytes of a rank, on top of full fine-tuning's, with the paper's formula as a mark."""
+    """Draw the optimizer-state bytes of a rank, on top of full fine-tuning's, with the paper's formula as a mark."""
     shown = [(run, states) for run in runs if (states := run.state_bytes()) is not None]
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -261,7 +261,7 @@ def memory(runs: Sequence[Run]) -> Drawing:
 
 
 def traffic(runs: Sequence[Run]) -> Drawing:
-    """Bytes moved in a mean step, by kind, on top of full fine-tuning's."""
+    """Draw the bytes moved in a mean step, by kind, on top of full fine-tuning's."""
     rows: list[tuple[str, tuple[float, float] | None]] = []
     for run in runs:
         moved = run.traffic() or {}
@@ -292,7 +292,7 @@ def traffic(runs: Sequence[Run]) -> Drawing:
 
 
 def step_seconds(runs: Sequence[Run]) -> Drawing:
-    """Median step time by phase, and its parts where they were logged."""
+    """Draw the median step time by phase, and its parts if they were logged."""
     rows: list[tuple[str, dict[str, float] | None]] = []
     for run in runs:
         by_phase = sorted(run.step_seconds().items())
@@ -378,7 +378,7 @@ def _figure_legend(figure: Figure, handles: Sequence[Any], columns: int, theme: 
 
 
 def _finish_rows(axes: Any, labels: Sequence[str | None], *, of_bytes: bool = True) -> None:
-    """Names, limits and scale of horizontal bars from the top down; a row without a label is a heading's."""
+    """Set names, limits and scale of horizontal bars from the top down; a row without a label is a heading's."""
     named = [(place, label) for place, label in enumerate(labels) if label is not None]
     axes.set_yticks([place for place, _ in named], [label for _, label in named])
     axes.set_ylim(len(labels) - 0.3, -0.6)
@@ -396,7 +396,7 @@ def _head_rows(axes: Any, heads: Sequence[tuple[int, str]]) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Exponential mean over about a fiftieth of the curve."""
+    """Return the exponential mean over about a fiftieth of the curve."""
     weight = 1 - 1 / max(1.0, len(values) / 50)
     smooth, state = np.empty_like(values), values[0]
     for index, value in enumerate(values):

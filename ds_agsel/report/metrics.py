@@ -10,7 +10,7 @@ ADAM_BYTES_PER_ELEMENT = 8  # exp_avg and exp_avg_sq, fp32
 
 
 def scalars(selection: Selection) -> dict[str, float]:
-    """Numbers of the last applied step, by name; empty before the first.
+    """Return the numbers of the last applied step, by name; empty before the first.
 
     ``explore`` is 1 or 0, ``explore_rate`` the paper's ε, ``count_entropy`` that of the update counts over its
     largest possible value (1: all blocks alike). ``saved_gradient_bytes`` are those of blocks that got no gradient,
@@ -55,7 +55,7 @@ def block_shares(selection: Selection, num_steps: int) -> dict[str, float]:
 
 
 def count_entropy(counts: tuple[int, ...]) -> float:
-    """Entropy of the shares of ``counts`` over its largest value, ln(len(counts)): 1 where all are equal, 0 for one."""
+    """Return the entropy of the shares of ``counts`` over its maximum, ln(len(counts)): 1 if equal, 0 for one."""
     total = sum(counts)
     if total == 0 or len(counts) < 2:
         return 0.0

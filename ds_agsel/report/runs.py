@@ -87,7 +87,7 @@ class Run:
         return self.summary is not None
 
     def counts(self, phase: str | None = None) -> list[int]:
-        """How many steps (of ``phase``) updated each block."""
+        """Return how many steps (of ``phase``) updated each block."""
         counts = [0] * len(self.block_names)
         for step in self.steps:
             if phase is None or step.phase == phase:
@@ -100,13 +100,13 @@ class Run:
         return sum(step.phase == phase for step in self.steps)
 
     def selected_numel(self) -> list[int] | None:
-        """Parameters updated by each step; None if the blocks' sizes are not known."""
+        """Return the parameters updated by each step; None if the blocks' sizes are not known."""
         if self.block_numels is None:
             return None
         return [sum(self.block_numels[block] for block in step.blocks) for step in self.steps]
 
     def share_of_parameters(self) -> float | None:
-        """Mean share of the parameters that a step updated."""
+        """Return the mean share of the parameters that a step updated."""
         selected = self.selected_numel()
         if not selected or not self.block_numels or not sum(self.block_numels):
             return None
@@ -151,7 +151,7 @@ class Run:
         return found
 
     def step_seconds(self) -> dict[str, dict[str, float]]:
-        """Phase -> median seconds of a step, and of its parts where they were logged."""
+        """Return phase -> median seconds of a step, and of its parts if they were logged."""
         found: dict[str, dict[str, float]] = {}
         phases = {step.step: step.phase for step in self.steps}
         by_phase: dict[str, list[Measured]] = {}
@@ -167,7 +167,7 @@ class Run:
         return found
 
     def wall_seconds(self) -> list[tuple[float, float]]:
-        """(seconds of training so far, loss) of each training line; steps between two lines took the second's time."""
+        """Return (seconds so far, loss) of each training line; steps between two lines took the second's time."""
         points, clock, before = [], 0.0, -1
         for line in self.measured:
             if line.seconds is None:

@@ -177,7 +177,7 @@ class SwappedStates:
         os.fdatasync(self._file.fileno())
 
     def has_moments(self, group: int) -> bool:
-        """Whether ``group`` has been updated."""
+        """Return whether ``group`` has been updated."""
         return group in self._updated
 
     def file_bytes(self) -> int:
@@ -185,7 +185,7 @@ class SwappedStates:
         return os.fstat(self._file.fileno()).st_blocks * 512
 
     def ring_bytes(self) -> int:
-        """Page-locked bytes of the host."""
+        """Return the page-locked bytes of the host."""
         return self._ring.nbytes
 
     def _reserve(self, group: int, numel: int) -> None:

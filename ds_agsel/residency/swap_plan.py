@@ -36,7 +36,7 @@ class FileLayout:
         return TENSORS * self.padded(group)
 
     def starts(self) -> dict[int, int]:
-        """Where each group begins in the file."""
+        """Return where each group begins in the file."""
         found, end = {}, 0
         for group in self.numels:
             found[group] = end

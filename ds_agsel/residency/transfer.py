@@ -79,7 +79,7 @@ class StateTransfer:
     # ---------------------------------------------------------------- what is where
 
     def block_bytes(self) -> dict[int, int]:
-        """Block -> bytes that it takes on the accelerator, on this rank."""
+        """Return block -> bytes that it takes on the accelerator, on this rank."""
         return {
             block: sum(len(self._keys) * self._states[group].master.nbytes for group in groups)
             for block, groups in self._groups_of_block.items()

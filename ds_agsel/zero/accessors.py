@@ -38,7 +38,7 @@ class AccessibleStep(SelectiveStep):
         return bool(self.optimizer.state.get(compat.masters(self)[group]))
 
     def _lacks_moment(self, group: int, optim_state_key: str | None) -> bool:
-        """Whether ``optim_state_key`` names a moment, and ``group`` has none yet."""
+        """Return whether ``optim_state_key`` names a moment, and ``group`` has none yet."""
         return optim_state_key in MOMENTS and not self._has_state(group)
 
     def _make_state(self, group: int) -> None:
@@ -229,7 +229,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
     # ----------------------------------------------------------------------- gradients
 
     def _gradient_is_gone(self, param: ZeroParameter) -> bool:
-        """Whether there is no gradient of ``param``: not yet in this window, or not of a block that may be updated."""
+        """Return whether ``param`` has no gradient: not yet in this window, or its block can't be updated."""
         return not (self._is_optimized(param) and self._received and self._block_of(param) in self._blocks_to_keep())
 
     @compat.overrides

@@ -70,7 +70,7 @@ class _MarkedInputs:
 
 
 def _is_reentrant(function: Any) -> bool | None:
-    """Whether ``function`` checkpoints in the reentrant form; None for one that is not transformers' partial."""
+    """Return whether ``function`` checkpoints in the reentrant form; None for one that is not transformers' partial."""
     if isinstance(function, _MarkedInputs):
         return True
     if not isinstance(function, functools.partial) or function.func is not checkpoint:
@@ -79,6 +79,9 @@ def _is_reentrant(function: Any) -> bool | None:
 
 
 def _has_hook(owner: nn.Module) -> bool:
-    """Whether the embedding of ``owner`` has the hook. transformers before 5 keeps only one, under another name."""
+    """Return whether the embedding of ``owner`` has the hook.
+
+    transformers before 5 keeps only one, under another name.
+    """
     hooks = getattr(owner, "_require_grads_hooks", None)
     return bool(hooks) or getattr(owner, "_require_grads_hook", None) is not None

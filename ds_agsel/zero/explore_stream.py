@@ -49,7 +49,7 @@ class ExploreStream:
         self.is_over = False  # all scores have been taken; later gradients add to the kept ones
 
     def wants(self, block: int) -> bool:
-        """Whether the stream takes a gradient of ``block``; not after `flush`, which left the block to the step.
+        """Return whether the stream takes a gradient of ``block``; not after `flush`, which left the block to the step.
 
         Raises TrainingError for a block that has been scored: what was dropped can't be added to.
         """

@@ -75,7 +75,7 @@ class ForwardWatch:
         self._clear_flags()
 
     def has_run(self, block: int) -> bool:
-        """Whether a module of ``block`` ran since `forget`; also where none is watched, so that it can't be known."""
+        """Return whether a module of ``block`` ran since `forget`; True if none is watched, so that it is unknown."""
         modules = self._modules.get(block)
         return modules is None or block in self._ran or any(_flag(module) for module in modules)
 
@@ -146,5 +146,5 @@ def _error() -> BaseException | None:
 
 
 def is_in_backward() -> bool:
-    """Whether the caller is inside a backward: a hook, or a checkpointed segment that is computed again."""
+    """Return whether the caller is inside a backward: a hook, or a checkpointed segment that is computed again."""
     return torch._C._current_graph_task_id() != -1

@@ -36,7 +36,7 @@ class FreezeMask:
                 parameter.requires_grad_ = partial(self._note, parameter)  # type: ignore[method-assign]
 
     def _note(self, parameter: nn.Parameter, requires_grad: bool = True) -> nn.Parameter:
-        """Stands in for ``parameter.requires_grad_``."""
+        """Note the user's choice, in place of ``parameter.requires_grad_``."""
         self._wanted[id(parameter)] = requires_grad
         return parameter
 

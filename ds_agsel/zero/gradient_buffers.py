@@ -54,7 +54,7 @@ class HostGradientBuffers:
             get_accelerator().unpin_memory(buffer)
 
     def held_bytes(self) -> int:
-        """Bytes of the buffers held now, on this rank."""
+        """Return the bytes of the buffers held now, on this rank."""
         return sum(p.grad.numel() * p.grad.element_size() for p in self._partitions if p.grad is not None)
 
 
@@ -138,7 +138,7 @@ class Zero3GradientBuffers:
                 zero.fp32_partitioned_groups_flat[group].grad = gradient
 
     def holds(self, group: int) -> bool:
-        """Whether there is a buffer for ``group``."""
+        """Return whether there is a buffer for ``group``."""
         return group in self._partitions.held
 
     def zero(self, param: Any, group: int) -> None:

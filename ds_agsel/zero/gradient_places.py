@@ -35,7 +35,7 @@ class AcceleratorGradients:
         """Make ``groups`` the ones that buffers are held for."""
 
     def holds(self, group: int) -> bool:
-        """Whether a gradient of ``group`` can be taken now."""
+        """Return whether a gradient of ``group`` can be taken now."""
         return True
 
     def fragments(self, group: int) -> list[Tensor] | None:
@@ -81,18 +81,18 @@ class AcceleratorGradients:
         return None
 
     def overflowed(self) -> bool:
-        """Whether a gradient that was copied away is not finite."""
+        """Return whether a gradient that was copied away is not finite."""
         return False
 
     def stage(self, groups: Sequence[int]) -> None:
         """Allocate staging for the updated weights of ``groups`` on their way to the accelerator."""
 
     def staged_bytes(self, group: int) -> int:
-        """Bytes of ``group``'s updated weights that were copied to the accelerator."""
+        """Return the bytes of ``group``'s updated weights that were copied to the accelerator."""
         return 0
 
     def staging_bytes(self) -> int:
-        """Bytes of the host buffer through which updated weights are written back."""
+        """Return the bytes of the host buffer through which updated weights are written back."""
         return 0
 
     def release(self) -> None:
@@ -120,7 +120,7 @@ class HostGradients(AcceleratorGradients):
             buffers[group] = buffer.new_empty(0)
 
     def _param_ids(self, group: int) -> list[int]:
-        """Of the parameters with a slice in this rank's partition of ``group``."""
+        """Return the ids of the parameters with a slice in this rank's partition of ``group``."""
         return [self._zero.get_param_id(param) for param in self._zero.params_in_partition[group]]
 
     # ------------------------------------------------------------------------- buffers

@@ -27,7 +27,7 @@ class OneRankReduction(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     _holds_gradients: bool
 
     def _has_nobody_to_reduce_with(self, param: nn.Parameter) -> bool:
-        """Whether [Note: One rank] applies: not if a communication dtype narrower than the gradients' would round."""
+        """Return whether [Note: One rank] applies: not if a communication dtype narrower than the gradients' rounds."""
         return (
             self.partition_gradients
             and dist.get_world_size(group=self.dp_process_group) == 1

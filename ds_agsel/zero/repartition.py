@@ -58,7 +58,7 @@ class SavedStates(Protocol):
         """Return the parameters that it has states of."""
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
-        """Elements ``start`` to ``start + numel`` of the flat master (`MASTER`) or moment of a parameter."""
+        """Return the elements ``start`` to ``start + numel`` of the flat master (`MASTER`) or moment of a parameter."""
 
     def step(self, name: str) -> int:
         """Return how often a parameter was updated."""
@@ -181,7 +181,7 @@ class ZeroFiles:
         return self._where.keys()
 
     def _pieces(self, rank: int, file: Mapping[str, Any]) -> Iterator[tuple[int, str, int, int]]:
-        """(group, parameter, place in the partition, elements) of one rank."""
+        """Yield (group, parameter, place in the partition, elements) of one rank."""
         if int(file[constants.ZERO_STAGE]) <= 2:
             for index, names in enumerate(file[constants.PARAM_SLICE_MAPPINGS]):
                 for name, address in names.items():

@@ -76,7 +76,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         raise NotImplementedError
 
     def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
-        """(parameter number, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
+        """Return (number, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
         raise NotImplementedError
 
     def _drop_gradients(self, blocks: set[int]) -> None:
@@ -249,7 +249,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
     def _can_stream(self) -> bool:
-        """Whether this step can free gradients during backward: it explores, and one backward gives all scores."""
+        """Return whether this step can free gradients in backward: it explores, and one backward gives all scores."""
         one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
         return self.selection.plan.blocks is None and one_backward
 
@@ -261,11 +261,11 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
 
     def _blocks_to_keep(self) -> set[int]:
-        """Blocks whose gradients are kept for the step, as far as that is known."""
+        """Return the blocks whose gradients are kept for the step, as far as that is known."""
         return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
 
     def _wanted_blocks(self) -> Collection[int]:
-        """Blocks whose gradients are not to be dropped when they come."""
+        """Return the blocks whose gradients are not dropped on arrival."""
         is_over = self._stream is not None and self._stream.is_over
         return self._blocks_to_keep() if is_over else self.selection.active_blocks
 
@@ -320,7 +320,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         return self.home.bytes().visiting
 
     def state_bytes(self) -> int:
-        """Bytes of the Adam moments that exist on this rank."""
+        """Return the bytes of the Adam moments that exist on this rank."""
         return self.home.bytes().moments
 
     # ------------------------------------------------------ hyperparameters, states
@@ -379,12 +379,12 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self.load_state_dict([own if other == rank else None for other in range(rank + 1)], **kwargs)
 
     def held_gradient_bytes(self) -> tuple[int, int]:
-        """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
+        """Return the bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError
 
 
 def l2_norm(gradient: Tensor) -> Tensor:
-    """L2 norm of ``gradient``, of no dimension, in the dtype that DeepSpeed takes norms in.
+    """Return the L2 norm of ``gradient``, of no dimension, in the dtype that DeepSpeed takes norms in.
 
     The sum is in that dtype without a copy of the gradient in it, which would take 8 bytes an element in mid-backward.
     """

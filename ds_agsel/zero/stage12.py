@@ -100,7 +100,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
             super().reduce_ready_partitions_and_remove_grads(param, i)
 
     def _is_wanted(self, param: nn.Parameter, group: int) -> bool:
-        """Whether this step needs ``param``'s gradient; one it does not need is dropped."""
+        """Return whether this step needs ``param``'s gradient; one it does not need is dropped."""
         block = self._block_of_group[group]
         if block in self._wanted_blocks():
             self._blocks_with_gradient.add(block)
@@ -166,7 +166,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
                 self._gradients.forget(self.get_param_id(param))
 
     def _held_slices(self, group: int) -> list[tuple[int, Tensor]]:
-        """(param id, this rank's slice of its gradient) of ``group``'s parameters, in the middle of backward."""
+        """Return (param id, this rank's slice of its gradient) of ``group``'s parameters, in the middle of backward."""
         rank = dist.get_rank(group=self.real_dp_process_group[group])
         slices = []
         for param in self.params_in_partition[group]:
@@ -264,7 +264,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     # ------------------------------------------------------------------ memory
 
     def held_gradient_bytes(self) -> tuple[int, int]:
-        """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
+        """Return the bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         tensors = [p.grad for group in self.bit16_groups for p in group]
         for by_group in (self.averaged_gradients, self.all_grad_tensors):
             for pieces in by_group.values():
@@ -277,7 +277,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         return storage_bytes(tensors), storage_bytes(host)
 
     def staging_bytes(self) -> int:
-        """Bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
+        """Return the bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
         return self._gradients.staging_bytes()
 
     # --------------------------------------------------------------- states: checkpoints

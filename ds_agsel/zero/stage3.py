@@ -250,7 +250,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
     # ------------------------------------------------------------------ memory
 
     def held_gradient_bytes(self) -> tuple[int, int]:
-        """Bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
+        """Return the bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         buckets = [bucket.buffer for bucket in self.ipg_buckets.values()]
         accelerator = [param.grad for params in self.fp16_groups for param in params] + buckets
         partitions = list(compat.gradient_partitions(self).values())

@@ -38,5 +38,5 @@ class HostStaging:
         self._buffer = self._buffer.new_empty(0)
 
     def held_bytes(self) -> int:
-        """Bytes held now, on this rank."""
+        """Return the bytes held now, on this rank."""
         return self._buffer.nbytes

@@ -55,7 +55,7 @@ class Situation:
 
 
 def decide(wanted: str | None, now: Situation) -> tuple[StepDevice, str]:
-    """Where to step, and why. What contradicts ``offload_optimizer`` has been refused before (`support`)."""
+    """Return where to step, and why. Contradictions to ``offload_optimizer`` have been refused before (`support`)."""
     if wanted == "accelerator":
         return StepDevice.VISIT, "step_device is 'accelerator'"
     if now.offloads:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages behind ``tensors``, each counted once."""
+    """Return the bytes of the storages behind ``tensors``, each counted once."""
     storages = {}
     for tensor in tensors:
         if tensor is not None:

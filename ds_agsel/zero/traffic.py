@@ -63,7 +63,7 @@ class Zero3Traffic(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage3):
         return super().partition_grads(params_to_release, grad_partitions)
 
     def _holds_part_of(self, param: Any) -> bool:
-        """Whether this rank's partition of ``param`` is more than padding."""
+        """Return whether this rank's partition of ``param`` is more than padding."""
         return param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel
 
     @compat.overrides

@@ -181,7 +181,7 @@ class StepWindow:
         return NO_GRADIENT if self._watch is None or self._watch.has_run(block) else NOT_RUN
 
     def explains_silence(self) -> bool:
-        """Whether no planned block took part in this rank's forward, so that its loss correctly needs no gradient."""
+        """Return whether no planned block took part in this rank's forward, so that its loss needs no gradient."""
         watch = self._watch
         if not self.is_open or watch is None or not any(map(watch.has_run, range(len(self._parameters)))):
             return False  # nothing ran at all: the loss is not this model's

@@ -86,7 +86,7 @@ class RowProcess:
         self.about = self._receive()
 
     def step(self, batch: int, blocks: Sequence[int] | None) -> dict[str, Any]:
-        """One step on batch number ``batch``. ``blocks`` is what the floor updates; None: all."""
+        """Take a step on batch number ``batch``. ``blocks`` is what the floor updates; None: all."""
         self._send((batch, blocks))
         measured = self._receive()
         self.planned_blocks = measured.get("planned_blocks")
@@ -176,7 +176,7 @@ def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> 
 
 
 def _round(processes: Mapping[str, RowProcess], names: Sequence[str], number: int) -> dict[str, dict[str, Any]]:
-    """One step of each row, from first to last and back in turn, so that no row always follows the same one."""
+    """Take one step of each row, in alternating order, so that no row always follows the same one."""
     followed = processes[FOLLOWED].planned_blocks if FLOOR in names else None
     order = names if number % 2 == 0 else list(reversed(names))
     batch = number + WARMUP_STEPS

@@ -38,7 +38,7 @@ class Bar:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and the quartiles around it."""
+    """Return the median and the quartiles around it."""
     if len(values) == 1:
         return {"median": values[0], "q1": values[0], "q3": values[0]}
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -86,7 +86,7 @@ def expected_gradient_bytes(blocks: Sequence[int], block_numels: Sequence[int], 
 
 
 def summarize(samples: Mapping[str, Samples], block_numels: Sequence[int], tokens: int) -> dict[str, dict[str, Any]]:
-    """Each row's numbers: seconds by phase, ratios, memory, traffic."""
+    """Return each row's numbers: seconds by phase, ratios, memory, traffic."""
     rows = {}
     for name, by_round in samples.items():
         steps = list(by_round.values())
@@ -171,7 +171,7 @@ def _streaming_bar(row: str, by_round: Samples, block_numels: Sequence[int], wor
 
 
 def _visiting_bars(by_round: Samples, block_numels: Sequence[int]) -> list[Bar]:
-    """Of exploit steps: resident bytes, and bytes moved, over what the selections say; planning over the step."""
+    """Return exploit steps' resident and moved bytes over those of the selections, and planning over the step."""
 
     def state_bytes(blocks: Iterable[int]) -> int:
         aligned = [math.ceil(block_numels[block] / ZERO_ALIGNMENT_NUMEL) * ZERO_ALIGNMENT_NUMEL for block in blocks]
@@ -192,7 +192,7 @@ def _visiting_bars(by_round: Samples, block_numels: Sequence[int]) -> list[Bar]:
 
 
 def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Sequence[int]) -> Bar:
-    """Optimizer seconds over plain's, less the round's share: the draws differ in size, so each has its own."""
+    """Return the optimizer seconds over plain's, less the round's share, which differs from draw to draw."""
     by_round, plain = samples[row], samples[PLAIN]
     rounds = sorted(by_round.keys() & plain.keys())
     excess = [

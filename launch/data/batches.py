@@ -57,7 +57,7 @@ class EpochPlan:
         return len(self._lengths) // self._batching.rows_per_step
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Row indices of ``step``, int64, (accumulation, world_size, micro_batch); of like length each."""
+        """Return the row indices of ``step``, int64, (accumulation, world_size, micro_batch); of like length each."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._batches = self._draw(epoch)
@@ -76,7 +76,7 @@ class EpochPlan:
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[tuple[int, ...]]:
-    """Examples put into rows of at most ``capacity`` tokens, longest first, each where it fits best."""
+    """Put examples into rows of at most ``capacity`` tokens, longest first, each where it fits best."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, index of the pack), ascending
     for example in np.argsort(-lengths, kind="stable").tolist():

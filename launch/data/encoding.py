@@ -25,7 +25,7 @@ _ROWS_PER_WORKER = 1000  # with fewer rows a process costs more to start than it
 
 
 def wants_chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``choice``, one of CHAT_TEMPLATE_CHOICES, means a chat template for this tokenizer."""
+    """Return whether ``choice``, one of CHAT_TEMPLATE_CHOICES, means a chat template for this tokenizer."""
     return choice == "always" or (choice == "auto" and tokenizer.chat_template is not None)
 
 
@@ -52,7 +52,9 @@ class Encoder:
             _ = self._template  # raises an error in it now, not in a worker
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Columns of text to ``input_ids``, ``prompt_numel``, ``cut_numel``, ``prompt``, ``completion``, ``problem``.
+        """Tokenise columns of text.
+
+        Returns ``input_ids``, ``prompt_numel``, ``cut_numel``, ``prompt``, ``completion`` and ``problem``.
 
         A row of a conversation can become several. ``problem`` says why a row can't be used, "" where it can: an
         error raised here would be lost in a worker.
@@ -125,7 +127,7 @@ class Encoder:
 
     @property
     def _vocabulary(self) -> Any:
-        """Return the tokenizer's state as text, without the padding and truncation that its last call left."""
+        """The tokenizer's vocabulary and rules, without the padding and truncation that its last call left."""
         if not self.tokenizer.is_fast:
             return sorted(self.tokenizer.get_vocab().items())
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())

@@ -194,7 +194,7 @@ def _columns(options: DataOptions, preset: Preset | None, part: Dataset) -> Text
 
 
 def _holds_conversation(part: Dataset, column: str) -> bool:
-    """Whether the first row that has something in ``column`` has a list of messages there."""
+    """Return whether the first row that has something in ``column`` has a list of messages there."""
     values = (files.value_of(row[column]) for row in part.select_columns([column]))
     return chat.is_conversation(next((value for value in values if value is not None), None))
 

@@ -13,7 +13,7 @@ _FAILED, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate; returns the exit code: 0, 2 after an error that was reported, 130 after Ctrl-C."""
+    """Evaluate; return the exit code: 0, 2 after an error that was reported, 130 after Ctrl-C."""
     try:
         wanted = options.parse(arguments)
         from .answering import evaluate  # torch, transformers and deepspeed: seconds

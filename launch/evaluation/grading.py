@@ -21,7 +21,7 @@ _BRACED_WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf|operatorname|begin|end
 
 
 class Parsed:
-    """The answer in a text; ``text`` is the part that math-verify read, None if it found no answer."""
+    """The answer in a text; ``text`` is the answer as math-verify reads it, None if it finds none."""
 
     def __init__(self, text: str) -> None:
         self.candidates: list[Any] = math_verify.parse(_marked_for_math_verify(text))
@@ -29,7 +29,7 @@ class Parsed:
         self.text: str | None = written[-1] if written else None
 
     def answers(self, reference: Parsed) -> bool:
-        """Whether this is equivalent to the reference: 0.5 to 1/2, 1,200.00 to 1200, x(x+1) to x²+x."""
+        """Return whether this is equivalent to the reference: 0.5 to 1/2, 1,200.00 to 1200, x(x+1) to x²+x."""
         return bool(math_verify.verify(reference.candidates, self.candidates))
 
 

@@ -95,7 +95,7 @@ def _evaluating(engine: Any) -> Iterator[None]:
 
 
 def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
-    """Row indices in batches of like length; the ranks take turns, the longest batches first.
+    """Return the row indices in batches of like length; the ranks take turns, the longest batches first.
 
     All ranks get equally many, as forward is collective with ZeRO-3; False marks a batch that only fills up.
     """
@@ -108,7 +108,10 @@ def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[tuple[np
 def validation_loss(
     engine: Any, encoded: Encoded, *, batch_size: int, pad_token_id: int, keeps_last_logits: bool
 ) -> float | None:
-    """Mean cross-entropy over the completion tokens of the whole split; None for an empty one. Collective."""
+    """Return the mean cross-entropy over the completion tokens of the whole split; None for an empty one.
+
+    Collective.
+    """
     if len(encoded.rows) == 0:
         return None
     loss_sum, label_numel = 0.0, 0
@@ -133,7 +136,7 @@ def exact_match(
     max_new_tokens: int,
     stop: StopRequest,
 ) -> ExactMatch | None:
-    """Greedy answers to the split's prompts; None for an empty split or after a stop signal. Collective."""
+    """Score greedy answers to the split's prompts; None for an empty split or after a stop signal. Collective."""
     if len(encoded.rows) == 0:
         return None
     found: list[tuple[int, Generation]] = []

@@ -24,7 +24,7 @@ _MODES = ("random", "ascending", "descending")
 
 
 def block_optimizer(model: nn.Module, base: Any, options: Mapping[str, Any], context: RunContext) -> Any:
-    """badam.BlockOptimizer around ``base``: a layer at a time; embedding, head and norm are never trained."""
+    """Return a badam.BlockOptimizer around ``base``: a layer at a time; embedding, head and norm are never trained."""
     if options["mode"] not in _MODES or options["every"] < 0:
         raise ConfigError(
             f"--method-option mode={options['mode']} every={options['every']}: mode is one of {', '.join(_MODES)}, "

@@ -66,23 +66,23 @@ class Method:
         return "plain"
 
     def trained(self) -> frozenset[str] | None:
-        """Names of the parameters that the last step was to change; None for all that require gradients."""
+        """Return the names of the parameters that the last step was to change; None for all that require gradients."""
         return None
 
     def gradient_bytes(self) -> int:
-        """Bytes held for gradients now."""
+        """Return the bytes held for gradients now."""
         raise NotImplementedError
 
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's states now, without master weights."""
+        """Return the bytes of the optimizer's states now, without master weights."""
         raise NotImplementedError
 
     def master_bytes(self) -> int:
-        """Bytes of fp32 copies of weights now."""
+        """Return the bytes of fp32 copies of weights now."""
         return 0
 
     def processor_seconds(self) -> float:
-        """Processor time that training has taken since the process began, user and system, all threads."""
+        """Return the processor time that training has taken since the process began, user and system, all threads."""
         return time.process_time()
 
     def precision(self, config: Mapping[str, Any]) -> str:

@@ -113,13 +113,13 @@ class PlainTorch(Method):
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters become ``dtype``; buffers stay, as DeepSpeed leaves them: rotary frequencies need fp32."""
+    """Cast parameters to ``dtype``; buffers stay, as DeepSpeed leaves them: rotary frequencies need fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def adam_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """lr, betas, eps and weight_decay of the ds_config's optimizer, as torch's AdamW takes them."""
+    """Return lr, betas, eps and weight_decay of the ds_config's optimizer, as torch's AdamW takes them."""
     read = DsConfig.of(config)
     kind, given = read.optimizer_type, read.optimizer_params
     unknown = sorted(set(given) - _ADAM)
@@ -132,7 +132,7 @@ def adam_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def projected_groups(model: nn.Module, rank: int, **how: Any) -> list[dict[str, Any]]:
-    """Two param groups: all but the matrices of attention and MLP, and those, with what projects their gradients."""
+    """Return two param groups: the matrices of attention and MLP, with ``projection`` options, after all others."""
     matrices = {p for name, p in model.named_parameters() if p.dim() == 2 and _in_a_layer(name)}
     if not matrices:
         raise ConfigError("This model has no matrices under attention or MLP modules to project. Use another method.")
@@ -166,7 +166,7 @@ class Masters:
         self.optimizer.param_groups[0]["params"] = list(self.of.values())
 
     def held_bytes(self) -> int:
-        """Bytes of the copies."""
+        """Return the bytes of the copies."""
         return storage_bytes([master for weight, master in self.of.items() if master is not weight])
 
     @staticmethod

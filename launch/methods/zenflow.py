@@ -32,6 +32,6 @@ class ZenFlow(Full):
         return super().state_bytes() + storage_bytes(held_by(selective.state.values()))
 
     def processor_seconds(self) -> float:
-        """With overlap_step a process of its own steps on the host, whose time counts, too."""
+        """Add the time of the process that steps on the host with overlap_step."""
         spent = [child.cpu_times() for child in psutil.Process().children()]
         return time.process_time() + sum(times.user + times.system for times in spent)

@@ -73,7 +73,7 @@ class Way:
         return max(self.link_seconds().items(), key=lambda link: link[1])
 
     def _products(self) -> float:
-        """Operations of a step: two for each weight and token in forward, in backward to it, and for its gradient."""
+        """Return a step's operations: two per weight and token in forward, in backward, and for the gradient."""
         if self.percent is None:
             return 6 * TOKENS * self.model.numel
         numels = [block.numel for block in self.model.blocks]
@@ -86,7 +86,7 @@ _shape = cache(read_shape)
 
 @cache
 def ways(name: str, stage: int, ranks: int, offload: Device = "cpu") -> dict[float | None, Way]:
-    """Full fine-tuning and ds_agsel at each percentage, on rank 0."""
+    """Return full fine-tuning and ds_agsel at each percentage, on rank 0."""
     model = _shape(name)
     setup = Setup(stage=stage, ranks=ranks, offload_optimizer=offload, reduce_bucket_numel=BUCKET_NUMEL)
     groups, frozen = model.user_groups, model.frozen

@@ -124,7 +124,7 @@ def _sweep(plan: SweepPlan, wanted: argparse.Namespace) -> int:
 
 
 def _is_as_known(sweep: Sweep, cell: Cell) -> bool:
-    """Whether ``cell`` is whole, or failed in the way that the plan foresees."""
+    """Return whether ``cell`` is whole, or failed in the way that the plan foresees."""
     outcome, known = sweep.outcome(cell), sweep.plan.methods[cell.method].fails
     if outcome is None or outcome.message is None:
         return outcome is not None

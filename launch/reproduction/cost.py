@@ -150,7 +150,7 @@ def _percent(work: _Work) -> float:
 
 
 def _explore_share(cost: Cost, method: MethodEntry) -> float:
-    """Of all steps. ε falls to 1 % by the end of epoch 1 and is 0 after it."""
+    """Return the share of explore steps. ε falls to 1 % by the end of epoch 1 and is 0 after it."""
     policy = method.options.get("policy", "adagrad_select")
     if policy == "adagrad_select":
         first_epoch = (1 - 0.01) / math.log(100)
@@ -226,7 +226,7 @@ _WHAT = (
 
 
 def page(plan: SweepPlan, command: str) -> str:
-    """docs/reproduction.md: the exact command, and what it is expected to take."""
+    """Return docs/reproduction.md: the exact command, and its expected cost."""
     return "\n".join(_page(plan, command))
 
 

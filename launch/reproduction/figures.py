@@ -42,7 +42,7 @@ def draw_all(plan: SweepPlan, cells: Sequence[CellResult], folder: Path) -> list
 
 
 def _curves(plan: SweepPlan, cells: Sequence[CellResult], label: str, along: Callable[[Point], float | None]) -> Figure:
-    """Held-out loss, a line a seed, a colour a method."""
+    """Draw held-out loss, a line per seed, a colour per method."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for method, style in _styles(plan, cells):
@@ -57,7 +57,7 @@ def _curves(plan: SweepPlan, cells: Sequence[CellResult], label: str, along: Cal
 
 
 def _percents(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Figure:
-    """Loss after equal steps, and accuracy with its intervals, by the percent of blocks that a step updates."""
+    """Draw loss after equal steps, and accuracy with its intervals, by the percent of blocks that a step updates."""
     losses = results.losses_at_equal_steps(cells)
     datasets = list(dict.fromkeys(name for m in cells for name in m.accuracy))
     figure = Figure(figsize=(4.5 * (1 + len(datasets)), 3.8), layout="constrained")
@@ -96,7 +96,7 @@ def _by_percent(plan: SweepPlan, policy: str) -> dict[float, str]:
 
 
 def _time_and_memory(plan: SweepPlan, cells: Sequence[CellResult]) -> Figure:
-    """Median step seconds with the 90th percentile, and peak memory, a bar a method."""
+    """Draw median step seconds with the 90th percentile, and peak memory, a bar per method."""
     figure = Figure(figsize=(10, 1 + 0.3 * len(plan.methods)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for method in reversed(plan.methods):

@@ -275,7 +275,7 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 
 
 def expected_seconds(plan: SweepPlan, cells: Sequence[Cell]) -> float | None:
-    """About how long ``cells`` take one after the other, short runs ``search.jobs`` at a time."""
+    """Estimate how long ``cells`` take one after the other, short runs ``search.jobs`` at a time."""
     if plan.expected is None:
         return None
     expected, total = plan.expected, 0.0

@@ -86,14 +86,14 @@ class CellResult:
         return percentile(self.step_seconds, 90) if self.step_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON's types."""
+        """Return the cell in JSON's types."""
         accuracy = {name: {**asdict(a), "interval_percent": a.interval} for name, a in self.accuracy.items()}
         rest = {**asdict(self), "accuracy": accuracy}
         return {**rest, "step_median_seconds": self.step_median, "step_p90_seconds": self.step_p90}
 
 
 def collect(sweep: Sweep) -> list[CellResult]:
-    """Every final cell of the sweep's plan, in its order, also those that failed or were not run."""
+    """Return every final cell of the sweep's plan, in its order, also those that failed or were not run."""
     return [_measured(sweep, cell) for cell in plans.final_cells(sweep.plan)]
 
 
@@ -172,7 +172,7 @@ def _accuracy(folder: Path) -> dict[str, Accuracy]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the sorted values."""
+    """Return the percentile by linear interpolation between the sorted values."""
     ordered = sorted(values)
     place = percent / 100 * (len(ordered) - 1)
     low = math.floor(place)
@@ -181,7 +181,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def loss_at(points: Sequence[Point], processor_seconds: float) -> float | None:
-    """Held-out loss after so much processor time, by linear interpolation between the two measured beside it.
+    """Return the held-out loss after so much processor time, interpolated linearly between measurements.
 
     Beyond the last, its loss: the run had ended. None if processor time was not measured.
     """
@@ -201,7 +201,7 @@ def shared_budget(cells: Iterable[CellResult]) -> float | None:
 
 
 def losses_at_equal_time(cells: Sequence[CellResult]) -> dict[tuple[str, str, int], float]:
-    """(model, method, seed) -> held-out loss at the processor time of the model's and seed's quickest run."""
+    """Return (model, method, seed) -> held-out loss at the processor time of the model's and seed's quickest run."""
     found = {}
     for model, seed in dict.fromkeys((m.model, m.seed) for m in cells):
         beside = [m for m in cells if (m.model, m.seed) == (model, seed)]
@@ -214,7 +214,7 @@ def losses_at_equal_time(cells: Sequence[CellResult]) -> dict[tuple[str, str, in
 
 
 def losses_at_equal_steps(cells: Sequence[CellResult]) -> dict[tuple[str, str, int], float]:
-    """(model, method, seed) -> held-out loss after the last step, which is the same for all whole runs."""
+    """Return (model, method, seed) -> held-out loss after the last step, which is the same for all whole runs."""
     return {(m.model, m.method, m.seed): m.points[-1].loss for m in cells if m.is_whole and m.points}
 
 
@@ -240,7 +240,7 @@ def over_seeds(losses: Mapping[tuple[str, str, int], float], model: str, method:
 
 
 def against(losses: Mapping[tuple[str, str, int], float], model: str, method: str, reference: str) -> Spread | None:
-    """Loss of ``method`` less that of ``reference`` on the same seed, which has the same data: above 0, we win."""
+    """Return the loss of ``method`` less that of ``reference`` on the same seed and data: above 0, we win."""
     apart = [
         loss - losses[model, reference, seed]
         for (m, name, seed), loss in losses.items()
@@ -259,7 +259,7 @@ def mean_accuracy(cells: Iterable[CellResult], model: str, method: str, dataset:
 
 
 def chosen_rates(sweep: Sweep) -> list[tuple[str, str, dict[float, float | None], float | None]]:
-    """(model, family, loss of each short run, the one chosen) for every search of the plan."""
+    """Return (model, family, loss of each short run, the one chosen) for every search of the plan."""
     plan: SweepPlan = sweep.plan
     pairs = dict.fromkeys((cell.model, cell.family) for cell in plans.search_cells(plan))
     found = []

@@ -90,7 +90,7 @@ class Sweep:
         return chosen, "" if chosen is not None else self._search_message(cell.model, cell.family)
 
     def search_losses(self, model: str, family: str) -> dict[float, float | None]:
-        """Held-out loss at the end of each short run that was tried; None for one that failed."""
+        """Return the held-out loss at the end of each short run that was tried; None for one that failed."""
         losses: dict[float, float | None] = {}
         for cell in plans.search_cells(self.plan):
             if (cell.model, cell.family) == (model, family) and (outcome := self.outcome(cell)) is not None:
@@ -103,7 +103,7 @@ class Sweep:
         return messages[0] if messages else "no short run gave a finite held-out loss"
 
     def is_open(self, cell: Cell) -> bool:
-        """Whether ``cell`` still needs to be run."""
+        """Return whether ``cell`` still needs to be run."""
         outcome = self.outcome(cell)
         return outcome is None or (self.retry and outcome.state == "failed")
 

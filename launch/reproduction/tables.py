@@ -17,7 +17,7 @@ MEAN = "Mean over seeds ± half of the range; no ± where there is one seed."
 
 
 def page(plan: SweepPlan, cells: Sequence[CellResult], rates: Rates, published: Mapping[str, Any], machine: str) -> str:
-    """All tables, by model."""
+    """Return all tables, by model."""
     lines = [f"# {plan.name}: results", "", *filter(None, [plan.about.strip(), ""]), machine, ""]
     for model in plan.models:
         own = [m for m in cells if m.model == model]
@@ -110,7 +110,7 @@ def _costs(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Iterator
 
 
 def _troubles(plan: SweepPlan, cells: Sequence[CellResult]) -> Iterator[str]:
-    """Cells that are not whole, and faults of those that are; like ones of several seeds once."""
+    """Yield cells that are not complete, and faults of those that are; equal ones of several seeds once."""
     said: dict[tuple[str, str], list[int]] = {}
     for m in cells:
         for text in [f"**no result**: {m.message}"] if m.message is not None else m.faults:

@@ -46,7 +46,7 @@ def save(engine: Any, folder: Path, step: int, client_state: dict[str, Any], *, 
 
 
 def are_there(folder: Path) -> bool:
-    """Whether ``folder`` has a checkpoint, whole or not."""
+    """Return whether ``folder`` has a checkpoint, whole or not."""
     return bool(checkpoints.candidates(folder))
 
 

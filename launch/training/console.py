@@ -12,12 +12,12 @@ _READER_IS_GONE = (errno.EPIPE, errno.EIO)  # a pipe whose reader has ended; a t
 
 
 def is_main() -> bool:
-    """Whether this is the rank that prints and writes; known before the process group is up."""
+    """Return whether this is the rank that prints and writes; known before the process group is up."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_first_here() -> bool:
-    """Whether this is the first rank of its machine."""
+    """Return whether this is the first rank of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 
 def outlive_closed_pipes() -> None:
-    """From now on drop what is written to stdout or stderr after its reader has ended.
+    """Drop from now on what is written to stdout or stderr after its reader has ended.
 
     Ctrl-C under ``2>&1 | tee log`` ends tee as well. Without this, the next line that is printed raises
     BrokenPipeError, before the checkpoint is saved.

@@ -46,7 +46,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def is_a_run(self) -> bool:
-        """Whether launch/train.py wrote here: its metrics.jsonl or its summary.json says so."""
+        """Return whether launch/train.py wrote here: its metrics.jsonl or its summary.json says so."""
         return self._has_our_metrics() or self._has_our_summary()
 
     def _has_our_metrics(self) -> bool:

@@ -8,7 +8,7 @@ from ds_agsel import processor
 
 
 def bf16_is_fast() -> bool:
-    """Whether bf16 pays here: on accelerators that have it, and on CPUs with instructions for it."""
+    """Return whether bf16 pays here: on accelerators that have it, and on CPUs with instructions for it."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return bool(accelerator.is_bf16_supported())

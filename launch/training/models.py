@@ -70,7 +70,7 @@ def load_model(
 
 
 def keeps_last_logits(model: PreTrainedModel) -> bool:
-    """Whether ``model`` can be asked for the logits of given positions only (``logits_to_keep``, as a tensor)."""
+    """Return whether ``model`` can compute the logits of given positions only (``logits_to_keep``, as a tensor)."""
     parameter = inspect.signature(model.forward).parameters.get("logits_to_keep")
     return parameter is not None and "Tensor" in str(parameter.annotation)
 
@@ -90,7 +90,7 @@ def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``ds_agsel`` in the user's cache folder."""
+    """Return where converted models are kept: ``ds_agsel`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_agsel"
 
 
@@ -179,6 +179,6 @@ def _hf_name(gguf_name: str) -> str:
 
 
 def _undo_rotary_permutation(weights: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp interleaves the halves of each head's rotary dimensions; Hugging Face keeps them apart."""
+    """Undo llama.cpp's interleaving of the halves of each head's rotary dimensions."""
     rows, columns = weights.shape
     return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

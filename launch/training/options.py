@@ -21,7 +21,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_peer(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Those of launch/peers.py: the same, and which method trains."""
+    """Return the options of launch/peers.py: those of `parse`, and the method that trains."""
     parser = _parser("peers", "Fine-tune a causal language model by AdaGradSelect or a method it is compared with.")
     group = parser.add_argument_group("method")
     group.add_argument("--method", required=True, choices=methods.NAMES)

@@ -64,7 +64,7 @@ def run_job(wanted: argparse.Namespace) -> int:
 
 
 def _set_verbosity() -> None:
-    """Log ds_agsel's choices at INFO on the main rank; only errors on the others."""
+    """Print ds_agsel's log at INFO on the main rank; silence the libraries, on other ranks their progress bars too."""
     transformers.logging.set_verbosity_error()
     if not ranks.is_main():
         datasets.disable_progress_bars()

@@ -35,7 +35,7 @@ class Progress:
     processor_seconds: float = 0.0
 
     def state(self, position: Mapping[str, Any]) -> dict[str, Any]:
-        """For a checkpoint's client_state, with the ``position`` that a resumed run must have as well."""
+        """Return a checkpoint's client_state, with the ``position`` that a resumed run must match."""
         return {
             STATE: {
                 "step": self.step,

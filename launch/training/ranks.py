@@ -41,14 +41,14 @@ def main_first(work: Callable[[], Result]) -> Result:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set on at least one rank. Collective."""
+    """Return whether ``flag`` is set on at least one rank. Collective."""
     flags = torch.tensor([flag], dtype=torch.int32, device=get_accelerator().current_device_name())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
 
 
 def add_up(*values: float) -> list[float]:
-    """Each value's sum over the ranks, in float64. Collective."""
+    """Return each value's sum over the ranks, in float64. Collective."""
     sums = torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
     dist.all_reduce(sums)
     return sums.tolist()

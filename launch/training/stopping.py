@@ -33,7 +33,7 @@ class StopRequest:
         return self.signal is not None
 
     def agreed(self) -> bool:
-        """Whether any rank was told to stop. Collective."""
+        """Return whether any rank was told to stop. Collective."""
         return ranks.any_rank(self.requested)
 
     @property

@@ -119,7 +119,7 @@ def step_seconds(records: Sequence[Mapping[str, Any]], quantile: float) -> dict[
 
 
 def selection_summary(selection: Any | None) -> dict[str, Any] | None:
-    """Shares and traffic of the whole run; None for plain DeepSpeed.
+    """Return shares and traffic of the whole run; None for plain DeepSpeed.
 
     Shares are means over the steps. Traffic is rank 0's mean per step since this process began, which for a
     resumed run is later than the run's.

@@ -62,7 +62,7 @@ def has_fused_adam() -> bool:
 
 
 def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
-    """DeepSpeed's compiled `cpu_adam` module (csrc/adam/cpu_adam.cpp), built on first use."""
+    """Return DeepSpeed's compiled `cpu_adam` module (csrc/adam/cpu_adam.cpp), built on first use."""
     return optimizer.ds_opt_adam if isinstance(optimizer, DeepSpeedCPUAdam) else CPUAdamBuilder().load()
 
 

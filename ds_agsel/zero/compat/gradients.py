@@ -15,7 +15,7 @@ STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"  # Python's mangling of a cl
 
 
 def gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> dict[int, torch.Tensor]:
-    """By parameter's ``ds_id``: where its reduced gradient is accumulated, a slice of a flat buffer."""
+    """Return by ``ds_id`` where a parameter's reduced gradient is accumulated, a slice of a flat buffer."""
     return getattr(optimizer, f"{STAGE3_PRIVATE}param_id_to_grad_partition")
 
 
@@ -26,12 +26,12 @@ def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 
 
 def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
-    """Whether the caller is inside `engine.coalesce_grad_reduction()` (0.19.6 and newer)."""
+    """Return whether the caller is inside `engine.coalesce_grad_reduction()` (0.19.6 and newer)."""
     return getattr(optimizer, "_coalesce_grad_reduction", False)
 
 
 def is_in_bucket(param: Any) -> bool:
-    """Whether ZeRO-3 took the gradient of ``param`` on arrival; False while tiles still add to it (stage3.py:1588)."""
+    """Return whether ZeRO-3 took the gradient of ``param``; False while tiles still add to it (stage3.py:1588)."""
     return getattr(param, "ds_grad_is_ready", True)
 
 
@@ -41,7 +41,7 @@ def norm_dtype() -> torch.dtype:
 
 
 def is_compact(optimizer: DeepSpeedZeroOptimizer, group: int) -> bool:
-    """Whether ZeRO-2 sums the gradients of param group ``group`` in a buffer of its partition's size."""
+    """Return whether ZeRO-2 sums the gradients of param group ``group`` in a buffer of its partition's size."""
     return bool(optimizer._use_compact_grad_partition_buffer(group))
 
 

@@ -185,7 +185,7 @@ def _parsed(recorded: str) -> tuple[str, ...]:
 
 
 def _own_methods(cls: type) -> Iterator[tuple[type, str, Any]]:
-    """(owner, name, value) of the methods and properties that ``cls`` has from this package and from its heirs."""
+    """Yield (owner, name, value) of the methods and properties that ``cls`` gets from this package and its heirs."""
     seen = set()
     for owner in cls.__mro__:
         if _is_stock(owner) or owner is ChecksOverrides or not issubclass(owner, (ChecksOverrides, *STOCK_CLASSES)):
@@ -217,5 +217,5 @@ def _stock_base(cls: type) -> type:
 
 
 def _has(instance: Any, name: str) -> bool:
-    """Whether ``instance`` has ``name`` itself, not through an engine's `__getattr__`, which asks the user's module."""
+    """Return whether ``instance`` has ``name`` itself, not through an engine's `__getattr__` to the module."""
     return name in vars(instance) or hasattr(type(instance), name) or name in vars(instance).get("_modules", ())

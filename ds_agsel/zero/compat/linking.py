@@ -36,7 +36,7 @@ def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
 
 
 def place_in_partition(param: Any) -> tuple[int, int, int] | None:
-    """(first element of ``param`` in this rank's ZeRO-1/2 partition, where it lies there, how many); None: none is."""
+    """Return (first element of ``param`` in this rank's ZeRO-1/2 partition, its place there, how many), or None."""
     mapping = param._hp_mapping
     if mapping is None:
         return None

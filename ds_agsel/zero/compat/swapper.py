@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 
 def can_swap() -> bool:
-    """Whether DeepSpeed's asynchronous I/O op can be built here: it needs libaio's headers."""
+    """Return whether DeepSpeed's asynchronous I/O op can be built here: it needs libaio's headers."""
     return AsyncIOBuilder().is_compatible(verbose=False)
 
 

@@ -20,7 +20,7 @@ def deepspeed_version() -> str:
 
 
 def is_known() -> bool:
-    """Whether the installed DeepSpeed is a release that this package was tested with."""
+    """Return whether the installed DeepSpeed is a release that this package was tested with."""
     return Version(deepspeed.__version__).base_version in KNOWN_VERSIONS
 
 

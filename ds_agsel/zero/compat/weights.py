@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 
 def is_gathered(parameter: Any) -> bool:
-    """Whether a ZeRO-3 parameter is whole on this rank now."""
+    """Return whether a ZeRO-3 parameter is whole on this rank now."""
     return parameter.ds_status is ZeroParamStatus.AVAILABLE
 
 

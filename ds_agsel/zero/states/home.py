@@ -129,6 +129,6 @@ class StateHome(ABC):
 
 
 def moment_bytes(optimizer: compat.ZeROOptimizer) -> int:
-    """Bytes of the Adam moments that a ZeRO optimizer holds on this rank, plain DeepSpeed's too."""
+    """Return the bytes of the Adam moments that a ZeRO optimizer holds on this rank, plain DeepSpeed's too."""
     states = optimizer.optimizer.state.values()
     return storage_bytes(state[key] for state in states for key in MOMENTS if key in state)

@@ -156,7 +156,7 @@ class StatesOnNvme(StateHome):
 
 
 def ring_bytes(layout: FileLayout, groups_of_block: Mapping[int, Sequence[int]], selection: Selection) -> int:
-    """Page-locked host memory for states: ``state_budget_bytes`` or, where that is null, `default_ring`.
+    """Return the page-locked host memory for states: ``state_budget_bytes`` or, where that is null, `default_ring`.
 
     Raises ConfigError if a sub-group does not fit.
     """
