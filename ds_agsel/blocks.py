@@ -166,7 +166,7 @@ class _Division:
         return [m for m in self._outside_layers(self._model) if isinstance(m, nn.Embedding) or m is self._source]
 
     def _is_tower(self, trunk: nn.Module) -> bool:
-        """Return whether ``trunk`` has layers, is not the only module that has, and reads something else than tokens."""
+        """Return whether ``trunk`` has layers, lacks some of the layers, and reads something else than tokens."""
         inside = {id(m) for m in trunk.modules()}
         if not self._layers & inside or self._layers <= inside:
             return False
