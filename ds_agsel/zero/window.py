@@ -226,8 +226,8 @@ class StepWindow:
         self._told.update(new)
         if new and dist.get_rank() == 0:
             logger.warning(
-                "adagrad_select: step %d selected %s, of which nothing took part in forward (or all is frozen): not "
-                "updated and not counted. This is said once a block.",
+                "adagrad_select: step %d selected %s, but none of it took part in forward (or all of it is frozen): "
+                "not updated and not counted. This is logged once per block.",
                 self._selection.plan.step,
                 ", ".join(self._selection.blocks[block].name for block in new),
             )
