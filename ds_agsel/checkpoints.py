@@ -270,7 +270,7 @@ def _state_problems(folder: Path) -> list[str]:
         content = parse_json(inside(folder, STATE_FILE).read_text(encoding="utf-8"))
         version = content.get("version") if isinstance(content, dict) else None
         if type(version) is int and version > STATE_VERSIONS[-1]:
-            return []  # of a newer ds_agsel: no damage, and `read_state` says so
+            return []  # written by a newer ds_agsel: not damaged, and `read_state` reports it
         read_selection_state(content, STATE_FILE)
     except (OSError, ValueError, CheckpointError) as error:
         return [f"{error}" if isinstance(error, CheckpointError) else f"{STATE_FILE} can't be read ({error})"]

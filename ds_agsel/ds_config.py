@@ -407,7 +407,9 @@ def _settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _zero_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(raw.get(_ZERO), bool):  # a form from before the section (zero/config.py, read_zero_config_deprecated)
+    if isinstance(
+        raw.get(_ZERO), bool
+    ):  # the form used before the section existed (zero/config.py, read_zero_config_deprecated)
         return {"stage": int(raw[_ZERO])}
     return _section(raw, _ZERO)
 

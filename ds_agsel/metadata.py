@@ -22,7 +22,7 @@ from ds_agsel.errors import CheckpointError
 
 KEY_VARIABLE = "DS_AGSEL_CHECKPOINT_KEY"
 MANIFEST_VERSION = 1
-STATE_VERSIONS = (1, 2)  # that are read; the last is written. 1 has the whole history and no step counts.
+STATE_VERSIONS = (1, 2)  # versions that can be read; the last is written. 1 has the whole history and no step counts.
 DIGEST_KEY, SIGNATURE_KEY = "sha256", "hmac_sha256"
 
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]

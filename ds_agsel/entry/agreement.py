@@ -85,7 +85,7 @@ def require(call: int, own: Mapping[str, Any], failure: str | None = None) -> No
     if not verdict:
         return
     store.set(_key(call, f"told {rank}"), "")
-    if rank == 0:  # the store is in this process: stay until the others have read
+    if rank == 0:  # this process holds the store: wait until the others have read it
         with suppress(RuntimeError):
             store.wait([_key(call, f"told {other}") for other in range(1, world_size)], timedelta(seconds=10))
     if failure is None:

@@ -63,7 +63,7 @@ def _deepspeeds_problems(ds_config: Mapping[str, Any]) -> list[str]:
         alone = for_one_rank({key: value for key, value in ds_config.items() if key != SECTION})
     except ConfigError as error:
         return [*problems, str(error)]
-    if problems:  # told already, setting by setting; the rest is parsed without them
+    if problems:  # already reported, setting by setting; the rest is parsed without them
         alone = without_zero(alone)
     return problems + compat.ds_config_problems(alone)
 

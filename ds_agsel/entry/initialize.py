@@ -56,7 +56,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             why = "is disabled" if config is not None else "is missing"
             announce.announce(f"the section {SECTION} of the ds_config {why}: DeepSpeed trains all blocks, as it is.")
             if call.arguments.get("model") is not None and _trains(call.arguments, ds_config):
-                window.retire(call.arguments["model"].parameters())  # of an engine of ours that trained it so far
+                window.retire(call.arguments["model"].parameters())  # windows of our earlier engine for this model
             plain = deepspeed.initialize(*args, **kwargs)
             if config is not None and isinstance(plain[0], compat.DeepSpeedEngine):
                 plain_loads.name_the_remedy(plain[0])
@@ -78,7 +78,7 @@ def _initialize_selective(
     number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
 ) -> tuple[Any, Any, Any, Any]:
     process_group.start(arguments)
-    window.lift(arguments["model"].parameters())  # of an engine that trains it so far, in the middle of a window
+    window.lift(arguments["model"].parameters())  # of the earlier engine, in the middle of a window
     read = DsConfig.of(ds_config)
     try:
         prepared, epoch = _prepare(arguments, read, config)

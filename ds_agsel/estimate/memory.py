@@ -212,7 +212,9 @@ class _Ledger:
         reduced_numel = self._sum(step.reduced, [partition.group_numel for partition in self._partitions])
         largest = max(partition.largest_numel for partition in self._partitions)
         unreduced = Fraction(largest * self._item)  # the one gradient that backward is at, at most
-        if setup.stage == 1 and not setup.overlap_comm:  # reduced once backward has ended; until then all are whole
+        if (
+            setup.stage == 1 and not setup.overlap_comm
+        ):  # reduced once backward has ended; until then all gradients are whole
             width = setup.accumulation_bytes if setup.keeps_fp32_partitions else self._item
             unreduced = max(unreduced, reduced_numel * width)
         on_accelerator = self._buckets(reduced_numel) + unreduced
@@ -220,7 +222,7 @@ class _Ledger:
         if self._on_host and setup.stage < 3:
             on_accelerator += largest * self._item  # temp_grad_buffer_for_gpu_offload
             if self._item != MASTER_BYTES:
-                on_accelerator += largest * MASTER_BYTES  # the one gradient again, in fp32, before it goes to the host
+                on_accelerator += largest * MASTER_BYTES  # the same gradient in fp32, before it goes to the host
             lean = self._features is not None and self._features.lean_host_staging
             staged = self._sum(step.selected, self._shares()) if lean else sum(self._shares())
             on_host = (staged + largest) * self._item

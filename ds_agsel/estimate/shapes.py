@@ -101,7 +101,7 @@ def build_on_meta(model: str) -> nn.Module:
                 built: nn.Module = architecture._from_config(config)
             else:
                 built = transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # from a value that no layer can have to one that no memory can
+    except Exception as error:  # errors of config values that no layer, or no memory, can hold
         what = named if is_model else "causal language model"
         raise ConfigError(
             f"--model={model}: no {what} can be built from its config: {_reason(error)} Use the config.json of one."

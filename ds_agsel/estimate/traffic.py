@@ -69,7 +69,7 @@ def _traffic(
     if setup.stage < 3:
         gathered = total(step.selected, [p.flat_numel for p in partitions]) * item
     else:
-        # Forward gathers every parameter, backward those that it gets down to; those kept whole follow an update.
+        # Forward gathers every parameter, backward those that it reaches; persistent ones are gathered after an update.
         kept = [sum(n for n in group if n > setup.persistence_threshold_numel) for group in groups]
         frozen_numel = sum(n for n in frozen if n > setup.persistence_threshold_numel)
         gathered = (sum(kept) + total(step.in_backward, kept) + 2 * frozen_numel) * item * micro_steps

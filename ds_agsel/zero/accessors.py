@@ -123,7 +123,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         if self._lacks_moment(group, optim_state_key):
             with self.home.writable((group,)):
                 self._make_state(group)
-            self._link_state(group)  # only now: the home may have put other tensors in place of the new ones
+            self._link_state(group)  # only now: the home may have replaced the new tensors
         with self.home.writable((group,)):
             stock(value, optim_state_key)
         if optim_state_key is None:

@@ -40,7 +40,7 @@ class SelectiveEngine(CheckpointingEngine):
         """
         window = self.optimizer.window
         window.prepare()
-        # DeepSpeed says so at the outputs of `forward`, which a forward through `engine.module` passes by.
+        # DeepSpeed sets it at the outputs of `forward`, which a forward through `engine.module` bypasses.
         self.optimizer.set_gradient_accumulation_boundary(self.is_gradient_accumulation_boundary())
         if isinstance(loss, torch.Tensor) and not loss.requires_grad:
             if not window.explains_silence():
@@ -49,7 +49,7 @@ class SelectiveEngine(CheckpointingEngine):
                     "set use_reentrant=False (TrainingArguments: gradient_checkpointing_kwargs): the reentrant form "
                     "drops the gradients of a segment whose inputs require none."
                 )
-            loss = loss.detach().requires_grad_() * 1  # DeepSpeed counts the micro-step, and reaches no parameter
+            loss = loss.detach().requires_grad_() * 1  # DeepSpeed counts the micro-step; no parameter gets a gradient
         try:
             return super().backward(loss, *args, **kwargs)
         except BaseException:

@@ -48,7 +48,7 @@ class ForwardWatch:
         self._modules: dict[int, list[nn.Module]] = {}
         self._ran: set[int] = set()
         self._handles: list[RemovableHandle] = []
-        self._trunk: set[int] = set()  # ids of the modules with `_enter` and `_leave`; a copy's are others
+        self._trunk: set[int] = set()  # ids of the modules with `_enter` and `_leave`; a copy has other ids
         for module, blocks in _owners(root, block_of):
             for block in blocks:
                 self._modules.setdefault(block, []).append(module)
@@ -62,7 +62,7 @@ class ForwardWatch:
                 self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardWatch:
-        return self  # a copy of the model gets the hooks too, which know by `_trunk` that it is not the model
+        return self  # a copy of the model gets the hooks too; they tell it from the model by `_trunk`
 
     def remove(self) -> None:
         """Take the hooks off."""

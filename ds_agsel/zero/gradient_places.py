@@ -167,7 +167,7 @@ class HostGradients(AcceleratorGradients):
     def before_copy(self, param: nn.Parameter, group: int) -> None:
         zero = self._zero
         if zero.is_gradient_accumulation_boundary() and compat.is_compact(zero, group):
-            # Stock code copies it to the host there; gradients that take another way are counted on that way.
+            # Stock code copies it to the host there; gradients on other paths are counted on those.
             numel = zero.grad_position[zero.get_param_id(param)][3]
             zero.selection.current_traffic.d2h_bytes += numel * zero.master_weights_and_grads_dtype.itemsize
 
@@ -219,7 +219,7 @@ class HostGradients(AcceleratorGradients):
         return [(param_id, known[param_id]) for param_id in self._param_ids(group) if param_id in known]
 
     def overflowed(self) -> bool:
-        # A norm in fp64 (fp32 on some accelerators) is finite just where the gradient is: no second pass over it.
+        # A norm in fp64 (fp32 on some accelerators) is finite exactly if the gradient is: no second pass over it.
         norms = [norm.to(self._zero.device) for norm in self._zero.norm_for_param_grads.values()]
         return bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
 

@@ -137,7 +137,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def independent_gradient_partition_epilogue(self) -> None:
-        self.reduce_ipg_grads()  # its buckets name groups by their own index: before the view
+        self.reduce_ipg_grads()  # before the view: its buckets name groups by their original index
         if self._stream is not None:
             self._stream.flush(and_score=self._explores_on_first_micro_batch())
         with compat.only_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
@@ -285,7 +285,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     @compat.overrides
     def load_state_dict(self, state_dict_list: Sequence[dict[str, Any] | None], **kwargs: Any) -> None:
         super().load_state_dict(state_dict_list, **kwargs)
-        self._relink_states()  # to what the home has put in place of the loaded tensors
+        self._relink_states()  # link to the tensors by which the home replaced the loaded ones
 
     @compat.overrides
     def update_lp_params(self) -> None:

@@ -121,7 +121,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     @compat.overrides
     def independent_gradient_partition_epilogue(self) -> None:
-        compat.reduce_buckets(self)  # what it fills is indexed by sub-group: before the view
+        compat.reduce_buckets(self)  # before the view: it fills buffers indexed by sub-group
         if self._stream is not None:
             self._stream.flush(and_score=self._explores_on_first_micro_batch())
         with compat.only_sub_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
@@ -139,7 +139,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         return float(self._block_scores((block,))[block])
 
     def _keep_gradients(self, block: int, params: list[ZeroParameter]) -> None:
-        self._hold_gradient_buffers()  # for a block that got none; the others' are there already
+        self._hold_gradient_buffers()  # for a block that got none; the others have buffers already
 
     def _forget_block(self, block: int) -> None:
         self._drop_gradients({block})

@@ -32,7 +32,7 @@ class Zero12Traffic(SelectiveStep, compat.DeepSpeedZeroOptimizer):
     def async_accumulate_grad_in_cpu_via_gpu(self, param: nn.Parameter) -> None:
         traffic = self.selection.current_traffic
         traffic.d2h_bytes += param.nbytes
-        if self.micro_step_id > 0:  # the sum so far comes to the accelerator, is added to and goes back
+        if self.micro_step_id > 0:  # the sum so far is copied to the accelerator, added to and copied back
             traffic.h2d_bytes += param.nbytes
         super().async_accumulate_grad_in_cpu_via_gpu(param)
 

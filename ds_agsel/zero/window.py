@@ -197,7 +197,7 @@ class StepWindow:
         if dist.get_world_size(group=group) > 1 and blocks:
             of_all = torch.tensor(seen, dtype=torch.int32, device=get_accelerator().current_device_name())
             dist.all_reduce(of_all, op=dist.ReduceOp.MAX, group=group)
-            if min(seen) < GRADIENT:  # else the answer is known, and the host need not wait for it
+            if min(seen) < GRADIENT:  # otherwise the answer is known, and the host need not wait
                 seen = of_all.tolist()
         if refuse_dropped:
             self._refuse_dropped([block for block, found in zip(blocks, seen) if found == NO_GRADIENT])

@@ -48,7 +48,7 @@ def masters_made_on_host() -> Iterator[None]:
     """
 
     def keep(self: ZeROOptimizer, value: Any) -> None:
-        self.__dict__["device"] = value  # what the attribute is again once the property has gone
+        self.__dict__["device"] = value  # the attribute's value once the property is removed
 
     classes = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
     for cls in classes:

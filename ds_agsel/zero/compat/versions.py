@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from ds_agsel.errors import ConfigError
 
-# 0.19.7 and older have no compact gradient partitions, and other offload events, under these names.
+# 0.19.7 and older lack these names: they have no compact gradient partitions, and other offload events.
 KNOWN_VERSIONS = ("0.19.8",)
 
 
