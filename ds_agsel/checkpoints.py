@@ -177,7 +177,7 @@ def write_latest(directory: Path, tag: str) -> None:
 
 
 def prune(directory: Path, keep: int, run: Run) -> list[str]:
-    """Remove all but the ``keep`` newest tags of ``run``, and what its killed saves left; returns the removed tags.
+    """Remove all but the ``keep`` newest tags of ``run``, and what its killed saves left; return the removed tags.
 
     Call it once the newest tag is verified. Tags of other runs stay ([Note: Whose tag] in `tag_owner`), and so do
     links and files that no manifest lists.

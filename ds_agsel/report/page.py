@@ -32,7 +32,7 @@ class Chart:
 
 
 def write_report(runs: Sequence[Run], path: Path) -> list[Path]:
-    """Write the page to ``path`` and the light SVGs to the folder ``STEM_files`` beside it; returns all files."""
+    """Write the page to ``path`` and the light SVGs to the folder ``STEM_files`` beside it; return all files."""
     folder = path.with_name(f"{path.stem}_files")
     folder.mkdir(parents=True, exist_ok=True)
     written = [path]

@@ -24,7 +24,7 @@ class HostGradientBuffers:
         self._pin_memory = pin_memory
 
     def hold(self, groups: Iterable[int]) -> list[int]:
-        """Make ``groups`` the ones that have a gradient buffer; returns those that were given one now.
+        """Make ``groups`` the ones that have a gradient buffer; return those that were given one now.
 
         A new holder's buffer, fp32 on the host like its partition, may hold old numbers except in the
         partition's padding, which is 0 and stays so.

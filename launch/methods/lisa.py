@@ -40,7 +40,7 @@ class LayerDraw:
         self.names: frozenset[str] = frozenset()
 
     def thaw(self, step: int) -> bool:
-        """Let only the parameters of ``step`` require gradients; returns whether they were drawn anew."""
+        """Let only the parameters of ``step`` require gradients; return whether they were drawn anew."""
         if step % self._every:
             return False
         random = np.random.default_rng((self._seed, step // self._every))

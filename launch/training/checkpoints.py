@@ -51,7 +51,7 @@ def are_there(folder: Path) -> bool:
 
 
 def load(engine: Any, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Load the newest whole checkpoint of ``folder``; returns its folder and its client_state. Collective.
+    """Load the newest whole checkpoint of ``folder``; return its folder and its client_state. Collective.
 
     Raises CheckpointError if none is whole.
     """
