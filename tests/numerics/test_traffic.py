@@ -134,9 +134,17 @@ def watch_steps(case: Case) -> dict[str, Any]:
             watch.wrote(tensors)
         return original_fused(size, flag, tensors, *args)
 
+    frozen: set[str] = set()  # while forward ran; after backward parameters are as the user has them
+
+    def note_frozen(module: Any, *_: Any) -> None:
+        nonlocal frozen
+        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
     def observe(event: str, engine: Any, step: int) -> dict[str, Any] | None:
         nonlocal watch
         if event == "start":
+            if step == 0:
+                engine.module.register_forward_hook(note_frozen)
             watch = Watch()
             watch.__enter__()
             watch.learn_storages(engine)
@@ -144,7 +152,6 @@ def watch_steps(case: Case) -> dict[str, Any]:
         if event == "backward":
             watch.phase = "backward"
             watch.learn_storages(engine)
-            frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
             return {"frozen": frozen, "held_gradient_bytes": engine.optimizer.held_gradient_bytes()}
         watch.__exit__(None, None, None)
         seen = {
