@@ -11,12 +11,12 @@ FRAMEWORKS = ("deepspeed", "torch", "transformers", "datasets")
 def installed(*packages: str) -> dict[str, str]:
     """Return the installed version of each of ``packages``, by default of `FRAMEWORKS`.
 
-    Packages that are not installed are left out.
+    Keys are spelt as modules are, "math_verify". Packages that are not installed are left out.
     """
     found = {}
     for name in packages or FRAMEWORKS:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name.replace("-", "_")] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

@@ -140,8 +140,16 @@ class Workload:
 class WarmAdaGradSelect(AdaGradSelect):
     """`adagrad_select` after one step on every block. [Note: Steady state]."""
 
+    _plans_all = False  # until the first plan: what memory is sized by is a step of the row
+
+    @property
+    def max_selected(self) -> int:
+        """All blocks in step 0, which memory is not sized by: its states pass through."""
+        return self.context.num_blocks if self._plans_all else super().max_selected
+
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
         """Return every block at step 0, and AdaGradSelect's plan from step 1 on."""
+        self._plans_all = step == 0
         if step == 0:
             return tuple(range(self.context.num_blocks))
         return super().plan(step, update_counts)

@@ -98,6 +98,7 @@ def test_all_rows_see_the_same_batches(benchmark: tuple[dict[str, Any], str]) ->
         assert sample["loss"] == pytest.approx(plain[sample["round"]], rel=1e-2)  # bf16 has 8 bits
 
 
+@pytest.mark.slow
 def test_visiting_states_move_what_the_selection_says(tmp_path: Path) -> None:
     rows = ("exploit-20", "visit-20", "explore-20")
     done = run_benchmark("--offload", "none", "--rows", *rows, "--output", str(tmp_path))
@@ -112,6 +113,7 @@ def test_visiting_states_move_what_the_selection_says(tmp_path: Path) -> None:
     assert all(sample["resident_state_bytes"] > 0 for sample in mode["samples"]["visit-20"])
 
 
+@pytest.mark.slow
 def test_zero3_has_its_rows_and_bars(tmp_path: Path) -> None:
     done = run_benchmark("--stage", "3", "--offload", "cpu", "--rows", "exploit-20", "all", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr

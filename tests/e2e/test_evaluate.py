@@ -23,8 +23,9 @@ from ds_agsel.errors import ConfigError, DataError
 from launch.data import sources
 from launch.data.batches import collate
 from launch.data.encoding import Encoder
-from launch.evaluation import answering, command, grading
+from launch.evaluation import answering, command
 from launch.evaluation.options import EvaluationOptions
+from launch.intervals import wilson_interval
 from launch.training import models
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +97,7 @@ def test_problems_in_the_form_of_math_are_answered_and_judged(folder: Path, tmp_
     assert [record["correct"] for record in records] == CORRECT
     assert [record["expected"] for record in records][:2] == [r"\frac{1}{2}", "4"]
     assert records[2]["extracted"] == "3,-3" and records[5]["extracted"] is None
-    low, high = grading.wilson_interval(4, 6)
+    low, high = wilson_interval(4, 6)
     found = {name: accuracy[name] for name in ("rows", "correct", "unanswered", "truncated")}
     assert found == {"rows": 6, "correct": 4, "unanswered": 1, "truncated": 0}
     percent = (accuracy["accuracy_percent"], accuracy["low_percent"], accuracy["high_percent"])

@@ -127,7 +127,15 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+# The main job's, and one for each stage and home of states; the rest is in the slow sweep.
+BY_DEFAULT = ("zero1", "zero2_offload", "zero2_states_visit", "zero3", "zero3_nvme")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=() if path.stem in BY_DEFAULT else pytest.mark.slow) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path, tmp_path: Path) -> None:
     lacking = missing_for_nvme(DsConfig.of(read_ds_config(config)))
     if lacking:

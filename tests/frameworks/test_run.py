@@ -53,7 +53,9 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [name if name == "deepspeed" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_an_unchanged_script_selects_behind(launcher):
     if launcher == "accelerate":
         pytest.importorskip("accelerate")

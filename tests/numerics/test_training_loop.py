@@ -109,7 +109,7 @@ def train_checkpointed(case: Case, kind: str) -> dict[str, Any] | str:
 @pytest.mark.parametrize(
     "case",
     [
-        *CASES,
+        *(pytest.param(case, marks=pytest.mark.slow) if place else case for place, case in enumerate(CASES)),
         *(Case(model="net", stage=stage, offload=offload) for stage, offload in ((2, "none"), (2, "cpu"), (3, "none"))),
     ],
     ids=case_id,
