@@ -107,7 +107,7 @@ def run_trials(world_size: int, trials: int, directory: Path, seed: int) -> None
     assert damaged
 
 
-@pytest.mark.parametrize(("world_size", "trials"), [(1, 7), (2, 3)])
+@pytest.mark.parametrize(("world_size", "trials"), [pytest.param(1, 7, marks=pytest.mark.slow), (2, 3)])
 def test_kills_and_damage_lose_nothing(world_size: int, trials: int, tmp_path: Path) -> None:
     run_trials(world_size, trials, tmp_path, seed=7)
 

@@ -67,6 +67,7 @@ def test_lora_trains_its_adapters_and_saves_them_merged(tiny_model: Path, tmp_pa
     assert changed == {name for name in before if "_proj" in name}
 
 
+@pytest.mark.slow
 def test_lisa_in_plain_pytorch_moves_what_it_drew(tiny_model: Path, tmp_path: Path) -> None:  # noqa: F811
     result = peer(tiny_model, tmp_path, "lisa", "every=100", "zero2")
     summary = summary_of(tmp_path, result)

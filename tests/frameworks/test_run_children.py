@@ -44,6 +44,7 @@ def test_a_process_that_the_script_starts_selects(trains: Path, tmp_path: Path) 
     assert "nothing was selected" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_child_of_another_program_is_left_alone(trains: Path) -> None:
     done = run([sys.executable, str(trains)], **one_rank())
     assert done.returncode == 0, done.stderr[-3000:]
