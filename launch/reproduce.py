@@ -1,13 +1,4 @@
-"""The paper's experiments (arXiv:2512.15764), and its neighbours beside it, as one list of runs.
-
-    python launch/reproduce.py --scale tiny             # all of it, small: SmolLM2-135M, built-in data, a CPU
-    python launch/reproduce.py --scale full --cost      # what the paper's own scale would take on one GPU
-    python launch/reproduce.py --scale full             # and that
-
-A scale is a YAML of runs in configs/paper/. First short runs choose each family's learning rate, then every cell
-trains through the deepspeed launcher in a process of its own; one that fails is a row that says so. Started again, it
-goes on where it was. What comes out below --output: results.json, tables.md, figures/, and each cell's log.
-"""
+"""The command line of `launch/reproduction/command.py`, which says what it does."""
 
 from __future__ import annotations
 
