@@ -6,14 +6,14 @@ estimator.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ds_agsel.blocks import Block, resolve_names
 from ds_agsel.config import SECTION, SelectionConfig, contradiction, quoted
 from ds_agsel.errors import ConfigError, ConfigErrors
-from ds_agsel.policies import num_selected
+from ds_agsel.policies import Policy, Quota, num_selected
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -23,13 +23,15 @@ class Lottery:
     """The blocks that the policy chooses from, and those that are outside it, as ascending block indices.
 
     Attributes:
-        num_selected: k, how many of ``drawn`` a step updates.
+        num_selected: k, how many of ``drawn`` a step updates at most.
+        share: what a step may update of ``drawn`` where select_percent counts parameters; None: k blocks.
     """
 
     drawn: tuple[int, ...]
     always: tuple[int, ...] = ()
     never: tuple[int, ...] = ()
     num_selected: int = 1
+    share: Quota | None = None
 
     @property
     def num_drawn(self) -> int:
@@ -40,6 +42,41 @@ class Lottery:
     def active(self) -> tuple[int, ...]:
         """The blocks that some step may update, ascending."""
         return tuple(sorted(self.drawn + self.always))
+
+    @property
+    def quota(self) -> Quota:
+        """What one step may update of ``drawn``, by their places in it."""
+        return self.share or Quota.of_blocks(self.num_drawn, self.num_selected)
+
+    def bound(self, policy: Policy | None = None) -> Bound:
+        """Return the most that a step can update, chosen by ``policy``; None: by one that keeps to the quota."""
+        if policy is not None and not policy.keeps_to_quota:
+            return Bound(policy.max_selected + len(self.always))
+        number = self.num_selected if policy is None else policy.max_selected
+        return Bound(number + len(self.always), None if self.share is None else self)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most that one step can update, by which its memory is sized.
+
+    Attributes:
+        num_blocks: how many blocks, those of always_select among them.
+        lottery: the lottery whose share of the parameters the step keeps to; None: the number alone is bounded.
+    """
+
+    num_blocks: int
+    lottery: Lottery | None = None
+
+    def most(self, values: Mapping[int, int], more: int = 0) -> int:
+        """Return what ``values`` (by block) of a step's blocks and of ``more`` other blocks add up to at most."""
+        largest = sorted(values.values(), reverse=True)
+        by_number = sum(largest[: self.num_blocks + more])
+        if self.lottery is None:
+            return by_number
+        drawn = self.lottery.quota.most([values.get(block, 0) for block in self.lottery.drawn])
+        always = sum(values.get(block, 0) for block in self.lottery.always)
+        return min(by_number, drawn + always + sum(largest[:more]))
 
 
 def build_lottery(

@@ -18,7 +18,7 @@ from torch import nn
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import CheckpointError, TrainingError
-from ds_agsel.lottery import Lottery
+from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.metadata import STATE_VERSIONS, SelectionState, read_selection_state
 from ds_agsel.policies import Policy, checked_choice, checked_plan
 
@@ -111,9 +111,9 @@ class Selection:
         return None if self._plan is None else self._plan.blocks
 
     @property
-    def max_selected(self) -> int:
-        """As many blocks as a step can update."""
-        return self.policy.max_selected + len(self.lottery.always)
+    def bound(self) -> Bound:
+        """The most that a step can update."""
+        return self.lottery.bound(self.policy)
 
     @property
     def update_counts(self) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def selection(prepared: Preparation, ds_config: DsConfig, choice: StepDevice, ep
         f"{len(blocks)} {when}" for blocks, when in ((lottery.always, "always"), (lottery.never, "never")) if blocks
     ]
     parts = [
-        f"policy {config.policy} updates {prepared.max_selected} of {len(prepared.blocks)} blocks at each step"
+        f"policy {config.policy} updates {prepared.bound.num_blocks} of {len(prepared.blocks)} blocks at each step"
         f"{' (' + ', '.join(outside) + ')' if outside else ''}",
         *_exploring(prepared, epoch),
         _states(ds_config, choice),

@@ -150,7 +150,7 @@ def _step_device(ds_config: DsConfig, prepared: Preparation) -> StepDevice:
             prepared.config,
             prepared.blocks,
             prepared.lottery.active,
-            prepared.max_selected,
+            prepared.bound,
             prepared.user_optimizer is not None,
         ),
     )

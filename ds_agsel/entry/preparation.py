@@ -13,7 +13,7 @@ from ds_agsel.blocks import Block, find_blocks
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
-from ds_agsel.lottery import Lottery, build_lottery
+from ds_agsel.lottery import Bound, Lottery, build_lottery
 from ds_agsel.param_groups import ParamGroup, SplitGroups, as_param_groups, split_param_groups
 from ds_agsel.zero import compat
 from ds_agsel.zero.support import optimizer_problem
@@ -43,9 +43,9 @@ class Preparation:
     steps_per_epoch: int | None
 
     @property
-    def max_selected(self) -> int:
-        """As many blocks as a step can update."""
-        return self.policy.max_selected + len(self.lottery.always)
+    def bound(self) -> Bound:
+        """The most that a step can update."""
+        return self.lottery.bound(self.policy)
 
 
 def prepare(
@@ -92,6 +92,7 @@ def _policy(
             steps_per_epoch=steps_per_epoch,
             block_indices=lottery.drawn,
             find_steps_per_epoch=find_steps_per_epoch,
+            share=lottery.share,
         )
     )
 

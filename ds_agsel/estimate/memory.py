@@ -196,14 +196,14 @@ class _Ledger:
 
     def _ring(self) -> int:
         """Return the bytes of host memory through which states on NVMe pass: zero/nvme.py."""
-        default = default_ring(self._block_bytes().values(), self._step.max_selected)
+        default = default_ring(self._block_bytes().values(), self._step.bound.num_blocks)
         return self._setup.state_budget_bytes or default
 
     def _budget(self) -> int:
         """Return the most bytes that states take on the accelerator: residency/plan.py, [Note: Budget]."""
         if self._setup.state_budget_bytes is not None:
             return self._setup.state_budget_bytes
-        return default_budget_bytes(self._block_bytes(), self._step.max_selected)
+        return default_budget_bytes(self._block_bytes(), self._step.bound)
 
     # ----------------------------------------------------------------- staging
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from ds_agsel.lottery import Lottery
+from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.selection import Phase
 
 Shares = tuple[Fraction, ...]
@@ -27,7 +27,7 @@ class Step:
         arriving: its states come to the accelerator for this step.
         leaving: its states leave the accelerator for this step.
         in_backward: backward reaches it.
-        max_selected: as many blocks as a step can update.
+        bound: the most that a step can update.
     """
 
     phase: Phase
@@ -38,7 +38,7 @@ class Step:
     arriving: Shares
     leaving: Shares
     in_backward: Shares
-    max_selected: int
+    bound: Bound
 
 
 def exact_step(
@@ -65,7 +65,7 @@ def exact_step(
         arriving=shares(set(selected) - set(resident)),
         leaving=shares(set(resident) - set(selected)),
         in_backward=shares(range(lowest, num_blocks)),
-        max_selected=len(selected),
+        bound=Bound(len(selected)),
     )
 
 
@@ -100,7 +100,7 @@ def typical_step(numels: Sequence[int], lottery: Lottery, phase: Phase, which: W
         arriving=arriving,
         leaving=arriving,  # as likely as the other way round
         in_backward=_indicator(num_blocks, range(min(lottery.active), num_blocks)) if explores else reach,
-        max_selected=k + len(lottery.always),
+        bound=lottery.bound(),
     )
 
 
@@ -114,7 +114,7 @@ def full_step(num_groups: int) -> Step:
     """Return a step of plain training, which holds the gradients and states of every group."""
     every = _indicator(num_groups, range(num_groups))
     none = _indicator(num_groups, ())
-    return Step("explore", every, every, every, every, none, none, every, num_groups)
+    return Step("explore", every, every, every, every, none, none, every, Bound(num_groups))
 
 
 def _indicator(num_blocks: int, blocks: Collection[int]) -> Shares:

@@ -20,6 +20,7 @@ from ds_agsel.estimate.cards import Card
 from ds_agsel.estimate.memory import partitions_of
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape
+from ds_agsel.lottery import Bound
 from ds_agsel.residency.plan import Move, default_budget_bytes, plan_moves, update_order
 from ds_agsel.selection import Phase
 
@@ -162,7 +163,7 @@ def _shares(model: ModelShape, setup: Setup) -> dict[int, int]:
 def timeline_of(model: ModelShape, setup: Setup, card: Card, num_selected: int) -> Timeline:
     """Return an empty timeline for ``model`` with the setup's state budget, or else the default one."""
     block_bytes = {block: share * setup.visiting_bytes for block, share in _shares(model, setup).items()}
-    budget = setup.state_budget_bytes or default_budget_bytes(block_bytes, num_selected)
+    budget = setup.state_budget_bytes or default_budget_bytes(block_bytes, Bound(num_selected))
     return Timeline(block_bytes, budget, links_of(card))
 
 

@@ -11,11 +11,13 @@ from ds_agsel.policies import (  # noqa: F401  (importing a policy's module regi
 )
 from ds_agsel.policies.answers import checked_choice, checked_plan
 from ds_agsel.policies.base import Policy, PolicyContext, num_selected
+from ds_agsel.policies.quota import Quota
 from ds_agsel.policies.registry import create, policy_class, register
 
 __all__ = [
     "Policy",
     "PolicyContext",
+    "Quota",
     "checked_choice",
     "checked_plan",
     "create",

@@ -12,7 +12,7 @@ from ds_agsel.config import SECTION
 from ds_agsel.errors import CheckpointError, ConfigError
 from ds_agsel.policies.base import Policy, PolicyContext
 from ds_agsel.policies.registry import register
-from ds_agsel.policies.sampling import generator, gumbel_top_k, log_dirichlet, top_k
+from ds_agsel.policies.sampling import descending, generator, gumbel_order, log_dirichlet
 
 # ε at the end of epoch 1 over ε at its start, where explore_decay is not set. The paper gives no λ.
 _FINAL_FRACTION = 0.01
@@ -88,6 +88,4 @@ class AdaGradSelect(Policy):
             return None
         self._check_length("update counts", update_counts)
         log_p = log_dirichlet(np.asarray(update_counts) + config.smoothing, rng)
-        if config.exploit_draw == "top":
-            return top_k(log_p, self.context.num_selected)
-        return gumbel_top_k(log_p, self.context.num_selected, rng)
+        return self.context.admit(descending(log_p) if config.exploit_draw == "top" else gumbel_order(log_p, rng))

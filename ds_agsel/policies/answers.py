@@ -62,6 +62,13 @@ def _as_blocks(policy: Policy, method: str, step: int, answer: Any) -> tuple[int
         raise _error(policy, method, step, answer, f"and the blocks in the lottery are 0 to {context.num_blocks - 1}")
     if len(blocks) > policy.max_selected:
         raise _error(policy, method, step, answer, f"more than the {policy.max_selected} blocks of its max_selected")
+    share = context.share if policy.keeps_to_quota else None
+    if share is not None and len(blocks) > 1 and sum(share.costs[block] for block in blocks) > share.limit:
+        raise _error(
+            policy, method, step, answer,
+            f"which has {sum(share.costs[block] for block in blocks)} parameters, more than the {share.limit} of "
+            f"{SECTION}.select_percent={context.config.select_percent:g}: answer with context.admit(ranking)",
+        )  # fmt: skip
     return blocks
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ds_agsel.config import SECTION, SelectionConfig, fraction_hint
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
-from ds_agsel.policies.sampling import top_k
+from ds_agsel.policies.quota import Quota
+from ds_agsel.policies.sampling import descending
 
 logger = logging.getLogger("ds_agsel")
 
@@ -25,12 +26,13 @@ class PolicyContext:
 
     Attributes:
         num_blocks: B, the blocks in the lottery; a policy names them 0 … B-1.
-        num_selected: k, the blocks per step.
+        num_selected: k, the most blocks per step.
         block_names: (num_blocks,), for messages and for policies that are told names.
         steps_per_epoch: optimizer steps in epoch 1; None if unknown.
         block_indices: (num_blocks,), what the model and selection.jsonl number them; None: 0 … B-1 too.
         find_steps_per_epoch: gives ``steps_per_epoch`` once the first step has been applied, equal on all ranks. Only
             `Policy.plan`, which all ranks call together, may call it; None: it can't be found.
+        share: what a step may update where select_percent counts parameters; None: k blocks.
     """
 
     config: SelectionConfig
@@ -40,6 +42,7 @@ class PolicyContext:
     steps_per_epoch: int | None
     block_indices: tuple[int, ...] | None = None
     find_steps_per_epoch: Callable[[], int] | None = None
+    share: Quota | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_selected <= self.num_blocks or len(self.block_names) != self.num_blocks:
@@ -47,6 +50,23 @@ class PolicyContext:
                 f"num_selected={self.num_selected}, num_blocks={self.num_blocks} and {len(self.block_names)}"
                 " names do not fit: 1 <= num_selected <= num_blocks = number of names."
             )
+        if self.share and (len(self.share.costs), self.share.max_selected) != (self.num_blocks, self.num_selected):
+            raise ValueError(
+                f"num_selected={self.num_selected}, num_blocks={self.num_blocks} and a share of {len(self.share.costs)}"
+                f" blocks that admits {self.share.max_selected} do not fit."
+            )
+
+    @property
+    def quota(self) -> Quota:
+        """What one step may update."""
+        return self.share or Quota.of_blocks(self.num_blocks, self.num_selected)
+
+    def admit(self, ranking: Iterable[int]) -> tuple[int, ...]:
+        """Return the blocks of ``ranking`` (best first) that one step may update, ascending.
+
+        The first k; where select_percent counts parameters, up to the first that would exceed the share, at least one.
+        """
+        return self.quota.admit(ranking)
 
 
 class Policy(ABC):
@@ -76,7 +96,7 @@ class Policy(ABC):
         """
 
     def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
-        """Return the k blocks with the highest scores, ascending; ties go to the lower index.
+        """Return the blocks with the highest scores, as many as may be, ascending; ties go to the lower index.
 
         Algorithm 1 of arXiv:2512.15764. Only for steps whose plan is None. Raises TrainingError for NaN.
 
@@ -90,7 +110,7 @@ class Policy(ABC):
                     f'The gradient of block "{name}" is NaN at step {step}. Such a step must be skipped, not'
                     " chosen from; lower the learning rate or check the data."
                 )
-        return top_k(scores, self.context.num_selected)
+        return self.context.admit(descending(scores))
 
     @property
     def max_selected(self) -> int:
@@ -98,8 +118,16 @@ class Policy(ABC):
         return self.context.num_selected
 
     @property
+    def keeps_to_quota(self) -> bool:
+        """Whether all its answers are admitted by the context. If not, only their number is bounded, by `max_selected`.
+
+        True unless the policy overrides `max_selected`.
+        """
+        return type(self).max_selected is Policy.max_selected
+
+    @property
     def chooses_highest_scores(self) -> bool:
-        """Whether `choose` is not overridden, so that a block may be dropped once k others have scored higher."""
+        """Whether `choose` is not overridden, so that a block may be dropped once others have taken its place."""
         return type(self).choose is Policy.choose
 
     def explore_probability(self, step: int) -> float:

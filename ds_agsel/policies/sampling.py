@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,35 +32,17 @@ def log_dirichlet(alpha: npt.ArrayLike, rng: np.random.Generator) -> Floats:
     return log_p
 
 
-def gumbel_top_k(log_p: npt.ArrayLike, k: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Return k distinct indices, ascending, drawn without replacement in proportion to exp(log_p).
+def gumbel_order(log_p: npt.ArrayLike, rng: np.random.Generator) -> tuple[int, ...]:
+    """Return all indices in the order in which they are drawn without replacement in proportion to exp(log_p).
 
-    The largest k of log_p plus Gumbel noise are such a draw (Kool, van Hoof, Welling, arXiv:1903.06059).
-    log_p need not be normalized.
+    That is by descending log_p plus Gumbel noise (Kool, van Hoof, Welling, arXiv:1903.06059). log_p need not be
+    normalized.
     """
     keys = np.asarray(log_p)
     gumbel = -np.log(np.maximum(rng.standard_exponential(keys.shape), _TINY))
-    return top_k(keys + gumbel, k)
+    return descending(keys + gumbel)
 
 
-class RunningTopK:
-    """`top_k` over keys that come one by one: at any time the best k so far. NaN counts as the largest key."""
-
-    def __init__(self, k: int) -> None:
-        self._k = k
-        self._best: list[tuple[float, int]] = []  # (key, -index), unordered
-
-    def add(self, index: int, key: float) -> int | None:
-        """Add a key; return the index that it rules out for good, which may be ``index``."""
-        self._best.append((math.inf if math.isnan(key) else key, -index))
-        if len(self._best) <= self._k:
-            return None
-        worst = min(self._best)
-        self._best.remove(worst)
-        return -worst[1]
-
-
-def top_k(keys: Sequence[float] | Floats, k: int) -> tuple[int, ...]:
-    """Return the indices of the k largest keys, ascending; ties go to the lower index."""
-    descending = np.argsort(-np.asarray(keys, dtype=np.float64), kind="stable")
-    return tuple(sorted(int(index) for index in descending[:k]))
+def descending(keys: Sequence[float] | Floats) -> tuple[int, ...]:
+    """Return all indices by descending key; ties go to the lower index."""
+    return tuple(int(index) for index in np.argsort(-np.asarray(keys, dtype=np.float64), kind="stable"))

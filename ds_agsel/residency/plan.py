@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ds_agsel.errors import ConfigError
+from ds_agsel.lottery import Bound
 
 EXTRA_SLOTS = 2  # [Note: Budget]
 
@@ -28,9 +29,9 @@ class Move:
     after: int | None = None
 
 
-def default_budget_bytes(block_bytes: Mapping[int, int], num_selected: int) -> int:
-    """Return the bytes of the ``num_selected + 2`` largest blocks; see [Note: Budget]."""
-    return sum(sorted(block_bytes.values(), reverse=True)[: num_selected + EXTRA_SLOTS])
+def default_budget_bytes(block_bytes: Mapping[int, int], bound: Bound) -> int:
+    """Return the bytes of the largest selection within ``bound`` and two blocks more; see [Note: Budget]."""
+    return bound.most(block_bytes, more=EXTRA_SLOTS)
 
 
 def check_budget(budget_bytes: int, block_bytes: Mapping[int, int], names: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
-"""Explore steps that hold few gradients: a block is scored when backward leaves it, dropped once k are better.
+"""Explore steps that hold few gradients: a block is scored when backward leaves it, dropped once it is beaten.
 
 [Note: Streaming top-k] The choice is the same as with all gradients kept, because it uses the same scores, and a block
-that k others have beaten can't be chosen any more. On several ranks a block's gradients are reduced, and its norms
-added up, when its last one has come; all ranks see gradients in one order, as ZeRO's buckets need anyway.
+that k others have beaten, or as many as the share of the parameters takes, can't be chosen any more. On several ranks a
+block's gradients are reduced, and its norms added up, when its last one has come; all ranks see gradients in one order,
+as ZeRO's buckets need anyway.
 A block some of whose parameters get no gradient stays to the end, and is scored there with the rest.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from ds_agsel.errors import TrainingError
-from ds_agsel.policies.sampling import RunningTopK
+from ds_agsel.policies.quota import Quota, RunningAdmission
 from ds_agsel.selection import Selection
 
 
@@ -38,9 +39,10 @@ class ExploreStream:
         self._selection = selection
         self._numbers_of_params = numbers_of_params
         self._score, self._keep, self._forget = score, keep, forget
-        policy = selection.policy
-        stays = policy.context.num_selected if policy.chooses_highest_scores else policy.context.num_blocks
-        self._best = RunningTopK(stays)
+        context, drawn = selection.policy.context, selection.lottery.drawn
+        everything = Quota.of_blocks(len(drawn), len(drawn))
+        self._best = RunningAdmission(context.quota if selection.policy.chooses_highest_scores else everything)
+        self._place_in_lottery = {block: place for place, block in enumerate(drawn)}
         self._waiting: dict[int, list[nn.Parameter]] = {}
         self._unscored: set[int] = set()
         self.scores: dict[int, float] = {}
@@ -72,14 +74,21 @@ class ExploreStream:
         self.scores[block] = self._score(block)
         params = self._waiting.pop(block)
         self.kept.add(block)
-        is_drawn = block not in self._selection.lottery.always
-        out = self._best.add(block, self.scores[block]) if is_drawn else None
-        if out is not None:
-            self.kept.discard(out)
-            self.dropped.add(out)
-            self._forget(out)
-        if out != block:
+        out = self._ruled_out(block)
+        for gone in out:
+            self.kept.discard(gone)
+            self.dropped.add(gone)
+            self._forget(gone)
+        if block not in out:
             self._keep(block, params)
+
+    def _ruled_out(self, block: int) -> tuple[int, ...]:
+        """Return the blocks that ``block``'s score rules out, which may be ``block`` itself."""
+        place = self._place_in_lottery.get(block)
+        if place is None:
+            return ()  # always selected
+        drawn = self._selection.lottery.drawn
+        return tuple(drawn[gone] for gone in self._best.add(place, self.scores[block]))
 
     @property
     def held(self) -> set[int]:

@@ -16,6 +16,7 @@ from ds_agsel import processor
 from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
+from ds_agsel.lottery import Bound
 from ds_agsel.residency import default_budget_bytes
 
 logger = logging.getLogger("ds_agsel")
@@ -78,7 +79,7 @@ def situation(
     config: SelectionConfig,
     blocks: Sequence[Block],
     selectable: Sequence[int],
-    max_selected: int,
+    bound: Bound,
     optimizer_is_given: bool,
 ) -> Situation:
     """Return what `decide` needs to know of this run on this machine now; memory is that of the rank with the least.
@@ -88,7 +89,7 @@ def situation(
     ranks = dist.get_world_size()
     state_bytes = {index: _STATE_BYTES * blocks[index].numel // ranks for index in selectable}
     needed = _weight_and_gradient_bytes(ds_config, sum(block.numel for block in blocks), ranks)
-    needed += config.state_budget_bytes or default_budget_bytes(state_bytes, max_selected)
+    needed += config.state_budget_bytes or default_budget_bytes(state_bytes, bound)
     accelerator = get_accelerator()
     own_memory = accelerator.device_name() != "cpu"
     return Situation(

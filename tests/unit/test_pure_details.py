@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ds_agsel import policies
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import CheckpointError, ConfigError, TrainingError
 from ds_agsel.policies import Policy, PolicyContext, adagrad_select, num_selected, registry
-from ds_agsel.policies.sampling import RunningTopK, log_dirichlet, top_k
+from ds_agsel.policies.sampling import descending, log_dirichlet
 from ds_agsel.residency import Move, plan_moves
 from ds_agsel.residency.plan import check_budget
 from ds_agsel.residency.swap_plan import FileLayout, Read, default_ring, plan_reads
@@ -26,31 +24,11 @@ def context(blocks: int = 4, indices: tuple[int, ...] | None = None, **section: 
     return PolicyContext(SelectionConfig(**section), blocks, 1, names, 10, indices)
 
 
-# ------------------------------------------------------------------------- best k so far
-
-
-@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, math.inf]), max_size=12), st.integers(1, 5))
-def test_the_running_top_k_keeps_what_top_k_chooses_ties_included(keys: list[float], k: int) -> None:
-    """However the keys come: in the order of their indices, or the other way round as in backward."""
-    for order in (range(len(keys)), reversed(range(len(keys)))):
-        running, kept = RunningTopK(k), set()
-        for index in order:
-            out = running.add(index, keys[index])
-            kept.add(index)
-            assert (out is None) == (len(kept) <= k)
-            kept.discard(-1 if out is None else out)
-        assert tuple(sorted(kept)) == top_k(keys, k)
-
-
-def test_nan_is_the_largest_key_of_the_running_top_k() -> None:
-    running = RunningTopK(1)
-    assert running.add(0, math.nan) is None
-    assert running.add(1, 5.0) == 1
-    assert running.add(2, math.inf) == 2, "a tie with the first one"
+# -------------------------------------------------------------------------------- draws
 
 
 def test_keys_of_any_dtype_are_ordered_as_numbers() -> None:
-    assert top_k(np.array([0, 2, 1], dtype=np.uint8), 1) == (1,)  # negated as it is, 0 would stay the least
+    assert descending(np.array([0, 2, 1], dtype=np.uint8)) == (1, 2, 0)  # negated as it is, 0 would stay the least
     single = np.array([0.1, 0.3, 7.7], dtype=np.float32)  # and 1 more than 0.1 is another number in fp32
     drawn = [log_dirichlet(alpha, np.random.default_rng(0)) for alpha in (single, single.astype(np.float64))]
     assert np.array_equal(*drawn)

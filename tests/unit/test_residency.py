@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rehearsal import Twin, rehearse
 
 from ds_agsel.errors import ConfigError, TrainingError
+from ds_agsel.lottery import Bound
 from ds_agsel.residency import BlockResidency, Move, Residency, default_budget_bytes, plan_moves, transfer, update_order
 from ds_agsel.residency.plan import check_budget
 from ds_agsel.residency.states import MASTER, MOMENTS
@@ -72,8 +73,8 @@ def test_what_does_not_fit_passes_through():
 
 
 def test_the_default_budget_is_the_largest_selection_and_two_blocks():
-    assert default_budget_bytes(SIZES, 1) == 50 + 30 + 20
-    assert default_budget_bytes(SIZES, 4) == sum(SIZES.values())
+    assert default_budget_bytes(SIZES, Bound(1)) == 50 + 30 + 20
+    assert default_budget_bytes(SIZES, Bound(4)) == sum(SIZES.values())
 
 
 def test_a_budget_below_the_largest_block_is_refused_with_its_name_and_bytes():

@@ -14,6 +14,7 @@ from ds_agsel.estimate.cards import CARDS, Card
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape
 from ds_agsel.estimate.timeline import Links, StepWork, Timeline, hiding_tokens, simulate, timeline_of, work_of
+from ds_agsel.lottery import Bound
 from ds_agsel.residency.plan import default_budget_bytes
 
 SLOW = Links(h2d_bytes=1.0, d2h_bytes=1.0)
@@ -108,7 +109,7 @@ def runs(draw):
     """(block bytes, budget, [work of each step]) of a run."""
     sizes = dict(enumerate(draw(SIZES)))
     k = draw(st.integers(1, len(sizes)))
-    budget = draw(st.integers(max(sizes.values()), default_budget_bytes(sizes, k)))
+    budget = draw(st.integers(max(sizes.values()), default_budget_bytes(sizes, Bound(k))))
     steps = []
     for _ in range(draw(st.integers(1, 5))):
         selected = draw(st.sets(st.sampled_from(sorted(sizes)), min_size=1, max_size=k))

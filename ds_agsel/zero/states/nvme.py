@@ -163,7 +163,7 @@ def ring_bytes(layout: FileLayout, groups_of_block: Mapping[int, Sequence[int]],
     sizes = {block: _ELEMENT_BYTES * sum(map(layout.size, groups)) for block, groups in groups_of_block.items()}
     budget = selection.config.state_budget_bytes
     if budget is None:
-        return default_ring(sizes.values(), selection.max_selected)
+        return default_ring(sizes.values(), selection.bound.num_blocks)
     largest = _ELEMENT_BYTES * max(map(layout.size, layout.numels))
     if budget < largest:
         raise ConfigError(

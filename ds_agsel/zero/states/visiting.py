@@ -41,7 +41,7 @@ class VisitingStates(StateHome):
         self.transfer = StateTransfer(get_accelerator(), states, self.groups_of_block, keys, self._count)
         self._block_bytes = self.transfer.block_bytes()
         budget = selection.config.state_budget_bytes
-        self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.max_selected)
+        self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.bound)
         check_budget(self.budget_bytes, self._block_bytes, [block.name for block in selection.blocks])
         self._moves: tuple[Move, ...] = ()
 
