@@ -36,6 +36,7 @@ class SelectionConfig(BaseModel):
     explore_decay: float | None = Field(None, ge=0)
     smoothing: float = Field(1.0, gt=0)
     exploit_draw: Literal["sample", "top"] = "sample"
+    score: Literal["sum", "norm", "rms"] = "sum"
     always_select: tuple[str, ...] = ()
     never_select: tuple[str, ...] = ()
     steps_per_epoch: int | None = Field(None, ge=1)
@@ -222,6 +223,7 @@ _WORDS = {
     "explore_decay": _Words("a number", "Use null for ln(100) / steps_per_epoch.", "[0, inf)"),
     "smoothing": _Words("a number", "Use 1.0; less than that favours blocks updated often.", "(0, inf)"),
     "exploit_draw": _Words('"sample" or "top"', 'Use "sample" to draw blocks in proportion to p.'),
+    "score": _Words('"sum", "norm" or "rms"', 'Use "sum" for the sum of the norms of a block\'s parameters.'),
     "always_select": _BLOCK_LIST,
     "never_select": _BLOCK_LIST,
     "steps_per_epoch": _Words(

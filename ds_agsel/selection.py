@@ -68,6 +68,7 @@ class Traffic:
 
 
 _COUNTERS = tuple(counter.name for counter in fields(Traffic) if counter.name != "step")
+_DEFAULTS = SelectionConfig().model_dump(mode="json")
 
 
 @dataclass
@@ -258,7 +259,7 @@ class Selection:
         self.history = [Record(step, phase, tuple(blocks)) for step, phase, blocks in rows]
         self.traffic, self._traffic_steps, self._traffic_sums = [], 0, dict.fromkeys(_COUNTERS, 0)
         self.current_traffic = Traffic(step=self.num_steps)
-        if state.section != self.config.model_dump(mode="json"):
+        if {**_DEFAULTS, **state.section} != self.config.model_dump(mode="json"):  # it may be older than some fields
             logger.warning("adagrad_select: the section differs from the checkpoint's; the next step is planned anew.")
             self._plan_ahead()
             return

@@ -76,6 +76,7 @@ class Reference:
         never: Sequence[int] = (),
         reduces_each_micro_step: bool = True,
         explores_on_first_micro_batch: bool = False,
+        score: str = "sum",
     ):
         self.model = model
         self.blocks = blocks
@@ -84,6 +85,7 @@ class Reference:
         self.max_norm = max_norm
         self.reduces_each_micro_step = reduces_each_micro_step
         self.explores_on_first_micro_batch = explores_on_first_micro_batch
+        self.score = score
         self.always = tuple(always)
         self.drawn = [index for index in range(len(blocks)) if index not in (*always, *never)]
         self.parameters = dict(model.named_parameters())
@@ -107,7 +109,7 @@ class Reference:
 
         # 4. Scores, and the choice where the plan has left it open.
         scored = self.first_gradients if self.explores_on_first_micro_batch else gradients
-        scores = tuple(sum(scored[name].norm().item() for name in names) for names in self.blocks)
+        scores = tuple(self.block_score([scored[name] for name in names]) for names in self.blocks)
         if drawn is None:
             if not all(math.isfinite(score) for score in scores):
                 return None
@@ -132,6 +134,13 @@ class Reference:
         record = Applied(step, phase, selected, scores, norm)
         self.history.append(record)
         return record
+
+    def block_score(self, gradients: Sequence[Tensor]) -> float:
+        """The size of a block's gradient, as ``score`` measures it."""
+        if self.score == "sum":
+            return sum(gradient.norm().item() for gradient in gradients)
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        return (whole.norm() if self.score == "norm" else whole.square().mean().sqrt()).item()
 
     def mean_gradients(self, batches: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
         """fp32 gradient of every parameter, averaged over all ranks' micro-batches.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
-from ds_agsel.zero import compat
+from ds_agsel.zero import block_scores, compat
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
@@ -193,10 +193,10 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         return scores
 
     def _block_scores(self, blocks: Sequence[int]) -> Tensor:
-        """Sum over each block's parameters of the L2 norm of the whole batch's gradient, loss scale removed.
+        """Return each block's score, as the field `score` says, of the whole batch's gradient, loss scale removed.
 
         Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that are not among ``blocks``.
-        Algorithm 1, lines 2-6, of arXiv:2512.15764. Collective over the data-parallel group.
+        Collective over the data-parallel group.
         """
         groups = set(self._groups_of(blocks))
         param_ids = [param_id for param_id in sorted(self._group_of_param) if self._group_of_param[param_id] in groups]
@@ -212,10 +212,10 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             squares[torch.tensor(places, device=device)] = torch.stack(norms).square()
         if dist.get_world_size(group=self.dp_process_group) > 1:
             dist.all_reduce(squares, group=self.dp_process_group)
-        # Added up on the host: a CUDA index_add_ has no fixed order, and ranks could differ where scores are close.
         norms_of_params = squares.cpu().sqrt() / self.loss_scale
-        owners = torch.tensor([self._block_of_group[self._group_of_param[i]] for i in param_ids], dtype=torch.int64)
-        return norms_of_params.new_zeros(len(self.selection.blocks)).index_add_(0, owners, norms_of_params)
+        owners = [self._block_of_group[self._group_of_param[param_id]] for param_id in param_ids]
+        numels = [block.numel for block in self.selection.blocks]
+        return block_scores.combine(norms_of_params, owners, numels, self.selection.config.score)
 
     def _skip_step(self) -> None:
         """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""

@@ -79,6 +79,7 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "explore_decay": None,
         "smoothing": 1.0,
         "exploit_draw": "sample",
+        "score": "sum",
         "always_select": (),
         "never_select": (),
         "steps_per_epoch": None,
@@ -107,6 +108,7 @@ def test_every_field_is_read_and_the_users_dict_is_left_as_it_was() -> None:
         "explore_decay": 0.5,
         "smoothing": 1e-6,
         "exploit_draw": "top",
+        "score": "rms",
         "always_select": ["embedding"],
         "never_select": ["head"],
         "steps_per_epoch": 100,
@@ -184,6 +186,7 @@ def test_the_config_can_not_be_changed() -> None:
             "topk",
             '="topk" is not "sample" or "top". Use "sample" to draw blocks in proportion to p.',
         ),
+        ("score", "l2", '="l2" is not "sum", "norm" or "rms". Use "sum" for the sum of the norms'),
         (
             "always_select",
             "embedding",

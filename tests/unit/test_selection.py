@@ -109,6 +109,17 @@ def test_a_changed_section_is_planned_anew(caplog):
     assert other.plan.blocks == (3,) and other.plan.step == 1
 
 
+def test_a_section_saved_before_a_field_existed_is_the_section_with_its_default(caplog):
+    saved = make(policy="random")
+    step(saved)
+    state = saved.state_dict()
+    state["section"] = {key: value for key, value in state["section"].items() if key != "score"}
+    make(policy="random").load_state_dict(state)
+    assert not caplog.text
+    make(policy="random", score="rms").load_state_dict(state)
+    assert "the section differs" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
