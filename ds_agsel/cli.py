@@ -101,8 +101,11 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     ds_config = read_ds_config(options.file)
     with _stdout_is_ours():
+        from ds_agsel.estimate.models import build_on_meta, require_model
+
+        if options.model is not None:
+            require_model(options.model)
         from ds_agsel.entry.check import problems_of
-        from ds_agsel.estimate.shapes import build_on_meta
 
         model = None if options.model is None else build_on_meta(options.model)
         problems = problems_of(ds_config, model)
@@ -129,6 +132,9 @@ def _estimate(options: argparse.Namespace) -> None:
     config = parse_section({} if section is None else section)
     given = (10.0, 20.0, 30.0) if section is None else (config.select_percent,)
     with _stdout_is_ours():
+        from ds_agsel.estimate.models import require_model
+
+        require_model(options.model)
         from ds_agsel.estimate.setup import read_setup
         from ds_agsel.estimate.shapes import read_shape
         from ds_agsel.estimate.table import as_json, as_text, estimate

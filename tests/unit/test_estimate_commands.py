@@ -11,7 +11,7 @@ import pytest
 from ds_agsel import cli
 from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import ConfigError
-from ds_agsel.estimate.shapes import known_models
+from ds_agsel.estimate.models import known_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

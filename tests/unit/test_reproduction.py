@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_agsel.errors import ConfigError
-from ds_agsel.estimate.shapes import known_models
+from ds_agsel.estimate.models import known_models
 from launch.methods import lora
 from launch.reproduction import command, cost, figures, plan, results, running, tables
 from launch.reproduction.results import Accuracy, CellResult, Point
