@@ -1,4 +1,4 @@
-"""The process group: started here and nowhere else, with the caller's arguments, as `deepspeed.initialize` would."""
+"""The process group and this rank's device: set up here and nowhere else, as `deepspeed.initialize` would."""
 
 from __future__ import annotations
 
@@ -23,13 +23,22 @@ _OF_LAUNCHERS = (
 def start(arguments: Mapping[str, Any]) -> None:
     """Start the process group as `deepspeed.initialize` will for ``arguments`` (deepspeed/__init__.py:501).
 
-    Does nothing if it is already started. A process that no launcher started is the only rank; DeepSpeed would ask
-    mpi4py, which need not be installed. Collective.
+    Keeps one that is already started. A process that no launcher started is the only rank; DeepSpeed would ask
+    mpi4py, which need not be installed. Then make this rank's device the current one: what is done before DeepSpeed
+    does so would otherwise meet the other ranks on device 0, which NCCL refuses. Collective.
     """
     given = {name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments}
     if not torch.distributed.is_initialized() and not any(name in os.environ for name in _OF_LAUNCHERS):
         os.environ.update(_variables_of_one_rank(given.get("distributed_port")))
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **given)
+    _use_own_device(arguments.get("args"))
+
+
+def _use_own_device(args: Any) -> None:
+    """Set the device that DeepSpeed's engine will set for the caller's ``args`` (runtime/engine.py:1941)."""
+    index = getattr(args, "device_rank", int(os.environ.get("LOCAL_RANK", "-1")))
+    if index >= 0:
+        get_accelerator().set_device(index)
 
 
 def is_expected() -> bool:

@@ -4,7 +4,7 @@
 there; later calls in the same process set seed, budget and strictness again. A process is simulated or is not.
 
 device.py the accelerator object, backend.cpp memory and device guard, operators.py kernels, queue.py streams and
-order, hazards.py missing waits, collectives.py ranks.
+order, hazards.py missing waits, collectives.py ranks, counters.py what is asked of a device and where the host waits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from simulator.counters import Counts
 from simulator.hazards import Hazard, Report, Site
 
 _accelerator: Any = None
@@ -37,4 +38,4 @@ def simulated(
     return _accelerator
 
 
-__all__ = ["Hazard", "Report", "Site", "simulated"]
+__all__ = ["Counts", "Hazard", "Report", "Site", "simulated"]

@@ -8,6 +8,12 @@
 // and may be used again by what is queued there next. Destructors can't take the GIL, so they leave freed blocks in a
 // list; the Python queue takes the list before it queues anything, poisons each block before the next operation of its
 // stream, and only then gives it back for reuse. Blocks never go back to the system while a queued operation can touch them.
+//
+// [Note: Devices] There are kDevices of them, each with its default stream, whose id is the device's index. Every thread
+// starts on device 0, as with CUDA. All share one memory and one budget: a process is meant to use one of them.
+//
+// [Note: Pinned blocks] Page-locked memory is counted as torch's CachingHostAllocator takes it: rounded up to a power of
+// two, and never given back, but used again for another request of the same rounded size.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -24,6 +30,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -37,7 +44,19 @@ namespace {
 constexpr uintptr_t kDeviceBit = uintptr_t(1) << 62;
 constexpr size_t kAlignment = 64;
 constexpr size_t kMaxCachedBytes = size_t(256) << 20;
-const c10::Device kDevice(c10::DeviceType::PrivateUse1, 0);
+constexpr c10::DeviceIndex kDevices = 4;
+
+c10::Device device_at(c10::DeviceIndex index) {
+  return c10::Device(c10::DeviceType::PrivateUse1, index);
+}
+
+size_t power_of_two(size_t size) {
+  size_t rounded = 1;
+  while (rounded < size) {
+    rounded *= 2;
+  }
+  return rounded;
+}
 
 struct Block {
   int64_t id;
@@ -60,13 +79,17 @@ struct State {
   size_t peak = 0;
   size_t allocations = 0;
   int64_t next_block = 1;
-  int64_t next_stream = 1;
+  int64_t next_stream = kDevices;
   std::vector<BlockPtr> freed;
   std::map<int64_t, BlockPtr> passing; // taken by the queue, not yet given back
   std::map<std::pair<int64_t, size_t>, std::vector<BlockPtr>> free_blocks;
   size_t cached = 0;
   std::map<uintptr_t, std::pair<size_t, int64_t>> pinned; // base -> size, id
   size_t pinned_bytes = 0;
+  std::map<size_t, size_t> spare_pinned; // rounded size -> blocks of it that were freed: [Note: Pinned blocks]
+  size_t pinned_taken_bytes = 0;
+  size_t pinned_allocations = 0;
+  std::vector<std::pair<std::string, int>> order; // what touched a device, at its first time: (what, index)
   py::object* queue = nullptr;
 };
 
@@ -75,7 +98,31 @@ State& state() {
   return *instance;
 }
 
-thread_local int64_t current_stream = 0;
+thread_local c10::DeviceIndex current_device = 0;
+thread_local int64_t current_streams[kDevices] = {0, 1, 2, 3};
+
+int64_t current_stream() {
+  return current_streams[current_device];
+}
+
+struct OnDevice {
+  c10::DeviceIndex previous = current_device;
+  explicit OnDevice(c10::DeviceIndex index) {
+    current_device = index < 0 ? current_device : index;
+  }
+  ~OnDevice() {
+    current_device = previous;
+  }
+};
+
+// Note `what`, unless it is known of this device. The caller holds the lock.
+void touch(const std::string& what, int index) {
+  auto& order = state().order;
+  auto entry = std::make_pair(what, index);
+  if (std::find(order.begin(), order.end(), entry) == order.end()) {
+    order.push_back(std::move(entry));
+  }
+}
 
 BlockPtr& block_of(void* context) {
   return *static_cast<BlockPtr*>(context);
@@ -108,7 +155,7 @@ char* aligned_bytes(size_t size) {
 struct DeviceMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
     if (size == 0) {
-      return {nullptr, nullptr, &release_nothing, kDevice};
+      return {nullptr, nullptr, &release_nothing, device_at(current_device)};
     }
     State& s = state();
     std::unique_lock<std::mutex> lock(s.mutex);
@@ -130,10 +177,11 @@ struct DeviceMemory final : c10::Allocator {
     s.active += size;
     s.peak = std::max(s.peak, s.allocated);
     s.allocations++;
-    auto& spare = s.free_blocks[{current_stream, size}];
+    touch("tensor", current_device);
+    auto& spare = s.free_blocks[{current_stream(), size}];
     BlockPtr block;
     if (spare.empty()) {
-      block = BlockPtr(new Block{s.next_block++, aligned_bytes(size), size, current_stream, {}});
+      block = BlockPtr(new Block{s.next_block++, aligned_bytes(size), size, current_stream(), {}});
       std::memset(block->bytes, 0xFF, size);
     } else {
       block = spare.back();
@@ -141,7 +189,7 @@ struct DeviceMemory final : c10::Allocator {
       s.cached -= size;
     }
     void* pointer = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(block->bytes) | kDeviceBit);
-    return {pointer, new BlockPtr(block), &release_device, kDevice};
+    return {pointer, new BlockPtr(block), &release_device, device_at(current_device)};
   }
   static void release_nothing(void*) {}
   c10::DeleterFnPtr raw_deleter() const override {
@@ -162,6 +210,7 @@ struct PinnedMemory final : c10::Allocator {
       std::lock_guard<std::mutex> lock(s.mutex);
       auto found = s.pinned.find(reinterpret_cast<uintptr_t>(bytes));
       s.pinned_bytes -= found->second.first;
+      s.spare_pinned[power_of_two(found->second.first)]++;
       s.pinned.erase(found);
     }
     std::free(bytes);
@@ -176,6 +225,13 @@ struct PinnedMemory final : c10::Allocator {
     std::lock_guard<std::mutex> lock(s.mutex);
     s.pinned[reinterpret_cast<uintptr_t>(bytes)] = {size, s.next_block++};
     s.pinned_bytes += size;
+    auto& spare = s.spare_pinned[power_of_two(size)];
+    if (spare > 0) {
+      spare--;
+    } else {
+      s.pinned_allocations++;
+      s.pinned_taken_bytes += power_of_two(size);
+    }
     return {bytes, bytes, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override {
@@ -219,23 +275,26 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return &pinned_memory;
   }
   at::Device getDeviceFromPtr(void*) const override {
-    return kDevice;
+    return device_at(current_device);
   }
   c10::DeviceIndex deviceCount() const override {
-    return 1;
+    return kDevices;
   }
   c10::DeviceIndex getCurrentDevice() const override {
-    return 0;
+    return current_device;
   }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override {
-    return 0;
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex index) const override {
+    return std::exchange(current_device, index < 0 ? current_device : index);
   }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override {
-    return 0;
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override {
+    return exchangeDevice(index);
   }
-  void setCurrentDevice(c10::DeviceIndex) const override {}
+  void setCurrentDevice(c10::DeviceIndex index) const override {
+    exchangeDevice(index);
+  }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
     py::gil_scoped_acquire gil;
+    OnDevice guard(storage.device().index());
     auto data = device_memory.allocate(size);
     if (size > 0 && storage.nbytes() > 0) {
       state().queue->attr("synchronize")();  // else nothing is read: as on CUDA, the host goes on
@@ -257,37 +316,45 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override {
     return c10::DeviceType::PrivateUse1;
   }
-  c10::Device exchangeDevice(c10::Device) const override {
-    return kDevice;
+  c10::Device exchangeDevice(c10::Device device) const override {
+    auto previous = device_at(current_device);
+    uncheckedSetDevice(device);
+    return previous;
   }
   c10::Device getDevice() const override {
-    return kDevice;
+    return device_at(current_device);
   }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  void setDevice(c10::Device device) const override {
+    uncheckedSetDevice(device);
+  }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    current_device = device.has_index() ? device.index() : current_device;
+  }
   c10::DeviceIndex deviceCount() const noexcept override {
-    return 1;
+    return kDevices;
   }
-  static c10::Stream stream(int64_t id) {
-    return c10::Stream(c10::Stream::UNSAFE, kDevice, id);
+  static c10::DeviceIndex index_of(c10::Device device) {
+    return device.has_index() ? device.index() : current_device;
   }
-  c10::Stream getStream(c10::Device) const override {
-    return stream(current_stream);
+  static c10::Stream stream(int64_t id, c10::DeviceIndex index) {
+    return c10::Stream(c10::Stream::UNSAFE, device_at(index), id);
   }
-  c10::Stream getDefaultStream(c10::Device) const override {
-    return stream(0);
+  c10::Stream getStream(c10::Device device) const override {
+    return stream(current_streams[index_of(device)], index_of(device));
+  }
+  c10::Stream getDefaultStream(c10::Device device) const override {
+    return stream(index_of(device), index_of(device));
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
     return getNewStream(device, 0);
   }
-  c10::Stream getNewStream(c10::Device, int) const override {
+  c10::Stream getNewStream(c10::Device device, int) const override {
     std::lock_guard<std::mutex> lock(state().mutex);
-    return stream(state().next_stream++);
+    return stream(state().next_stream++, index_of(device));
   }
   c10::Stream exchangeStream(c10::Stream next) const override {
-    auto previous = stream(current_stream);
-    current_stream = next.id();
-    return previous;
+    auto index = next.device_index();
+    return stream(std::exchange(current_streams[index], next.id()), index);
   }
   void record(void** event, const c10::Stream& on, const c10::DeviceIndex, const c10::EventFlag) const override {
     py::gil_scoped_acquire gil;
@@ -356,9 +423,10 @@ at::Tensor empty(
     c10::IntArrayRef size,
     std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>,
-    std::optional<at::Device>,
+    std::optional<at::Device> device,
     std::optional<bool>,
     std::optional<at::MemoryFormat> format) {
+  OnDevice guard(device ? device->index() : -1);
   return at::detail::empty_generic(size, &device_memory, kKeys, c10::dtype_or_default(dtype), format);
 }
 
@@ -367,8 +435,9 @@ at::Tensor empty_strided(
     c10::IntArrayRef stride,
     std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>,
-    std::optional<at::Device>,
+    std::optional<at::Device> device,
     std::optional<bool>) {
+  OnDevice guard(device ? device->index() : -1);
   return at::detail::empty_strided_generic(size, stride, &device_memory, kKeys, c10::dtype_or_default(dtype));
 }
 
@@ -583,12 +652,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("take_freed", &take_freed);
   m.def("any_freed", &any_freed);
   m.def("recycle", &recycle);
-  m.def("current_stream", [] { return current_stream; });
+  m.def("current_stream", [](int index) { return current_streams[index]; });
+  m.def("current_device", [] { return int(current_device); });
+  m.def("set_device", [](int index) {
+    TORCH_CHECK(index >= 0 && index < kDevices, "there is no device ", index, ": the simulator has ", int(kDevices));
+    current_device = index;
+  });
+  m.def("touch", [](const std::string& what, int index) {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    touch(what, index);
+  });
+  m.def("order", [] { return state().order; });
+  m.def("forget_order", [] { state().order.clear(); });
+  m.def("device_count", [] { return int(kDevices); });
   m.def("set_budget", [](size_t bytes) { state().budget = bytes; });
   m.def("budget", [] { return state().budget; });
   m.def("allocated_bytes", [] { return state().allocated; });
   m.def("active_bytes", [] { return state().active; });
   m.def("peak_bytes", [] { return state().peak; });
   m.def("pinned_bytes", [] { return state().pinned_bytes; });
+  m.def("pinned_taken_bytes", [] { return state().pinned_taken_bytes; });
+  m.def("pinned_allocations", [] { return state().pinned_allocations; });
+  m.def("allocations", [] { return state().allocations; });
   m.def("reset_peak", [] { state().peak = state().allocated; });
 }

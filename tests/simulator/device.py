@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import types
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -13,18 +15,29 @@ import torch
 from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
 from torch import Tensor
 
+from ds_agsel.files import write_atomically
 from simulator import collectives
+from simulator.counters import Counts
 from simulator.hazards import Detector, Report, Site
 from simulator.operators import DEVICE, Operators
 from simulator.queue import Queue
 
 
 def load_backend() -> Any:
-    """The compiled backend.cpp; built into TORCH_EXTENSIONS_DIR when it has changed (under a minute, idle)."""
-    from torch.utils.cpp_extension import load
+    """The compiled backend.cpp; built into TORCH_EXTENSIONS_DIR when it has changed (under a minute, idle).
 
-    source = Path(__file__).with_name("backend.cpp")
-    return load("ds_agsel_simulator", [str(source)], extra_cflags=["-O0"])
+    Each version has a folder of its own, with its source, so that checkouts that share builds do not undo each other's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root, load
+
+    source = Path(__file__).with_name("backend.cpp").read_bytes()
+    name = f"ds_agsel_simulator_{hashlib.sha256(source).hexdigest()[:12]}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "backend.cpp"
+    if not copy.exists():  # else ninja would find it changed
+        write_atomically(copy, source.decode())
+    return load(name, [str(copy)], extra_cflags=["-O0"], build_directory=str(folder))
 
 
 class _Randomness:
@@ -38,7 +51,7 @@ class _Randomness:
 
 
 class SimulatedAccelerator(DeepSpeedAccelerator):
-    """One device with memory of its own, real streams and late work. See `queue.py`. One a process: `simulated`."""
+    """Devices with memory of their own, real streams and late work. See `queue.py`. One a process: `simulated`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +77,7 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         allowed: Callable[[Report], bool],
         without: Collection[Site],
     ) -> None:
-        """Start afresh, after what is queued has run.
+        """Start afresh, on device 0, after what is queued has run.
 
         Args:
             seed: decides the order of all that may run in more than one.
@@ -79,6 +92,8 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         self.detector.tolerated.clear()
         self.backend.set_budget(budget_bytes)
         self.backend.reset_peak()
+        self.backend.set_device(0)
+        self.backend.forget_order()
         self.manual_seed(seed)
 
     def _device_module(self) -> types.ModuleType:
@@ -89,7 +104,7 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
         module._lazy_init = lambda: None  # type: ignore[attr-defined]
         module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
-        module.device = lambda index=0: contextlib.nullcontext()  # type: ignore[attr-defined]
+        module.device = self._on_device  # type: ignore[attr-defined]
         for name in (
             "current_device", "set_device", "device_count", "synchronize", "current_stream", "default_stream", "stream",
             "Stream", "Event", "manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state", "memory_allocated",
@@ -116,25 +131,59 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         return DEVICE if device_index is None else f"{DEVICE}:{device_index}"
 
     def device(self, device_index: int | None = None) -> torch.device:
-        return torch.device(DEVICE, 0 if device_index is None else device_index)
+        return torch.device(DEVICE, self.current_device() if device_index is None else device_index)
 
     def set_device(self, device_index: int) -> None:
-        pass  # one device a process, whatever the local rank
+        index = torch.device(device_index).index if isinstance(device_index, (str, torch.device)) else device_index
+        self.backend.set_device(int(index))
+        self.backend.touch("set_device", int(index))
 
     def current_device(self) -> int:
-        return 0
+        return self.backend.current_device()
 
     def current_device_name(self) -> str:
-        return f"{DEVICE}:0"
+        return f"{DEVICE}:{self.current_device()}"
 
     def device_count(self) -> int:
-        return 1
+        return self.backend.device_count()
+
+    @contextlib.contextmanager
+    def _on_device(self, index: Any = None) -> Iterator[None]:
+        previous = self.current_device()
+        if index is not None:
+            self.backend.set_device(self.device(index).index if isinstance(index, int) else torch.device(index).index)
+        try:
+            yield
+        finally:
+            self.backend.set_device(previous)
+
+    def order(self) -> list[tuple[str, int]]:
+        """What touched which device since `configure`, each at its first time: "set_device", "tensor", "collective"."""
+        return self.backend.order()
 
     def is_available(self) -> bool:
         return True
 
     def synchronize(self, device_index: int | None = None) -> None:
         self.queue.synchronize()
+
+    # ---------------------------------------------------------------- counts
+
+    def counts(self) -> Counts:
+        """What this process has asked of the device so far."""
+        counts = self.queue.counts.copy()
+        counts.device_allocations = self.backend.allocations()
+        counts.pinned_allocations = self.backend.pinned_allocations()
+        return counts
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Counts]:
+        """``with accelerator.counting() as counts:`` — at the end ``counts`` holds what was asked inside."""
+        before, found = self.counts(), Counts()
+        try:
+            yield found
+        finally:
+            vars(found).update(vars(self.counts().since(before)))
 
     # ------------------------------------------------------------ randomness
 
@@ -185,7 +234,8 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         return torch.accelerator.current_stream()
 
     def default_stream(self, device_index: Any = None) -> torch.Stream:
-        return torch.Stream(stream_id=0, device_index=0, device_type=self._device_type())
+        index = self.current_device()  # whose default stream has that id
+        return torch.Stream(stream_id=index, device_index=index, device_type=self._device_type())
 
     def _device_type(self) -> int:
         return self.current_stream().device_type
@@ -226,6 +276,13 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
     def pinned_bytes(self) -> int:
         """Bytes of pinned host memory held now."""
         return self.backend.pinned_bytes()
+
+    def pinned_taken_bytes(self) -> int:
+        """Bytes of page-locked memory that torch's caching host allocator would have taken by now.
+
+        It rounds each request up to a power of two, and keeps what is freed for later requests of that size.
+        """
+        return self.backend.pinned_taken_bytes()
 
     # ------------------------------------------------------------------ dtypes
 

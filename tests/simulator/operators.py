@@ -101,11 +101,13 @@ class Operators:
     def _call(self, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         plan = _plan(op)
         accesses: list[Access] = []
+        indices: set[int] = set()
         moves = op._schema.name in TAKE_HOST_OPERANDS
 
         def lower(value: Any, writes: bool) -> Any:
             if isinstance(value, Tensor):
                 if value.device.type == DEVICE:
+                    indices.add(value.device.index)
                     alias, block, first, last = self._backend.lower(value)
                     accesses.append(Access(block, first, last, writes))
                     return alias
@@ -120,6 +122,7 @@ class Operators:
             if isinstance(value, (list, tuple)):
                 return type(value)(lower(item, writes) for item in value)
             if isinstance(value, torch.device) and value.type == DEVICE:
+                indices.add(self._backend.current_device() if value.index is None else value.index)
                 return torch.device("cpu")
             if isinstance(value, torch.Generator):
                 return None
@@ -128,21 +131,29 @@ class Operators:
         self._size_empty_outputs(op, plan, args, kwargs)
         lowered = [lower(value, position in plan.written_positions) for position, value in enumerate(args)]
         named = {name: lower(value, name in plan.written_names) for name, value in kwargs.items()}
+        if len(indices) > 1:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, "
+                f"{' and '.join(f'{DEVICE}:{index}' for index in sorted(indices))}! ({op._schema.name})"
+            )
+        device = torch.device(DEVICE, indices.pop() if indices else self._backend.current_device())
+        stream = self._queue.current(device.index)
         kernel = self._seeded(op) if plan.is_random else op
         if not plan.returns_tensors:
-            return self._run_for_host(op, kernel, lowered, named, accesses)
+            return self._run_for_host(op, kernel, lowered, named, accesses, stream)
         if all(key is not None for key in plan.returned):
-            self._queue.submit(str(op), lambda: kernel(*lowered, **named), accesses)
+            self._queue.submit(str(op), lambda: kernel(*lowered, **named), accesses, stream)
             results = [args[key] if isinstance(key, int) else kwargs[key or ""] for key in plan.returned]
             return results[0] if len(results) == 1 else tuple(results) if results else None
         try:
             predicted = self._predict(op, lowered, named)
         except _Unpredictable:
-            return _map(self._upload, self._run_for_host(op, kernel, lowered, named, accesses))
+            found = self._run_for_host(op, kernel, lowered, named, accesses, stream)
+            return _map(lambda result: result.to(device, non_blocking=True), found)
         outputs: list[Tensor] = []
 
         def make(meta: Tensor) -> Tensor:
-            made = torch.empty_strided(meta.size(), meta.stride(), dtype=meta.dtype, device=DEVICE)
+            made = torch.empty_strided(meta.size(), meta.stride(), dtype=meta.dtype, device=device)
             alias, block, first, last = self._backend.lower(made)
             accesses.append(Access(block, first, last, True))
             outputs.append(alias)
@@ -156,7 +167,7 @@ class Operators:
             for output, result in zip(outputs, produced, strict=True):
                 output.copy_(result)
 
-        self._queue.submit(str(op), run, accesses)
+        self._queue.submit(str(op), run, accesses, stream)
         if any(key is not None for key in plan.returned):
             raise NotImplementedError(f"{op} returns both an argument and a new tensor")
         return made
@@ -170,16 +181,19 @@ class Operators:
                 output.resize_(meta.size())
 
     def _run_for_host(
-        self, op: Any, kernel: Any, args: Sequence[Any], kwargs: dict[str, Any], accesses: Sequence[Access]
+        self,
+        op: Any,
+        kernel: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        accesses: Sequence[Access],
+        stream: int,
     ) -> Any:
         """The result itself, after everything queued before on this stream."""
         result: list[Any] = []
-        self._queue.submit(str(op), lambda: result.append(kernel(*args, **kwargs)), accesses)
-        self._queue.finish_stream(self._queue.current())
+        self._queue.submit(str(op), lambda: result.append(kernel(*args, **kwargs)), accesses, stream)
+        self._queue.wait_for(stream, str(op))
         return result[0]
-
-    def _upload(self, result: Tensor) -> Tensor:
-        return result.to(DEVICE, non_blocking=True)
 
     def _seeded(self, op: Any) -> Callable[..., Any]:
         """``op`` with its random numbers decided now, whenever it runs."""
@@ -216,6 +230,7 @@ class Operators:
                 "copy D2D",
                 lambda: target_alias.copy_(source_alias),
                 [Access._make((*read, False)), Access._make((*written, True))],
+                self._queue.current(source.device.index),
             )
         elif target.device.type == DEVICE:
             self._copy_to_device(source, target, non_blocking)
@@ -233,9 +248,10 @@ class Operators:
             taken = source.detach()
         else:
             taken = source.detach().to(target.dtype).clone()
-        self._queue.submit("copy H2D", lambda: alias.copy_(taken), accesses)
+        stream = self._queue.current(target.device.index)
+        self._queue.submit("copy H2D", lambda: alias.copy_(taken), accesses, stream)
         if not non_blocking:
-            self._queue.finish_stream(self._queue.current())
+            self._queue.wait_for(stream, "copy H2D")
 
     def _copy_to_host(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if source.dtype != target.dtype:
@@ -248,9 +264,10 @@ class Operators:
         if block != 0:
             accesses.append(Access(block, first, last, True))
         destination = target.detach()
-        self._queue.submit("copy D2H", lambda: destination.copy_(alias), accesses)
+        stream = self._queue.current(source.device.index)
+        self._queue.submit("copy D2H", lambda: destination.copy_(alias), accesses, stream)
         if not (non_blocking and block != 0 and target.is_contiguous()):
-            self._queue.finish_stream(self._queue.current())
+            self._queue.wait_for(stream, "copy D2H")
 
 
 def _map(function: Callable[[Tensor], Any], value: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from simulator.counters import Cause, Counts
 from simulator.hazards import Access, Clock, Detector, Hazard, Site, call_site
 
 
@@ -62,6 +63,7 @@ class Queue:
         self._backend = backend
         self.detector = detector
         self.lock = threading.RLock()
+        self.counts = Counts()
         self._streams: dict[int, _Stream] = {}
         self._freed: dict[int, list[tuple[int, int, torch.Tensor]]] = {}
         self._running = False
@@ -85,14 +87,16 @@ class Queue:
             stream = self.current() if stream is None else stream
             self._take_freed()
             self._reuse(stream)
-            self.detector.submit(stream, name, accesses, call_site())
+            site = call_site()
+            self.counts.operations[Cause(name, site)] += 1
+            self.detector.submit(stream, name, accesses, site)
             self._append(stream, _Operation(name, run))
             if self._eagerness and not self._running and self._random.random() < self._eagerness:
                 self._run_one()
 
-    def current(self) -> int:
-        """Id of the calling thread's current stream; 0 is the default stream."""
-        return self._backend.current_stream()
+    def current(self, device: int | None = None) -> int:
+        """Id of the calling thread's current stream on ``device`` (None: its current one)."""
+        return self._backend.current_stream(self._backend.current_device() if device is None else device)
 
     def _append(self, stream: int, item: _Operation | _Wait) -> None:
         target = self._streams.setdefault(stream, _Stream())
@@ -173,12 +177,14 @@ class Queue:
             return True
 
     def synchronize_event(self, event: Event) -> None:
-        if self._is_declared():
+        if self._is_declared("synchronize event"):
             self._finish(event)
 
-    def _is_declared(self) -> bool:
-        """Note who declares a wait; False where this one is to be left out."""
+    def _is_declared(self, host_waits_in: str | None = None) -> bool:
+        """Note who declares a wait, and count it if the host waits; False where this one is to be left out."""
         site = call_site()
+        if host_waits_in is not None:
+            self.counts.waits[Cause(host_waits_in, site)] += 1
         self.declared_waits.add(site)
         return site not in self.left_out
 
@@ -190,11 +196,11 @@ class Queue:
         return self.query_event(event)
 
     def synchronize_stream(self, stream: int) -> None:
-        if self._is_declared():
+        if self._is_declared("synchronize stream"):
             self.finish_stream(stream)
 
     def synchronize(self) -> None:
-        if self._is_declared():
+        if self._is_declared("synchronize"):
             self.finish()
 
     def finish(self) -> None:
@@ -205,6 +211,11 @@ class Queue:
                 self.finish_stream(stream)
             for stream in list(self._freed):
                 self._reuse(stream)
+
+    def wait_for(self, stream: int, name: str) -> None:
+        """Let the host wait for ``stream``, as ``name`` does, which was queued there last."""
+        self.counts.waits[Cause(name, call_site())] += 1
+        self.finish_stream(stream)
 
     def finish_stream(self, stream: int) -> None:
         """Run all that is queued on ``stream``, while the host waits."""
