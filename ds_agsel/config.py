@@ -32,6 +32,7 @@ class SelectionConfig(BaseModel):
     enabled: bool = True
     policy: str = Field("adagrad_select", min_length=1)
     select_percent: float = Field(20.0, gt=0, le=100)
+    select_every: int = Field(1, ge=1)
     explore_rate: float = Field(1.0, ge=0, le=1)
     explore_decay: float | None = Field(None, ge=0)
     smoothing: float = Field(1.0, gt=0)
@@ -87,6 +88,11 @@ class SelectionConfig(BaseModel):
             yield contradiction(both)
         yield from self._policy_field_problems("fixed_blocks", "fixed")
         yield from self._policy_field_problems("replay_file", "replay")
+        if self.policy == "replay" and self.select_every > 1:
+            yield (
+                f'{SECTION}.policy="replay" and {SECTION}.select_every={self.select_every} exclude each other: the'
+                f" replayed file already has the blocks of every step. Remove {SECTION}.select_every."
+            )
         if self.policy == "replay" and (self.always_select or self.never_select):
             setting = "always_select" if self.always_select else "never_select"
             yield (
@@ -219,6 +225,7 @@ _WORDS = {
     "enabled": _Words("true or false", "Use false to run plain DeepSpeed."),
     "policy": _Words("a policy's name", 'Use "adagrad_select", or a name that you registered.'),
     "select_percent": _Words("a number", "Use 100 to train every block.", "(0, 100]"),
+    "select_every": _Words("an integer", "Use 1 to select anew at every step.", "[1, inf)"),
     "explore_rate": _Words("a number", "Use 1 to explore at the first step, 0 to never explore.", "[0, 1]"),
     "explore_decay": _Words("a number", "Use null for ln(100) / steps_per_epoch.", "[0, inf)"),
     "smoothing": _Words("a number", "Use 1.0; less than that favours blocks updated often.", "(0, inf)"),

@@ -203,6 +203,13 @@ class PlanState(BaseModel):
     blocks: list[Count] | None
 
 
+class RoundState(BaseModel):
+    """A `selection.Round`."""
+
+    start: Count
+    blocks: list[Count]
+
+
 class SelectionState(BaseModel):
     """What `Selection.state_dict` gives, of any version that is read, consistent in itself."""
 
@@ -213,6 +220,7 @@ class SelectionState(BaseModel):
     history: list[tuple[Count, Phase, list[Count]]]
     plan: PlanState | None
     policy: dict[str, Any]
+    round: RoundState | None = None
     explore_steps: Count = 0
     exploit_steps: Count = 0
 
@@ -243,6 +251,10 @@ class SelectionState(BaseModel):
             if (self.plan.blocks is None) != (self.plan.phase == "explore"):
                 raise ValueError("plan.blocks is null for a step that explores, and for no other")
             _check_blocks("plan.blocks", self.plan.blocks or [], num_blocks)
+        if self.round is not None:
+            if self.round.start >= steps:
+                raise ValueError(f"round.start is {self.round.start}, and {steps} steps were applied")
+            _check_blocks("round.blocks", self.round.blocks, num_blocks)
         return self
 
 

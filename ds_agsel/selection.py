@@ -3,11 +3,17 @@
 One optimizer step passes through it as `choose` (explore steps, once the scores are known), `leave_out` (blocks
 without a gradient) and `commit` or `skip`. It knows nothing of devices, ranks or ZeRO; freezing is the task of the
 step's window (zero/window.py).
+
+[Note: Rounds] A selection stands for `select_every` applied steps, a round. The policy is asked at the round's first
+step; the others are planned here, as exploit steps on the same blocks, so that every policy is held alike. What a
+step leaves out comes back with the next step of the round. A skipped step is in no round, and a step for which the
+policy selects nothing begins none.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -36,6 +42,14 @@ class Plan:
     step: int
     phase: Phase
     blocks: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """A selection that is held: the round's first step, and its blocks before any was left out; [Note: Rounds]."""
+
+    start: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,9 @@ class Selection:
         self._traffic_sums = dict.fromkeys(_COUNTERS, 0)
         self._traffic_steps = 0
         self._chosen: tuple[int, ...] | None = None
+        self._left_out: frozenset[int] = frozenset()
+        self._scores: dict[int, float] = {}
+        self._round: Round | None = None
         self.current_traffic = Traffic(step=0)
         self._plan: Plan | None = None
         self._plan_ahead()
@@ -140,8 +157,10 @@ class Selection:
 
     @property
     def explore_probability(self) -> float:
-        """ε_t of the planned step."""
-        return self.policy.explore_probability(self.plan.step)
+        """ε_t of the planned step; within a round that of its first step."""
+        step = self.plan.step
+        held = self._held(step)
+        return self.policy.explore_probability(step if held is None else held.start)
 
     @property
     def active_blocks(self) -> tuple[int, ...]:
@@ -160,21 +179,36 @@ class Selection:
         """Blocks that this step updates, ascending. Raises TrainingError before an explore step's choice."""
         if self._chosen is None:
             raise TrainingError(f"step {self.plan.step} explores: its blocks are chosen after backward.")
-        return self._chosen
+        return tuple(block for block in self._chosen if block not in self._left_out)
 
     def choose(self, scores: Sequence[float]) -> tuple[int, ...]:
         """Return an explore step's blocks: the policy's choice by ``scores`` (one per block) and `always_select`."""
-        drawn = checked_choice(self.policy, self.plan.step, [scores[index] for index in self.lottery.drawn])
-        self._chosen = self._with_always(drawn)
-        return self._chosen
+        of_drawn = [scores[index] for index in self.lottery.drawn]
+        step = self.plan.step
+        nothing = self.policy.selects_nothing(step)
+        self._chosen = self._with_always(() if nothing else checked_choice(self.policy, step, of_drawn))
+        self.take_scores(self.lottery.drawn, scores)
+        return self.selected_blocks
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the policy is to observe this step, and the step's scores have not been taken yet."""
+        return self.policy.observes and not self._scores
+
+    def take_scores(self, blocks: Collection[int], scores: Sequence[float]) -> None:
+        """Keep ``scores`` (one per block) of ``blocks``, which the policy observes if the step is applied."""
+        if self.policy.observes:
+            self._scores = {block: scores[block] for block in blocks}
 
     def leave_out(self, blocks: Collection[int]) -> None:
         """Take ``blocks`` out of this step: they are neither updated nor counted, though planned or chosen."""
-        self._chosen = tuple(block for block in self.selected_blocks if block not in blocks)
+        self._left_out |= set(blocks)
 
     def commit(self) -> Record:
         """Count and record the step that was applied and plan the next one."""
         record = Record(self.plan.step, self.plan.phase, self.selected_blocks)
+        self._observe(record.step)
+        self._hold(record.step)
         for index in record.blocks:
             self._counts[index] += 1
         self._steps_by_phase[record.phase] += 1
@@ -189,7 +223,25 @@ class Selection:
     def skip(self) -> None:
         """Forget a step that was not applied: no count, no record; its plan stands for the retry."""
         self._start_traffic()
-        self._chosen = self.plan.blocks
+        self._chosen, self._left_out, self._scores = self.plan.blocks, frozenset(), {}
+
+    def _observe(self, step: int) -> None:
+        """Show the policy the scores of the drawn blocks among those that were scored in this step."""
+        scores = {place: self._scores.get(block, math.nan) for place, block in enumerate(self.lottery.drawn)}
+        seen = {place: score for place, score in scores.items() if math.isfinite(score)}
+        if seen:
+            self.policy.observe(step, tuple(seen), tuple(seen.values()))
+
+    def _hold(self, step: int) -> None:
+        """Begin a round with the blocks of ``step``, if it was planned by the policy; [Note: Rounds]."""
+        if self._held(step) is None:
+            holds = self.config.select_every > 1 and not self.policy.selects_nothing(step)
+            self._round = Round(step, self._chosen or ()) if holds else None
+
+    def _held(self, step: int) -> Round | None:
+        """Return the round that ``step`` belongs to; None for a step that the policy plans."""
+        held = self._round
+        return held if held is not None and held.start < step < held.start + self.config.select_every else None
 
     def _start_traffic(self) -> None:
         self.current_traffic = Traffic(step=self.num_steps)
@@ -206,13 +258,18 @@ class Selection:
         Such errors are a policy that has run out of steps, an answer that can't be used, or what the policy raises.
         """
         self._plan = self._chosen = None
+        self._left_out, self._scores = frozenset(), {}
         with suppress(Exception):
             self._plan = self._draw_plan()
 
     def _draw_plan(self) -> Plan:
         step = self.num_steps
-        drawn = checked_plan(self.policy, step, [self._counts[index] for index in self.lottery.drawn])
-        blocks = None if drawn is None else self._with_always(drawn)
+        held = self._held(step)
+        if held is not None:
+            blocks: tuple[int, ...] | None = held.blocks
+        else:
+            drawn = checked_plan(self.policy, step, [self._counts[index] for index in self.lottery.drawn])
+            blocks = None if drawn is None else self._with_always(drawn)
         self._chosen = blocks
         return Plan(step, "explore" if blocks is None else "exploit", blocks)
 
@@ -229,6 +286,7 @@ class Selection:
             **{f"{phase}_steps": count for phase, count in self._steps_by_phase.items()},
             "history": [[record.step, record.phase, list(record.blocks)] for record in self.history],
             "plan": None if self._plan is None else asdict(self._plan),
+            "round": None if self._round is None else asdict(self._round),
             "policy": self.policy.state_dict(),
         }
 
@@ -253,20 +311,25 @@ class Selection:
         if not isinstance(state, SelectionState):
             state = read_selection_state(state, "the selection state")
         self.check_compatible(state, "the selection state")
+        same_section = {**_DEFAULTS, **state.section} == self.config.model_dump(mode="json")  # it may lack newer fields
+        if same_section:
+            self.policy.load_state_dict(state.policy)
         self._counts = list(state.update_counts)
         self._steps_by_phase = {"explore": state.explore_steps, "exploit": state.exploit_steps}
         rows = state.history[-TAIL_STEPS:]
         self.history = [Record(step, phase, tuple(blocks)) for step, phase, blocks in rows]
         self.traffic, self._traffic_steps, self._traffic_sums = [], 0, dict.fromkeys(_COUNTERS, 0)
         self.current_traffic = Traffic(step=self.num_steps)
-        if {**_DEFAULTS, **state.section} != self.config.model_dump(mode="json"):  # it may be older than some fields
+        self._round = None
+        if not same_section:
             logger.warning("adagrad_select: the section differs from the checkpoint's; the next step is planned anew.")
             self._plan_ahead()
             return
-        self.policy.load_state_dict(state.policy)
+        if state.round is not None:
+            self._round = Round(state.round.start, tuple(state.round.blocks))
         if state.plan is None:
             self._plan_ahead()
             return
         planned = state.plan.blocks
         self._plan = Plan(state.plan.step, state.plan.phase, None if planned is None else tuple(planned))
-        self._chosen = self._plan.blocks
+        self._chosen, self._left_out, self._scores = self._plan.blocks, frozenset(), {}

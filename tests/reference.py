@@ -77,6 +77,7 @@ class Reference:
         reduces_each_micro_step: bool = True,
         explores_on_first_micro_batch: bool = False,
         score: str = "sum",
+        select_every: int = 1,
     ):
         self.model = model
         self.blocks = blocks
@@ -86,6 +87,8 @@ class Reference:
         self.reduces_each_micro_step = reduces_each_micro_step
         self.explores_on_first_micro_batch = explores_on_first_micro_batch
         self.score = score
+        self.select_every = select_every
+        self.held: tuple[int, tuple[int, ...]] | None = None  # first step of the round, and its drawn blocks
         self.always = tuple(always)
         self.drawn = [index for index in range(len(blocks)) if index not in (*always, *never)]
         self.parameters = dict(model.named_parameters())
@@ -100,8 +103,11 @@ class Reference:
         """One optimizer step on ``batches[rank][micro_step]``; None where it is skipped, which changes nothing."""
         step = len(self.history)
 
-        # 1. Plan.
-        drawn = self.chooser.plan(step, [self.update_counts[index] for index in self.drawn])
+        # 1. Plan, at the first step of a round.
+        if self.held is not None and step < self.held[0] + self.select_every:
+            drawn: tuple[int, ...] | None = self.held[1]
+        else:
+            drawn, self.held = self.chooser.plan(step, [self.update_counts[index] for index in self.drawn]), None
         phase = "explore" if drawn is None else "exploit"
 
         # 2., 3. Gradients. All are computed here, whatever was planned: what is not selected must not matter.
@@ -130,7 +136,8 @@ class Reference:
             for name in self.blocks[index]:
                 self.update_parameter(name, applied[name], self.update_counts[index], lr)
 
-        # 6. Commit.
+        # 6. Commit. The round begins, if it has not.
+        self.held = self.held or (step, drawn)
         record = Applied(step, phase, selected, scores, norm)
         self.history.append(record)
         return record

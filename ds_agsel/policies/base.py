@@ -73,7 +73,8 @@ class Policy(ABC):
     """Chooses the blocks of each step. Pure: the same arguments give the same answer, on every rank.
 
     Steps are numbered from 0 and count applied optimizer steps. A subclass gives `plan`, and `choose` only
-    if its explore steps do not take the highest scores.
+    if its explore steps do not take the highest scores. With `select_every` = n it is asked at the first step of each
+    round of n. What it learns from `observe` is part of its state: `state_dict` and `load_state_dict` carry it.
     """
 
     name: ClassVar[str]
@@ -111,6 +112,26 @@ class Policy(ABC):
                     " chosen from; lower the learning rate or check the data."
                 )
         return self.context.admit(descending(scores))
+
+    def selects_nothing(self, step: int) -> bool:
+        """Return whether ``step``, whose plan is None, only takes scores: no block of the lottery is updated."""
+        return False
+
+    def observe(self, step: int, units: Sequence[int], scores: Sequence[float]) -> None:  # noqa: B027
+        """Learn from an applied step: called once after it, with the same arguments on every rank.
+
+        Costs an exploit step the norms of what it updates: one all-reduce and one wait for the accelerator. A policy
+        that does not override this costs nothing.
+
+        Args:
+            units: the blocks that were scored: those updated, or in an explore step all of the lottery. Ascending.
+            scores: of each of ``units``, as the field `score` says; finite.
+        """
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` is overridden."""
+        return type(self).observe is not Policy.observe
 
     @property
     def max_selected(self) -> int:

@@ -26,6 +26,7 @@ class Cyclic(Policy):
         self._again = number_of[start]
 
     def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...]:
-        if step < len(self._turns):
-            return self._turns[step]
-        return self._turns[self._again + (step - self._again) % (len(self._turns) - self._again)]
+        turn = step // self.context.config.select_every
+        if turn < len(self._turns):
+            return self._turns[turn]
+        return self._turns[self._again + (turn - self._again) % (len(self._turns) - self._again)]

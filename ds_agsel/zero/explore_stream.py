@@ -42,6 +42,7 @@ class ExploreStream:
         context, drawn = selection.policy.context, selection.lottery.drawn
         everything = Quota.of_blocks(len(drawn), len(drawn))
         self._best = RunningAdmission(context.quota if selection.policy.chooses_highest_scores else everything)
+        self._takes_none = selection.policy.selects_nothing(selection.plan.step)
         self._place_in_lottery = {block: place for place, block in enumerate(drawn)}
         self._waiting: dict[int, list[nn.Parameter]] = {}
         self._unscored: set[int] = set()
@@ -87,6 +88,8 @@ class ExploreStream:
         place = self._place_in_lottery.get(block)
         if place is None:
             return ()  # always selected
+        if self._takes_none:
+            return (block,)
         drawn = self._selection.lottery.drawn
         return tuple(drawn[gone] for gone in self._best.add(place, self.scores[block]))
 

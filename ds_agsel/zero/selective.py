@@ -146,6 +146,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         if not selection.selected_blocks:
             self._step_on_nothing()
             return
+        if selection.wants_scores:
+            selection.take_scores(selection.selected_blocks, self._block_scores(selection.selected_blocks).tolist())
         groups = self.home.begin(selection.selected_blocks)
         self._before_update(groups)
         self._shown_groups = groups

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 
 import pytest
 from reference_runs import assert_follows_reference
-from support import SELECT, TOPK, VISIT, Case, case_id
+from support import FIRST, SELECT, TOPK, VISIT, Case, assert_identical, build, case_id, run_steps, train
 from test_reference import FP32
+from test_resume import KINDS, SAVED_AT, check_resume
+from test_unselected import check_unselected
 
 SCORED = [
-    Case(section={**TOPK, "score": "rms"}, model="net"),
     Case(section={**SELECT, "score": "norm"}, stage=3, offload="cpu", accumulation=2, clip=0.3),
     Case(section={**TOPK, "score": "rms", **VISIT}, stage=1),
 ]
@@ -35,3 +37,72 @@ def test_selections_by_every_score_follow_the_reference(trained, case, ranks):
 def test_each_score_chooses_other_blocks(trained):
     histories = [trained(Case(section={**TOPK, "score": score}), 2)[0]["history"] for score in ("sum", "norm", "rms")]
     assert histories[0] != histories[1] != histories[2] != histories[0]
+
+
+HELD = [
+    Case(section={**SELECT, "select_every": 3}, accumulation=2, clip=0.3),
+    Case(section={**TOPK, "select_every": 3, "score": "rms", **VISIT}, stage=3),
+    Case(section={**FIRST, "select_every": 2, "always_select": ["final_norm"]}, offload="cpu", accumulation=2),
+]
+HELD_WIDE = [
+    Case(section={**SELECT, "select_every": 3, "policy": policy}, stage=stage, offload=offload)
+    for policy, stage, offload in product(("adagrad_select", "random", "cyclic"), (1, 2, 3), ("none", "cpu"))
+]
+
+
+@pytest.mark.parametrize("case", HELD, ids=case_id)
+def test_held_selections_follow_the_reference(trained, case):
+    assert_follows_reference(case, trained(case, 2), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", HELD_WIDE, ids=case_id)
+def test_held_selections_of_every_policy_follow_the_reference(trained, case, ranks):
+    assert_follows_reference(case, trained(case, ranks), FP32)
+
+
+@pytest.mark.parametrize("case", HELD, ids=case_id)
+def test_what_is_not_held_is_bit_identical(trained, case):
+    check_unselected(trained(case, 2))
+
+
+@pytest.mark.parametrize("case", [HELD[0], HELD[1].but(dtype="bf16")], ids=case_id)
+def test_a_resume_in_the_middle_of_a_round_is_bit_identical(workers, other_workers, tmp_path, case):
+    assert SAVED_AT % 3 == 1  # the round began a step before
+    check_resume(workers, other_workers, tmp_path, case, KINDS[case.stage == 3], ranks=2)
+
+
+def state_traffic(case: Case) -> tuple[int, int]:
+    """Bytes of states that came to the accelerator, and that left it, in the second half of the run."""
+    engine = build(case)
+    run_steps(engine, case)
+    half = engine.selection.traffic[case.steps // 2 :]
+    engine.destroy()
+    return sum(step.h2d_bytes for step in half), sum(step.d2h_bytes for step in half)
+
+
+def test_held_states_travel_once_a_round(workers):
+    """The four layers, of equal size, in turn. Their first visits, in the first half, bring no moments."""
+    section = {"policy": "cyclic", "select_percent": 25, "never_select": ["embedding", "final_norm"], **VISIT}
+    case = Case(section=section, steps=24)
+    in_out = {
+        length: workers(1).run(state_traffic, case.but(section={**section, "select_every": length}))[0]
+        for length in (1, 2, 3)
+    }
+    layer_bytes = in_out[1][0] // 12
+    assert layer_bytes > 0
+    assert in_out == {length: (12 // length * layer_bytes,) * 2 for length in (1, 2, 3)}
+
+
+def test_a_replayed_run_of_rounds_is_the_same_run(workers, tmp_path):
+    case = Case(section={**SELECT, "select_every": 3})
+    (whole,) = workers(1).run(train, case)
+    lines = [{"step": step, "phase": phase, "blocks": blocks} for step, phase, blocks in whole["history"]]
+    file = tmp_path / "selection.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    (again,) = workers(1).run(train, case.but(section={"policy": "replay", "replay_file": str(file)}, steps=7))
+    (short,) = workers(1).run(train, case.but(steps=7))
+    assert_identical(
+        {key: short[key] for key in ("weights", "partitions")}, {key: again[key] for key in ("weights", "partitions")}
+    )

@@ -88,9 +88,14 @@ def whole_and_saving(case: Case, directory: Path, kind: str) -> tuple[dict[str, 
 
 @pytest.mark.parametrize(("case", "kind", "ranks"), selected(), ids=case_id)
 def test_resume_is_bit_identical_to_not_stopping(workers, other_workers, tmp_path, case, kind, ranks):
+    check_resume(workers, other_workers, tmp_path, case, kind, ranks)
+
+
+def check_resume(workers: Any, other_workers: Any, directory: Path, case: Case, kind: str, ranks: int) -> None:
+    """A run of ``case``, one that saved on the way, and one that went on from there in other processes are equal."""
     kept = ("weights", "partitions", "history", "counts", "plan", "blocks")
-    together = workers(ranks).run(whole_and_saving, case, tmp_path, kind)
-    for (whole, saving), resumed in zip(together, other_workers(ranks).run(resume, case, tmp_path), strict=True):
+    together = workers(ranks).run(whole_and_saving, case, directory, kind)
+    for (whole, saving), resumed in zip(together, other_workers(ranks).run(resume, case, directory), strict=True):
         expected = {key: whole[key] for key in kept}
         assert_identical(expected, {key: saving[key] for key in kept})
         assert_identical(expected, {key: resumed[key] for key in kept})

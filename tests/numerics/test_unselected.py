@@ -33,7 +33,12 @@ def of_block(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_unselected_blocks_are_bit_identical(trained, case, ranks):
-    for run in trained(case, ranks):
+    check_unselected(trained(case, ranks))
+
+
+def check_unselected(runs: list[dict[str, Any]]) -> None:
+    """Between any two states of ``runs`` the selected blocks moved, all that a rank holds, and no others."""
+    for run in runs:
         assert {phase for _, phase, _ in run["history"]} == {"explore", "exploit"}
         for (step, _, selected), (before, after) in zip(run["history"], pairwise(run["observed"]), strict=True):
             for index, names in enumerate(run["blocks"].values()):

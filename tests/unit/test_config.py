@@ -75,6 +75,7 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "enabled": True,
         "policy": "adagrad_select",
         "select_percent": 20.0,
+        "select_every": 1,
         "explore_rate": 1.0,
         "explore_decay": None,
         "smoothing": 1.0,
@@ -104,6 +105,7 @@ def test_every_field_is_read_and_the_users_dict_is_left_as_it_was() -> None:
         "enabled": False,
         "policy": "fixed",
         "select_percent": 10,
+        "select_every": 5,
         "explore_rate": 0,
         "explore_decay": 0.5,
         "smoothing": 1e-6,
@@ -175,6 +177,8 @@ def test_the_config_can_not_be_changed() -> None:
             True,
             "=true is not an integer. Use the optimizer steps in one pass over the data",
         ),
+        ("select_every", 0, "=0 is outside [1, inf). Use 1 to select anew at every step."),
+        ("select_every", 2.0, "=2.0 is not an integer. Use 1 to select anew at every step."),
         ("seed", -1, "=-1 is outside [0, inf). Use 42, or any integer from 0 on."),
         ("seed", False, "=false is not an integer. Use 42, or any integer from 0 on."),
         ("enabled", 1, "=1 is not true or false. Use false to run plain DeepSpeed."),
@@ -291,6 +295,13 @@ def test_the_constructor_refuses_as_the_parser_does() -> None:
             (
                 'policy="replay" and adagrad_select.never_select=["a"] exclude each other: the replayed file'
                 " already says which blocks are updated. Remove adagrad_select.never_select."
+            ),
+        ),
+        (
+            {"policy": "replay", "replay_file": "x", "select_every": 5},
+            (
+                'policy="replay" and adagrad_select.select_every=5 exclude each other: the replayed file already has'
+                " the blocks of every step. Remove adagrad_select.select_every."
             ),
         ),
         (

@@ -141,3 +141,142 @@ def test_a_policy_that_has_run_out_is_an_error_only_where_training_goes_on(tmp_p
     assert selection.state_dict()["plan"] is None
     with pytest.raises(ValueError, match="step 1"):
         _ = selection.active_blocks
+
+
+# Rounds
+
+
+def test_a_selection_stands_for_a_round_and_the_policy_is_asked_at_its_first_step():
+    selection, every = (
+        make(policy="random", select_percent=40, select_every=3),
+        make(policy="random", select_percent=40),
+    )
+    for _ in range(9):
+        step(selection)
+        step(every)
+    asked = [record.blocks for record in every.history]
+    assert [record.blocks for record in selection.history] == [asked[i] for i in (0, 0, 0, 3, 3, 3, 6, 6, 6)]
+    assert sum(selection.update_counts) == 18
+
+
+def test_a_round_that_explores_scores_once_and_holds_what_it_chose():
+    selection = make(policy="gradient_topk", select_percent=40, select_every=3)
+    assert step(selection) == Record(0, "explore", (1, 3))
+    assert selection.active_blocks == (1, 3) and selection.plan.blocks == (1, 3)
+    assert [step(selection) for _ in range(2)] == [Record(1, "exploit", (1, 3)), Record(2, "exploit", (1, 3))]
+    assert selection.plan.blocks is None and selection.active_blocks == (0, 1, 2, 3, 4)
+    assert step(selection, [9.0, 1.0, 1.0, 1.0, 8.0]) == Record(3, "explore", (0, 4))
+
+
+def test_skipped_steps_do_not_shorten_a_round():
+    selection = make(policy="gradient_topk", select_percent=40, select_every=2)
+    selection.choose([5.0, 4.0, 3.0, 2.0, 1.0])
+    selection.skip()  # nothing is held: the retry explores
+    assert selection.plan.blocks is None
+    step(selection)
+    selection.skip()
+    selection.skip()
+    assert selection.plan.blocks == (1, 3)
+    step(selection)
+    assert selection.plan.blocks is None
+
+
+def test_a_block_that_a_step_of_a_round_leaves_out_comes_back_with_the_next():
+    selection = make(policy="gradient_topk", select_percent=40, select_every=3)
+    selection.choose([5.0, 4.0, 3.0, 2.0, 1.0])
+    selection.leave_out([1])
+    assert selection.commit() == Record(0, "explore", (0,))
+    assert step(selection).blocks == (0, 1)
+    selection.leave_out([0, 1])
+    assert selection.commit().blocks == ()
+    assert selection.update_counts == (2, 1, 0, 0, 0)
+
+
+def test_the_explore_probability_of_a_round_is_that_of_its_first_step():
+    selection = make(select_percent=40, select_every=4, explore_decay=0.3)
+    seen = []
+    for _ in range(8):
+        seen.append(selection.explore_probability)
+        step(selection)
+    assert seen[:4] == [1.0] * 4
+    assert seen[4:] == [pytest.approx(2.718281828**-1.2)] * 4
+
+
+def test_going_on_from_the_middle_of_a_round_equals_not_stopping():
+    section = {"select_percent": 40, "select_every": 4, "explore_decay": 0.01}
+    for saved_at in range(1, 9):
+        whole, first, second = make(**section), make(**section), make(**section)
+        for number in range(12):
+            step(whole, scores=[(7 * number + 3 * block) % 11 for block in range(5)])
+        for number in range(saved_at):
+            step(first, scores=[(7 * number + 3 * block) % 11 for block in range(5)])
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for number in range(saved_at, 12):
+            step(second, scores=[(7 * number + 3 * block) % 11 for block in range(5)])
+        assert second.history == whole.history
+
+
+def test_a_changed_section_ends_the_round(caplog):
+    saved = make(policy="fixed", fixed_blocks=["block0"], select_every=5)
+    step(saved)
+    other = make(policy="fixed", fixed_blocks=["block3"], select_every=5)
+    other.load_state_dict(saved.state_dict())
+    assert other.plan.blocks == (3,)
+
+
+def test_cyclic_takes_the_next_blocks_each_round():
+    selection = make(policy="cyclic", select_percent=40, select_every=2)
+    assert [step(selection).blocks for _ in range(7)] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(0, 4)] * 2 + [(1, 2)]
+
+
+@pytest.mark.parametrize("wrong", [{"start": 1, "blocks": [0]}, {"start": 0, "blocks": [0, 0]}, {"start": 0}])
+def test_a_round_that_can_not_be_is_refused(wrong):
+    selection = make(policy="random", select_every=3)
+    step(selection)
+    with pytest.raises(CheckpointError, match="round"):
+        make(policy="random", select_every=3).load_state_dict({**selection.state_dict(), "round": wrong})
+
+
+# What a policy observes
+
+
+class Watcher(policies.Policy):
+    """Explores at every other step and keeps what it sees, which is its state."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.seen = []
+
+    def plan(self, step, update_counts):
+        return None if step % 2 == 0 else (0, 1)
+
+    def observe(self, step, units, scores):
+        self.seen.append([step, list(units), list(scores)])
+
+
+def watched(lottery):
+    selection = make(policy="random", select_percent=70, lottery=lottery)
+    return Selection(
+        selection.blocks, Watcher(selection.policy.context), lottery, selection.config, selection.parameters
+    )
+
+
+def test_a_policy_sees_all_scores_of_an_explore_step_and_those_of_what_an_exploit_step_updates():
+    selection = watched(Lottery((1, 3, 4), always=(0,), never=(2,)))
+    assert selection.wants_scores
+    step(selection, [1.0, 5.0, 2.0, 4.0, 3.0])
+    assert selection.wants_scores
+    selection.take_scores(selection.selected_blocks, [7.0, 6.0, 0.0, float("nan"), 0.0])
+    assert not selection.wants_scores
+    selection.skip()
+    assert selection.wants_scores and len(selection.policy.seen) == 1
+    selection.take_scores(selection.selected_blocks, [7.0, 6.0, 0.0, float("nan"), 0.0])
+    selection.commit()
+    assert selection.policy.seen == [[0, [0, 1, 2], [5.0, 4.0, 3.0]], [1, [0], [6.0]]]
+
+
+def test_a_policy_that_does_not_observe_wants_no_scores():
+    selection = make(policy="random")
+    assert not selection.wants_scores
+    selection.take_scores((0,), [1.0] * 5)
+    selection.commit()
