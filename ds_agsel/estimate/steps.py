@@ -69,12 +69,15 @@ def exact_step(
     )
 
 
-def typical_step(numels: Sequence[int], lottery: Lottery, phase: Phase, which: Which, streaming: bool) -> Step:
+def typical_step(
+    numels: Sequence[int], lottery: Lottery, phase: Phase, which: Which, streaming: bool, select_every: int = 1
+) -> Step:
     """Return a step late in training, when every block has moments.
 
     Its blocks are a uniform draw, or the largest ones, none of them resident.
 
-    With ``streaming`` an explore step keeps the gradients of k + 1 blocks at most; without, of all.
+    With ``streaming`` an explore step keeps the gradients of k + 1 blocks at most; without, of all. Of the
+    ``select_every`` steps for which a selection stands, one moves states; the expected exploit step is their mean.
 
     Args:
         numels: elements of each block, (num_blocks,).
@@ -88,7 +91,8 @@ def typical_step(numels: Sequence[int], lottery: Lottery, phase: Phase, which: W
         reach = _indicator(num_blocks, range(num_blocks))
     else:
         selected, streamed = _uniform(num_blocks, lottery, k), _uniform(num_blocks, lottery, kept)
-        arriving = tuple(share * (1 - share) for share in selected)  # chosen now, and not by the step before
+        steps = select_every if phase == "exploit" else 1
+        arriving = tuple(share * (1 - share) / steps for share in selected)  # chosen now, and not by the round before
         reach = _reach(num_blocks, lottery)
     explores = phase == "explore"
     return Step(

@@ -81,7 +81,7 @@ def estimate(
     for percent in percentages:
         lottery = build_lottery(model.blocks, config.model_copy(update={"select_percent": percent}))
         for stepping in steppings(setup):
-            rows += _selective_rows(model, setup, lottery, percent, stepping, features, config.explore_on)
+            rows += _selective_rows(model, setup, lottery, percent, stepping, features, config)
     rows += [_lora_row(model, setup, rank) for rank in LORA_RANKS if model.linears]
     return Estimate(model, setup, tuple(rows))
 
@@ -135,15 +135,15 @@ def _selective_rows(
     percent: float,
     stepping: Stepping,
     features: Features,
-    explore_on: str,
+    config: SelectionConfig,
 ) -> Iterator[Row]:
     setup = _setup_for(setup, stepping)
     numels = tuple(block.numel for block in model.blocks)
-    one_backward = setup.accumulation_steps == 1 or explore_on == "first_micro_batch"
+    one_backward = setup.accumulation_steps == 1 or config.explore_on == "first_micro_batch"
     streaming = features.streaming_top_k and setup.stage > 1 and one_backward
     kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
     for phase, which in kinds:
-        step = typical_step(numels, lottery, phase, which, streaming)
+        step = typical_step(numels, lottery, phase, which, streaming, config.select_every)
         trained = round(weighted(step.selected, numels))
         yield Row(
             label=f"{percent:g} %, {phase}, {which}",

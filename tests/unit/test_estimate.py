@@ -198,6 +198,25 @@ def test_worst_takes_the_largest_blocks_and_those_always_selected():
     assert typical_step(*lot, "exploit", "expected", False).arriving == (Fraction(2, 9),) * 3 + (0,)
 
 
+def test_states_of_a_selection_that_stands_travel_once_a_round():
+    lot = (5, 9, 7, 1), Lottery((0, 1, 2), (3,), num_selected=2)
+    held = typical_step(*lot, "exploit", "expected", False, select_every=10)
+    assert held.arriving == held.leaving == (Fraction(2, 90),) * 3 + (0,)
+    assert held.selected == typical_step(*lot, "exploit", "expected", False).selected
+    for phase, which in (("exploit", "worst"), ("explore", "expected"), ("explore", "worst")):  # a round's first step
+        assert typical_step(*lot, phase, which, False, select_every=10) == typical_step(*lot, phase, which, False)
+
+
+def test_the_table_is_of_the_section_s_rounds():
+    model, setup = model_of((100,), (100,), (100,), (100,)), Setup(ranks=1, offload_optimizer="none")
+    by_length = [
+        next(row.traffic.h2d for row in estimate(model, setup, SelectionConfig(select_every=length), (50,)).rows
+             if (row.phase, row.which, row.stepping) == ("exploit", "expected", "accelerator"))
+        for length in (1, 4)
+    ]  # fmt: skip
+    assert by_length[0] == 4 * by_length[1] > 0
+
+
 # ------------------------------------------------------------------------- traffic
 
 
