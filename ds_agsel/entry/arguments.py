@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_agsel.ds_config import (
     with_offload_to_cpu,
     with_scheduler_for_groups,
     with_torch_adam,
     without_pipelined_swapping,
+    without_synchronizing_timer,
 )
 from ds_agsel.entry.preparation import Preparation
 from ds_agsel.param_groups import ParamGroup
 from ds_agsel.zero import compat
 from ds_agsel.zero.step_device import StepDevice
+
+logger = logging.getLogger("ds_agsel")
 
 
 def read_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -88,9 +93,22 @@ def _stepping_there(ds_config: Mapping[str, Any], choice: StepDevice) -> Mapping
     """Return a ds_config with which DeepSpeed makes the optimizer that ``choice`` needs."""
     if choice is StepDevice.HOST:
         return without_pipelined_swapping(with_offload_to_cpu(ds_config))  # reads and writes overlap in `residency`
-    if choice is StepDevice.VISIT and not compat.has_fused_adam():
-        return with_torch_adam(ds_config)
-    return ds_config
+    if choice is not StepDevice.VISIT:
+        return ds_config
+    if not get_accelerator().is_synchronized_device():
+        ds_config = _with_steps_that_overlap(ds_config)
+    return ds_config if compat.has_fused_adam() else with_torch_adam(ds_config)
+
+
+def _with_steps_that_overlap(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a ds_config whose timer does not wait for states that travel under the next forward and backward."""
+    changed = without_synchronizing_timer(ds_config)
+    if changed != ds_config and torch.distributed.get_rank() == 0:
+        logger.info(
+            "adagrad_select: timers.throughput.synchronized is set to false: DeepSpeed's throughput timer would wait "
+            "for the device at each step, and so for the states that travel under it. Set it yourself to keep it."
+        )
+    return changed
 
 
 def _with_ds_config(arguments: Mapping[str, Any], ds_config: Mapping[str, Any]) -> dict[str, Any]:

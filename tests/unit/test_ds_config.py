@@ -10,6 +10,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.utils.config import get_timers_config
 
 from ds_agsel import ds_config as edits
 from ds_agsel.ds_config import DsConfig, read_ds_config
@@ -183,3 +184,23 @@ def test_what_is_no_ds_config_is_refused_with_the_file(tmp_path: Path, text: str
     with pytest.raises(ConfigError, match=message) as raised:
         read_ds_config(file)
     assert "file.json" in str(raised.value)
+
+
+TIMERS: list[dict[str, Any]] = [
+    {},
+    {"timers": {}},
+    {"timers": {"throughput": {"enabled": False}}},
+    {"timers": {"throughput": {"enabled": True, "synchronized": False}}},
+    {"timers": {"throughput": {"synchronized": True}}},
+]
+
+
+@pytest.mark.parametrize("raw", TIMERS, ids=str)
+def test_the_timer_is_deepspeeds_and_is_changed_only_where_nothing_is_said(raw: dict[str, Any]) -> None:
+    theirs = get_timers_config(raw)
+    assert DsConfig.of(raw).timer_synchronizes == (theirs.enabled and theirs.synchronized)
+    before, changed = copy.deepcopy(raw), edits.without_synchronizing_timer(raw)
+    assert raw == before
+    said = "throughput" in raw.get("timers", {})
+    assert changed == (raw if said else {**raw, "timers": {"throughput": {"synchronized": False}}})
+    assert get_timers_config(changed).synchronized == (theirs.synchronized and said)
