@@ -17,6 +17,14 @@ SECTION = "adagrad_select"
 
 # Other names under which a user may look for the section; DeepSpeed would ignore them silently.
 _MISTAKEN_SECTIONS = ("ds_agsel", "agsel")
+OWN_POLICIES = ("adagrad_select", "all", "cyclic", "fixed", "gradient_topk", "grass", "misa", "random", "replay")
+# Fields that these policies alone read. A policy that the user has registered may read any.
+_READERS = {
+    "score_decay": ("grass", "misa"),
+    "temperature": ("grass", "misa"),
+    "refresh_every": ("grass", "misa"),
+    "probe_steps": ("grass",),
+}
 _SIMILAR = 0.8  # difflib ratio: two letters of "adagradselect" may be wrong, "adagrad" alone is another word
 
 
@@ -38,6 +46,10 @@ class SelectionConfig(BaseModel):
     smoothing: float = Field(1.0, gt=0)
     exploit_draw: Literal["sample", "top"] = "sample"
     score: Literal["sum", "norm", "rms"] = "sum"
+    score_decay: float = Field(0.8, ge=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
+    refresh_every: int | None = Field(None, ge=1)
+    probe_steps: int = Field(5, ge=1)
     always_select: tuple[str, ...] = ()
     never_select: tuple[str, ...] = ()
     steps_per_epoch: int | None = Field(None, ge=1)
@@ -86,6 +98,7 @@ class SelectionConfig(BaseModel):
         both = sorted(set(self.always_select) & set(self.never_select))
         if both:
             yield contradiction(both)
+        yield from self._scoring_field_problems()
         yield from self._policy_field_problems("fixed_blocks", "fixed")
         yield from self._policy_field_problems("replay_file", "replay")
         if self.policy == "replay" and self.select_every > 1:
@@ -104,6 +117,20 @@ class SelectionConfig(BaseModel):
             yield f"{SECTION}.fixed_blocks=[] is empty. Name at least one block to update."
         if self.blocks is not None:
             yield from _pattern_problems(self.blocks)
+
+    def _scoring_field_problems(self) -> Iterator[str]:
+        for field, readers in _READERS.items():
+            is_set = getattr(self, field) != type(self).model_fields[field].default
+            if is_set and self.policy in OWN_POLICIES and self.policy not in readers:
+                yield (
+                    f'{SECTION}.{field}={_shown(getattr(self, field))} is not read by {SECTION}.policy="{self.policy}",'
+                    f" but by {quoted(readers)}. Remove {field}, or set the policy to one of these."
+                )
+        if self.explore_on != "batch" and self.policy in _READERS["probe_steps"]:
+            yield (
+                f'{SECTION}.explore_on="{self.explore_on}" can\'t be used with {SECTION}.policy="{self.policy}", whose'
+                ' probing steps score whole batches. Set explore_on to "batch".'
+            )
 
     def _policy_field_problems(self, field: str, policy: str) -> Iterator[str]:
         value = getattr(self, field)
@@ -231,6 +258,10 @@ _WORDS = {
     "smoothing": _Words("a number", "Use 1.0; less than that favours blocks updated often.", "(0, inf)"),
     "exploit_draw": _Words('"sample" or "top"', 'Use "sample" to draw blocks in proportion to p.'),
     "score": _Words('"sum", "norm" or "rms"', 'Use "sum" for the sum of the norms of a block\'s parameters.'),
+    "score_decay": _Words("a number", "Use 0.8; 0 forgets all but the newest period.", "[0, 1)"),
+    "temperature": _Words("a number", "Use 1.0; less than that favours high scores more.", "(0, inf)"),
+    "refresh_every": _Words("an integer", "Use null for a period as long as a selection stands.", "[1, inf)"),
+    "probe_steps": _Words("an integer", "Use 5; these steps score every block and update none.", "[1, inf)"),
     "always_select": _BLOCK_LIST,
     "never_select": _BLOCK_LIST,
     "steps_per_epoch": _Words(
@@ -252,6 +283,9 @@ _WORDS = {
 }
 
 
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
+
 def _messages(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
     messages: list[str] = []
     for found in error.errors(include_url=False):
@@ -265,7 +299,7 @@ def _message(found: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     if found["type"] == "extra_forbidden":
         return _unknown_key(field)
     words = _WORDS[field]
-    out_of_range = found["type"] in ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")
+    out_of_range = found["type"] in _OUT_OF_RANGE
     problem = f"is outside {words.allowed}" if out_of_range else f"is not {words.kind}"
     return f"{SECTION}.{field}={_shown(given[field])} {problem}. {words.remedy}"
 

@@ -207,8 +207,8 @@ class Selection:
     def commit(self) -> Record:
         """Count and record the step that was applied and plan the next one."""
         record = Record(self.plan.step, self.plan.phase, self.selected_blocks)
-        self._observe(record.step)
         self._hold(record.step)
+        self._observe(record.step)
         for index in record.blocks:
             self._counts[index] += 1
         self._steps_by_phase[record.phase] += 1
@@ -226,10 +226,11 @@ class Selection:
         self._chosen, self._left_out, self._scores = self.plan.blocks, frozenset(), {}
 
     def _observe(self, step: int) -> None:
-        """Show the policy the scores of the drawn blocks among those that were scored in this step."""
-        scores = {place: self._scores.get(block, math.nan) for place, block in enumerate(self.lottery.drawn)}
-        seen = {place: score for place, score in scores.items() if math.isfinite(score)}
-        if seen:
+        """Show the policy the scores of the drawn blocks among those scored in this step; 0 for what it left out."""
+        scores = {**dict.fromkeys(self._chosen or (), 0.0), **self._scores}
+        places = {place: scores[block] for place, block in enumerate(self.lottery.drawn) if block in scores}
+        seen = {place: score for place, score in places.items() if math.isfinite(score)}
+        if seen and self.policy.observes:
             self.policy.observe(step, tuple(seen), tuple(seen.values()))
 
     def _hold(self, step: int) -> None:

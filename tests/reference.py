@@ -25,6 +25,10 @@ class Chooser(Protocol):
 
     def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]: ...
 
+    def selects_nothing(self, step: int) -> bool: ...
+
+    def observe(self, step: int, units: Sequence[int], scores: Sequence[float]) -> None: ...
+
 
 def total(tensors: Iterable[Tensor]) -> Tensor:
     """Their sum, added up from the first on."""
@@ -119,7 +123,10 @@ class Reference:
         if drawn is None:
             if not all(math.isfinite(score) for score in scores):
                 return None
-            drawn = self.chooser.choose(step, [scores[index] for index in self.drawn])
+            if self.chooser.selects_nothing(step):
+                drawn = ()
+            else:
+                drawn = self.chooser.choose(step, [scores[index] for index in self.drawn])
         selected = tuple(sorted([*(self.drawn[index] for index in drawn), *self.always]))
 
         # 5. Clip by the norm of what is applied, update, write the model weights back.
@@ -136,8 +143,11 @@ class Reference:
             for name in self.blocks[index]:
                 self.update_parameter(name, applied[name], self.update_counts[index], lr)
 
-        # 6. Commit. The round begins, if it has not.
-        self.held = self.held or (step, drawn)
+        # 6. Commit. The round begins, if it has not. The chooser sees the scores of what it chose, or of all.
+        if drawn:
+            self.held = self.held or (step, drawn)
+        seen = tuple(drawn) if phase == "exploit" else tuple(range(len(self.drawn)))
+        self.chooser.observe(step, seen, [scores[self.drawn[place]] for place in seen])
         record = Applied(step, phase, selected, scores, norm)
         self.history.append(record)
         return record

@@ -40,6 +40,12 @@ class Fixed:
     def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
         raise NotImplementedError
 
+    def selects_nothing(self, step: int) -> bool:
+        return False
+
+    def observe(self, step: int, units: Sequence[int], scores: Sequence[float]) -> None:
+        pass
+
 
 def chooser(case: Case, names: Sequence[str]) -> Any:
     """ds_agsel's policy for the drawn blocks ``names``; every block where the case has no section."""

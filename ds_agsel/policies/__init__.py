@@ -6,6 +6,8 @@ from ds_agsel.policies import (  # noqa: F401  (importing a policy's module regi
     cyclic,
     fixed,
     gradient_topk,
+    grass,
+    misa,
     random,
     replay,
 )

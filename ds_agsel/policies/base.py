@@ -124,8 +124,9 @@ class Policy(ABC):
         that does not override this costs nothing.
 
         Args:
-            units: the blocks that were scored: those updated, or in an explore step all of the lottery. Ascending.
-            scores: of each of ``units``, as the field `score` says; finite.
+            units: the blocks that were scored: those selected, or in an explore step all of the lottery. Ascending.
+            scores: of each of ``units``, as the field `score` says; finite, and 0 for a block that was left out since
+                it took no part in forward.
         """
 
     @property

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from itertools import product
+from typing import Any
 
 import pytest
 from reference_runs import assert_follows_reference
 from support import FIRST, SELECT, TOPK, VISIT, Case, assert_identical, build, case_id, run_steps, train
 from test_reference import FP32
 from test_resume import KINDS, SAVED_AT, check_resume
+from test_streaming import train_and_watch
 from test_unselected import check_unselected
 
 SCORED = [
@@ -71,6 +73,72 @@ def test_what_is_not_held_is_bit_identical(trained, case):
 def test_a_resume_in_the_middle_of_a_round_is_bit_identical(workers, other_workers, tmp_path, case):
     assert SAVED_AT % 3 == 1  # the round began a step before
     check_resume(workers, other_workers, tmp_path, case, KINDS[case.stage == 3], ranks=2)
+
+
+# Steep enough for the scores to decide; the first two steps probe.
+GRASS = {
+    "policy": "grass", "select_percent": 34, "score": "norm", "temperature": 0.05, "probe_steps": 2, "select_every": 3,
+}  # fmt: skip
+MISA = {"policy": "misa", "select_percent": 50, "score": "norm", "temperature": 0.05, "select_every": 2}
+OBSERVING = [
+    Case(section={**GRASS, "always_select": ["final_norm"]}, accumulation=2, clip=0.3, steps=9),
+    Case(section={**GRASS, **VISIT}, stage=3, steps=9),
+    Case(section=MISA, offload="cpu", steps=9),
+]
+OBSERVING_WIDE = [
+    Case(section=section, stage=stage, offload=offload, steps=9)
+    for section, stage, offload in product((GRASS, MISA), (1, 2, 3), ("none", "cpu"))
+]
+
+
+@pytest.mark.parametrize("case", OBSERVING, ids=case_id)
+def test_policies_that_observe_follow_the_reference(trained, case):
+    runs = trained(case, 2)
+    assert_follows_reference(case, runs, FP32)
+    if case.section["policy"] == "grass":
+        always = () if not case.section.get("always_select") else (5,)
+        assert runs[0]["history"][:2] == [(0, "explore", always), (1, "explore", always)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", OBSERVING_WIDE, ids=case_id)
+def test_policies_that_observe_follow_the_reference_in_every_stage(trained, case, ranks):
+    assert_follows_reference(case, trained(case, ranks), FP32)
+
+
+@pytest.mark.parametrize("case", OBSERVING[1:], ids=case_id)
+def test_a_resume_of_what_was_observed_is_bit_identical(workers, other_workers, tmp_path, case):
+    check_resume(workers, other_workers, tmp_path, case, KINDS[case.stage == 3], ranks=2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_probing_step_holds_the_gradients_of_one_block(workers, stage):
+    for run in workers(2).run(train_and_watch, Case(section=GRASS, stage=stage, steps=2)):
+        assert [seen["most_blocks"] for seen in run["observed"]] == [1, 1]
+
+
+def score_reads(case: Case) -> dict[str, int]:
+    """How often scores were computed in each phase."""
+    engine = build(case)
+    zero, found = engine.optimizer, {"explore": 0, "exploit": 0}
+    compute = zero._block_scores
+
+    def counted(blocks: Any) -> Any:
+        found[engine.selection.plan.phase] += 1
+        return compute(blocks)
+
+    zero._block_scores = counted
+    run_steps(engine, case)
+    engine.destroy()
+    return found
+
+
+def test_exploit_steps_take_scores_for_a_policy_that_observes_and_for_no_other(workers):
+    assert workers(1).run(score_reads, Case(section=MISA, steps=4)) == [{"explore": 0, "exploit": 4}]
+    assert workers(1).run(score_reads, Case(section={**SELECT, "policy": "random"}, steps=4)) == [
+        {"explore": 0, "exploit": 0}
+    ]
 
 
 def state_traffic(case: Case) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ds_agsel.config import SECTION, SelectionConfig, did_you_mean, find_section, parse_section
+from ds_agsel.config import OWN_POLICIES, SECTION, SelectionConfig, did_you_mean, find_section, parse_section
 from ds_agsel.errors import ConfigError
 
 FIELDS = ", ".join(SelectionConfig.model_fields)
@@ -81,6 +81,10 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "smoothing": 1.0,
         "exploit_draw": "sample",
         "score": "sum",
+        "score_decay": 0.8,
+        "temperature": 1.0,
+        "refresh_every": None,
+        "probe_steps": 5,
         "always_select": (),
         "never_select": (),
         "steps_per_epoch": None,
@@ -191,6 +195,11 @@ def test_the_config_can_not_be_changed() -> None:
             '="topk" is not "sample" or "top". Use "sample" to draw blocks in proportion to p.',
         ),
         ("score", "l2", '="l2" is not "sum", "norm" or "rms". Use "sum" for the sum of the norms'),
+        ("score_decay", 1, "=1 is outside [0, 1). Use 0.8; 0 forgets all but the newest period."),
+        ("score_decay", -0.1, "=-0.1 is outside [0, 1). Use 0.8"),
+        ("temperature", 0, "=0 is outside (0, inf). Use 1.0; less than that favours high scores more."),
+        ("refresh_every", 0, "=0 is outside [1, inf). Use null for a period as long as a selection stands."),
+        ("probe_steps", 0, "=0 is outside [1, inf). Use 5; these steps score every block and update none."),
         (
             "always_select",
             "embedding",
@@ -298,6 +307,21 @@ def test_the_constructor_refuses_as_the_parser_does() -> None:
             ),
         ),
         (
+            {"policy": "random", "temperature": 0.5},
+            (
+                'temperature=0.5 is not read by adagrad_select.policy="random", but by "grass", "misa". Remove'
+                " temperature, or set the policy to one of these."
+            ),
+        ),
+        (
+            {"policy": "misa", "probe_steps": 9},
+            'probe_steps=9 is not read by adagrad_select.policy="misa", but by "grass". Remove probe_steps',
+        ),
+        (
+            {"policy": "grass", "explore_on": "first_micro_batch"},
+            'explore_on="first_micro_batch" can\'t be used with adagrad_select.policy="grass", whose probing steps',
+        ),
+        (
             {"policy": "replay", "replay_file": "x", "select_every": 5},
             (
                 'policy="replay" and adagrad_select.select_every=5 exclude each other: the replayed file already has'
@@ -360,3 +384,16 @@ def test_a_near_miss_beside_the_section_is_left_alone() -> None:
 def test_did_you_mean_ignores_case_and_keeps_silent_when_nothing_is_near() -> None:
     assert did_you_mean("HEAD", ["embedding", "head"]) == ' Did you mean "head"?'
     assert did_you_mean("xyz", ["embedding", "head"]) == ""
+
+
+def test_fields_of_some_policies_are_open_to_a_policy_of_the_user_s_own() -> None:
+    fields = {"score_decay": 0.5, "temperature": 2.0, "refresh_every": 3, "probe_steps": 9}
+    assert parse_section({"policy": "mine", **fields}).temperature == 2.0
+    assert parse_section({"policy": "random", "temperature": 1.0}).temperature == 1.0  # the default
+
+
+def test_the_policies_of_this_package_are_known_by_name() -> None:
+    from ds_agsel.policies.registry import _POLICIES
+
+    ours = {name for name, cls in _POLICIES.items() if cls.__module__.startswith("ds_agsel.")}
+    assert ours == set(OWN_POLICIES)

@@ -1,0 +1,178 @@
+"""Policies that choose by what they have observed, against few-line versions on the same recorded scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import permutations
+
+import numpy as np
+import pytest
+from policy_contexts import make
+
+from ds_agsel.errors import CheckpointError
+from ds_agsel.policies import Policy
+from ds_agsel.policies.sampling import generator
+
+SIGMAS = 5  # as in test_policies
+UNITS = 6
+RECORDED = np.random.default_rng(1).gamma(2.0, 0.5, (400, UNITS))  # scores of every unit at every step
+
+
+def chosen_rounds(policy: Policy, steps: int, every: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Run ``policy`` as the controller does, on the recorded scores: the first step of each round and its units."""
+    step = 0
+    while step < steps:
+        plan = policy.plan(step, [0] * UNITS)
+        if plan is None:
+            assert policy.selects_nothing(step)
+            policy.observe(step, tuple(range(UNITS)), list(RECORDED[step]))
+            step += 1
+            continue
+        yield step, plan
+        for _ in range(min(every, steps - step)):
+            policy.observe(step, plan, [RECORDED[step][unit] for unit in plan])
+            step += 1
+
+
+def draw(weights: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """All units, one after the other in proportion to ``weights``, by the same random numbers as the policies use."""
+    race = rng.standard_exponential(len(weights)) / weights  # the first to arrive is drawn first
+    return [int(unit) for unit in np.argsort(race)]
+
+
+def few_line_grass(steps: int, probe: int, hold: int, refresh: int, k: int, tau: float, old: float, seed: int):
+    mgn = RECORDED[:probe].mean(0)
+    sums, numbers = np.zeros(UNITS), np.zeros(UNITS)
+    for step in range(probe, steps):
+        if (step - probe) % refresh == 0:
+            new = np.divide(sums, numbers, where=numbers > 0, out=np.zeros(UNITS))
+            mgn = np.where(numbers > 0, old * mgn + (1 - old) * new, mgn)
+            sums, numbers = np.zeros(UNITS), np.zeros(UNITS)
+        if (step - probe) % hold == 0:
+            layers = tuple(sorted(draw(np.exp(mgn / tau), generator(seed, step))[:k]))
+            yield step, layers
+        sums[list(layers)] += RECORDED[step][list(layers)]
+        numbers[list(layers)] += 1
+
+
+@pytest.mark.parametrize(("refresh", "tau", "old"), [(None, 0.3, 0.5), (4, 1.0, 0.9), (20, 0.1, 0.0)])
+def test_grass_chooses_as_its_few_line_version(refresh, tau, old):
+    section = {"score_decay": old, "temperature": tau, "refresh_every": refresh, "probe_steps": 7, "select_every": 8}
+    policy = make(UNITS, 2, policy="grass", seed=3, **section)
+    expected = list(few_line_grass(160, 7, 8, refresh or 8, 2, tau, old, 3))
+    assert list(chosen_rounds(policy, 160, 8)) == expected
+    assert len({units for _, units in expected}) > 3
+
+
+def few_line_misa(steps: int, inner: int, k: int, eta: float, seed: int):
+    average, updates, last = np.zeros(UNITS), np.zeros(UNITS), np.full(UNITS, -1)
+    for step in range(0, steps, inner):
+        unused = [unit for unit in range(UNITS) if last[unit] < 0]
+        oldest = sorted(range(UNITS), key=lambda unit: last[unit])[: min(2, k - 1)]
+        g = np.divide(average, 1 - 0.8**updates, where=updates > 0, out=np.zeros(UNITS))
+        drawn = draw(np.exp(np.minimum(5, eta * g**2)), generator(seed, step))
+        ranking = dict.fromkeys([*(unused or oldest), *drawn])
+        modules = tuple(sorted(list(ranking)[:k]))
+        yield step, modules
+        end = min(step + inner, steps)
+        for unit in modules:
+            average[unit] = 0.8 * average[unit] + 0.2 * RECORDED[step:end, unit].mean()
+            updates[unit] += 1
+            last[unit] = end - 1
+
+
+@pytest.mark.parametrize(("k", "eta"), [(1, 1.0), (2, 4.0), (3, 1.0), (4, 0.5)])
+def test_misa_chooses_as_its_few_line_version(k, eta):
+    policy = make(UNITS, k, policy="misa", seed=5, select_every=6, temperature=1 / eta)
+    rounds = list(chosen_rounds(policy, 180, 6))
+    assert rounds == list(few_line_misa(180, 6, k, eta, 5))
+    first = [unit for _, units in rounds[: math.ceil(UNITS / k)] for unit in units]
+    assert set(first) == set(range(UNITS))  # every unit once, first
+    if k > 1:  # and none is forgotten
+        for unit in range(UNITS):
+            used = [number for number, (_, units) in enumerate(rounds) if unit in units]
+            assert max(np.diff([*used, len(rounds)])) <= UNITS
+
+
+def test_misa_clips_what_it_draws_by():
+    policy = make(3, 2, policy="misa")
+    for step in range(3):
+        policy.observe(step, (step,), [(1.0, 100.0, 1e6)[step]])
+    drawn = Counter(unit for step in range(3, 3003) for unit in policy.plan(step, [0] * 3) if unit)
+    # Unit 0 is the oldest and always there; the second is drawn of all by exp(5): units 1 and 2 equally often.
+    assert abs(drawn[1] - drawn[2]) <= SIGMAS * math.sqrt(3000)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_grass_draws_without_replacement_from_the_softmax(temperature):
+    scores, draws = np.array([0.2, 1.0, 1.7, 0.0]), 8000
+    policy = make(4, 2, policy="grass", temperature=temperature, probe_steps=1)
+    assert policy.explore_probability(0) == 1.0
+    policy.observe(0, range(4), list(scores))
+    assert policy.explore_probability(1) == 0.0
+    p = np.exp(scores / temperature) / np.exp(scores / temperature).sum()
+    expected = Counter()
+    for first, second in permutations(range(4), 2):
+        expected[tuple(sorted((first, second)))] += p[first] * p[second] / (1 - p[first])
+    drawn = Counter(policy.plan(step, [0] * 4) for step in range(1, draws + 1))
+    chi_square = sum((drawn[pair] - draws * share) ** 2 / (draws * share) for pair, share in expected.items())
+    assert chi_square < 20.5  # 5 degrees of freedom, 0.1 %
+
+
+def test_a_unit_that_was_never_scored_is_drawn_as_one_of_score_0():
+    policy = make(3, 1, policy="grass", temperature=0.01, probe_steps=1)
+    policy.observe(0, (0, 2), [0.0, 1.0])
+    assert {policy.plan(step, [0] * 3) for step in range(1, 50)} == {(2,)}
+
+
+@pytest.mark.parametrize("name", ["grass", "misa"])
+def test_a_policy_goes_on_from_its_state_at_any_step(name):
+    section = {"policy": name, "select_every": 4, "refresh_every": 3, "temperature": 0.5}
+    whole = list(chosen_rounds(make(UNITS, 2, **section), 60, 4))
+    for saved_at in (1, 4, 6, 11, 21):
+        first, rounds, step = make(UNITS, 2, **section), [], 0
+        plan: tuple[int, ...] | None = None
+        begun = -99
+        for step in range(60):
+            if step == saved_at:
+                second = make(UNITS, 2, **section)
+                second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+                first = second
+            if step >= begun + 4:
+                plan = first.plan(step, [0] * UNITS)
+                if plan is not None:
+                    begun = step
+                    rounds.append((step, plan))
+            units = tuple(range(UNITS)) if plan is None else plan
+            first.observe(step, units, [RECORDED[step][unit] for unit in units])
+        assert rounds == whole
+
+
+GRASS, MISA = make(UNITS, 2, policy="grass").state_dict(), make(UNITS, 2, policy="misa").state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "message"),
+    [
+        ("grass", {}, r'Policy "grass" keeps running scores, and the checkpoint has \[\] for it'),
+        ("grass", {**GRASS, "probes_left": -1}, "keeps running scores"),
+        ("grass", {**GRASS, "probes_left": True}, "keeps running scores"),
+        ("grass", {**GRASS, "scores": 3}, "has no running scores"),
+        ("grass", {**GRASS, "scores": {**GRASS["scores"], "sums": [0.0]}}, "not those of 6 units"),
+        ("grass", {**GRASS, "scores": {**GRASS["scores"], "sums": ["a"] * UNITS}}, "not those of 6 units"),
+        ("grass", {**GRASS, "scores": {**GRASS["scores"], "averages": [math.nan] * UNITS}}, "not those of 6 units"),
+        ("grass", {**GRASS, "scores": {**GRASS["scores"], "period": 0.5}}, "not those of 6 units"),
+        ("misa", GRASS, 'Policy "misa" has no last_steps of 6 units'),
+        ("misa", {**MISA, "last_steps": [0] * 5}, "no last_steps of 6 units"),
+        ("misa", {**MISA, "last_steps": [-2] * UNITS}, "no last_steps of 6 units"),
+    ],
+)
+def test_a_state_that_is_damaged_or_another_policy_s_is_refused(name, state, message):
+    policy = make(UNITS, 2, policy=name)
+    before = policy.state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        policy.load_state_dict(state)
+    assert policy.state_dict() == before
