@@ -28,12 +28,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from ds_agsel.config import SECTION, did_you_mean, quoted
 from ds_agsel.errors import BlockError, ConfigError
 
+Kind = Literal["block", "matrix", "norms", "vectors", "rest"]
 EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,12 +52,21 @@ class Block:
         name: "embedding", "final_norm", "head", a module's path such as "model.layers.0", or the user's own.
         parameter_names: as in ``model.named_parameters()``, in that order; trainable ones only.
         numel: their number of elements.
+        kind: "block", or with granularity "module" what it is: units.py, [Note: Units].
+        layer: the path of the repeated layer that it is a part of; None: it is no part of one.
     """
 
     index: int
     name: str
     parameter_names: tuple[str, ...]
     numel: int
+    kind: Kind = "block"
+    layer: str | None = None
+
+    @property
+    def is_eligible(self) -> bool:
+        """Whether it is in the lottery unless a setting takes it out."""
+        return self.kind in ("block", "matrix")
 
 
 def find_blocks(model: nn.Module, overrides: Mapping[str, Sequence[str]] | None = None) -> tuple[Block, ...]:
@@ -103,6 +114,12 @@ def block_names(blocks: Sequence[Block]) -> tuple[str, ...]:
     return tuple(block.name for block in blocks)
 
 
+def shown_names(blocks: Sequence[Block]) -> str:
+    """Return the blocks' names, quoted, for a message; units of the layers as patterns that match all their likes."""
+    shown = (re.sub(r"\.\d+(?=\.|$)", ".*", block.name) if block.layer else block.name for block in blocks)
+    return quoted(dict.fromkeys(shown))
+
+
 def resolve_names(blocks: Sequence[Block], names: Iterable[str], setting: str) -> tuple[int, ...]:
     """Return the indices of the named blocks, ascending and without repeats.
 
@@ -113,7 +130,7 @@ def resolve_names(blocks: Sequence[Block], names: Iterable[str], setting: str) -
         if name not in index_of:
             raise ConfigError(
                 f'{SECTION}.{setting} names "{name}", which is not a block of this model.'
-                f"{did_you_mean(name, index_of)} Its blocks: {quoted(index_of)}."
+                f"{did_you_mean(name, index_of)} Its blocks: {shown_names(blocks)}."
             )
     return tuple(sorted({index_of[name] for name in names}))
 
@@ -205,10 +222,10 @@ class _Division:
             elif self._holds_embedding(child):
                 self._claim(front, child.parameters())
             elif place > stacks[-1]:
-                last[final_norm if _is_norm(child) else head].append(child)
+                last[final_norm if is_norm(child) else head].append(child)
             elif place > stacks[0]:
                 self._claim(child_path, child.parameters())
-            elif _is_norm(child) and "final" in name.lower().split("_"):
+            elif is_norm(child) and "final" in name.lower().split("_"):
                 last[final_norm].append(child)
             else:
                 self._claim(front, child.parameters())
@@ -287,7 +304,7 @@ def _members(module: nn.Module) -> list[nn.Module]:
     return [child for child in children if counts[type(child)] > 1]
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Return whether all that has parameters in ``module`` is a norm by class name (not "PreLayerNormHead")."""
     holders = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     return all("norm" in type(m).__name__.lower() for m in [module, *holders])

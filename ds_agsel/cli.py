@@ -140,7 +140,8 @@ def _estimate(options: argparse.Namespace) -> None:
         from ds_agsel.estimate.table import as_json, as_text, estimate
 
         setup = read_setup(ds_config, options.ranks)
-        result = estimate(read_shape(options.model, config.blocks), setup, config, options.select_percent or given)
+        model = read_shape(options.model, config.blocks, config.granularity)
+        result = estimate(model, setup, config, options.select_percent or given)
     print(json.dumps(as_json(result), indent=2) if options.json else as_text(result))
 
 

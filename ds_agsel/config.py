@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ds_agsel.errors import ConfigError, ConfigErrors
 
 SECTION = "adagrad_select"
+Granularity = Literal["block", "module"]
 
 # Other names under which a user may look for the section; DeepSpeed would ignore them silently.
 _MISTAKEN_SECTIONS = ("ds_agsel", "agsel")
@@ -39,6 +40,7 @@ class SelectionConfig(BaseModel):
 
     enabled: bool = True
     policy: str = Field("adagrad_select", min_length=1)
+    granularity: Granularity = "block"
     select_percent: float = Field(20.0, gt=0, le=100)
     select_every: int = Field(1, ge=1)
     explore_rate: float = Field(1.0, ge=0, le=1)
@@ -117,6 +119,12 @@ class SelectionConfig(BaseModel):
             yield f"{SECTION}.fixed_blocks=[] is empty. Name at least one block to update."
         if self.blocks is not None:
             yield from _pattern_problems(self.blocks)
+            if self.granularity == "module":
+                yield (
+                    f'{SECTION}.granularity="module" and {SECTION}.blocks exclude each other: the one makes each '
+                    f"matrix in the layers a unit, the other names the units. Remove {SECTION}.blocks, or set "
+                    f'{SECTION}.granularity to "block".'
+                )
 
     def _scoring_field_problems(self) -> Iterator[str]:
         for field, readers in _READERS.items():
@@ -251,6 +259,7 @@ _BLOCK_LIST = _Words("a list of block names", 'Write it as ["embedding"], or [] 
 _WORDS = {
     "enabled": _Words("true or false", "Use false to run plain DeepSpeed."),
     "policy": _Words("a policy's name", 'Use "adagrad_select", or a name that you registered.'),
+    "granularity": _Words('"block" or "module"', 'Use "block" to select whole layers, "module" for single matrices.'),
     "select_percent": _Words("a number", "Use 100 to train every block.", "(0, 100]"),
     "select_every": _Words("an integer", "Use 1 to select anew at every step.", "[1, inf)"),
     "explore_rate": _Words("a number", "Use 1 to explore at the first step, 0 to never explore.", "[0, 1]"),

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ds_agsel.blocks import Block, resolve_names
-from ds_agsel.config import SECTION, SelectionConfig, contradiction, quoted
+from ds_agsel.blocks import Block, resolve_names, shown_names
+from ds_agsel.config import SECTION, SelectionConfig, contradiction
 from ds_agsel.errors import ConfigError, ConfigErrors
-from ds_agsel.policies import Policy, Quota, num_selected
+from ds_agsel.policies import Policy, Quota, num_selected, share_of
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -87,6 +87,8 @@ def build_lottery(
     Args:
         optimized: indices of the blocks with at least one parameter in the optimizer; None: all blocks.
 
+    Units that are not eligible (units.py, [Note: Units]) are drawn never, or always where always_select names them.
+
     Raises ConfigErrors with a line for each name or pattern that fits no block, for blocks in both always_select and
     never_select, for one in always_select that the optimizer does not have, and where no block is left to choose from.
     """
@@ -108,11 +110,16 @@ def build_lottery(
         "optimizer its parameters, or take the name out."
         for index in sorted(unoptimized & always)
     ]
-    drawn = tuple(block.index for block in blocks if block.index not in always | never | unoptimized)
+    ineligible = {block.index for block in blocks if not block.is_eligible} - always
+    never = never | unoptimized | ineligible
+    drawn = tuple(block.index for block in blocks if block.index not in always | never)
     if problems:
         raise ConfigErrors(problems)
-    k = num_selected(config.select_percent, len(drawn))
-    return Lottery(drawn, tuple(sorted(always)), tuple(sorted(never | unoptimized)), k)
+    share = None
+    if config.granularity == "module":
+        share = share_of(config.select_percent, [blocks[index].numel for index in drawn])
+    k = num_selected(config.select_percent, len(drawn)) if share is None else share.max_selected
+    return Lottery(drawn, tuple(sorted(always)), tuple(sorted(never)), k, share)
 
 
 def matching(blocks: Sequence[Block], names: Iterable[str], setting: str) -> tuple[int, ...]:
@@ -131,7 +138,7 @@ def matching(blocks: Sequence[Block], names: Iterable[str], setting: str) -> tup
         if not matched:
             raise ConfigError(
                 f'{SECTION}.{setting} has the pattern "{name}", which matches no block of this model. Its blocks: '
-                f"{quoted(block.name for block in blocks)}."
+                f"{shown_names(blocks)}."
             )
         found |= matched
     return tuple(sorted(found))

@@ -293,6 +293,13 @@ class Selection:
 
     def check_compatible(self, state: SelectionState, source: str) -> None:
         """Raise CheckpointError, naming ``source``, unless ``state`` was saved with the same blocks."""
+        granularity = str({**_DEFAULTS, **state.section}["granularity"])
+        if granularity != self.config.granularity:
+            raise CheckpointError(
+                f'{source} was saved with adagrad_select.granularity="{granularity}", and here it is '
+                f'"{self.config.granularity}": states and counts belong to other units. Set it to "{granularity}", or '
+                "load the weights alone: load_module_only=True."
+            )
         saved = [(name, tuple(parameters)) for name, parameters in state.blocks]
         here = [(block.name, block.parameter_names) for block in self.blocks]
         if saved != here:

@@ -21,9 +21,10 @@ from support import (
     assert_identical,
     batch,
     decays,
-    model_blocks,
+    is_matrix,
     relative_error,
     tiny_model,
+    units_of,
 )
 from torch import Tensor
 
@@ -47,21 +48,26 @@ class Fixed:
         pass
 
 
-def chooser(case: Case, names: Sequence[str]) -> Any:
-    """ds_agsel's policy for the drawn blocks ``names``; every block where the case has no section."""
+def chooser(case: Case, drawn: Mapping[str, int]) -> Any:
+    """ds_agsel's policy for the blocks ``drawn``, with their elements; every block where the case has no section."""
     from ds_agsel import policies
     from ds_agsel.config import parse_section
 
     if case.section is None:
-        return Fixed(range(len(names)))
+        return Fixed(range(len(drawn)))
     config = parse_section(case.section)
+    k, share = max(1, math.floor(config.select_percent * len(drawn) / 100)), None
+    if config.granularity == "module":
+        share = policies.Quota(tuple(drawn.values()), math.floor(config.select_percent * sum(drawn.values()) / 100))
+        k = share.max_selected
     return policies.create(
         policies.PolicyContext(
             config=config,
-            num_blocks=len(names),
-            num_selected=max(1, math.floor(config.select_percent * len(names) / 100)),
-            block_names=tuple(names),
+            num_blocks=len(drawn),
+            num_selected=k,
+            block_names=tuple(drawn),
             steps_per_epoch=config.steps_per_epoch,
+            share=share,
         )
     )
 
@@ -74,11 +80,18 @@ def reference_run(
     for parameter in model.parameters():
         # Not `model.to(dtype)`: DeepSpeed leaves the buffers as they are, and rotary frequencies in bf16 are others.
         parameter.data = parameter.data.to(DTYPES[case.dtype])
-    blocks = model_blocks(model)
+    blocks = units_of(case, model)
     section = case.section or {}
     always = [list(blocks).index(name) for name in section.get("always_select", ())]
     never = [list(blocks).index(name) for name in section.get("never_select", ())]
-    drawn = [name for index, name in enumerate(blocks) if index not in (*always, *never)]
+    if section.get("granularity") == "module":
+        never += [index for index, name in enumerate(blocks) if not is_matrix(name) and index not in always]
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    drawn = {
+        block: sum(numels[name] for name in names)
+        for index, (block, names) in enumerate(blocks.items())
+        if index not in (*always, *never)
+    }
     adam = AdamW(
         lr=LEARNING_RATE,
         betas=BETAS,

@@ -89,6 +89,35 @@ def model_blocks(model: nn.Module) -> dict[str, list[str]]:
     return blocks
 
 
+def model_units(model: nn.Module) -> dict[str, list[str]]:
+    """As `model_blocks`, for granularity "module"."""
+    units: dict[str, list[str]] = {}
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()}
+    for block, names in model_blocks(model).items():
+        if "layers." not in block:
+            units[block] = names
+            continue
+        parts: dict[str, list[str]] = {f"{block}.norms": [], f"{block}.vectors": []}
+        for name in names:
+            if "norm" in name:
+                parts[f"{block}.norms"].append(name)
+            elif len(shapes[name]) < 2:
+                parts[f"{block}.vectors"].append(name)
+            else:
+                parts[name.removesuffix(".weight")] = [name]
+        units |= {unit: members for unit, members in parts.items() if members}
+    return units
+
+
+def is_matrix(unit: str) -> bool:
+    """Whether a unit of `model_units` is in the lottery."""
+    return "layers." in unit and not unit.endswith((".norms", ".vectors"))
+
+
+def units_of(case: Case, model: nn.Module) -> dict[str, list[str]]:
+    return model_units(model) if (case.section or {}).get("granularity") == "module" else model_blocks(model)
+
+
 def batch(case: Case, step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
     """Token ids and labels, int64, (BATCH, LENGTH), another for each argument."""
     generator = torch.Generator().manual_seed(1_000_000 * case.seed + 10_000 * step + 100 * micro_step + rank)

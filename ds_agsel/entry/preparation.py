@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ds_agsel import policies
-from ds_agsel.blocks import Block, find_blocks
+from ds_agsel.blocks import Block
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.lottery import Bound, Lottery, build_lottery
 from ds_agsel.param_groups import ParamGroup, SplitGroups, as_param_groups, split_param_groups
+from ds_agsel.units import find_units
 from ds_agsel.zero import compat
 from ds_agsel.zero.support import optimizer_problem
 
@@ -66,7 +67,7 @@ def prepare(
     Raises ConfigError (ConfigErrors for several) for settings that can't work. Not collective.
     """
     groups = as_param_groups(model_parameters, model) if optimizer is None else optimizer.param_groups
-    blocks = find_blocks(model, config.blocks)
+    blocks = find_units(model, config.blocks, config.granularity)
     named = dict(model.named_parameters())
     split = split_param_groups(groups, {named[name]: b.index for b in blocks for name in b.parameter_names})
     if not split.groups:

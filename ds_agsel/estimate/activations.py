@@ -15,7 +15,8 @@ def checkpointed_activation_bytes(model: ModelShape, tokens: int, item_bytes: in
     The input of each layer, all inputs and outputs of one layer's linear layers and their gradients, and the logits.
     """
     outside = (EMBEDDING, FINAL_NORM, HEAD)  # also with a stack's path before it
-    layers = sum(block.name.rpartition(".")[2] not in outside for block in model.blocks)
+    wholes = {block.layer or block.name for block in model.blocks}
+    layers = sum(name.rpartition(".")[2] not in outside for name in wholes)
     hidden = model.linears[0][0]
     one_layer = sum(inputs + outputs for inputs, outputs in model.linears) // layers
     head = next(block for name in (HEAD, EMBEDDING) for block in model.blocks if block.name == name)

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ds_agsel.blocks import Block, find_blocks, repeated_layers
+from ds_agsel.blocks import Block, repeated_layers
+from ds_agsel.config import Granularity
 from ds_agsel.estimate.models import build_on_meta
 from ds_agsel.param_groups import as_param_groups, split_param_groups
+from ds_agsel.units import find_units
 
 Numels = tuple[int, ...]
 
@@ -20,7 +22,7 @@ class ModelShape:
     """Elements of every parameter, in the order in which ZeRO flattens them.
 
     Attributes:
-        blocks: in the model's order.
+        blocks: in the model's order, or its units.
         groups: the param groups that ds_agsel makes, one per block and hyperparameter set.
         block_of_group: the block of each of them.
         user_groups: the groups that plain DeepSpeed is given.
@@ -47,7 +49,11 @@ class ModelShape:
 
 
 def shape_of(
-    name: str, model: nn.Module, overrides: Mapping[str, Sequence[str]] | None = None, model_parameters: Any = None
+    name: str,
+    model: nn.Module,
+    overrides: Mapping[str, Sequence[str]] | None = None,
+    model_parameters: Any = None,
+    granularity: Granularity = "block",
 ) -> ModelShape:
     """Return the shape of ``model``, on any device.
 
@@ -55,7 +61,7 @@ def shape_of(
 
     Raises BlockError if the model can't be divided into blocks.
     """
-    blocks = find_blocks(model, overrides)
+    blocks = find_units(model, overrides, granularity)
     named = dict(model.named_parameters())
     user_groups = as_param_groups(model_parameters, model)
     split = split_param_groups(user_groups, {named[n]: block.index for block in blocks for n in block.parameter_names})
@@ -73,6 +79,8 @@ def shape_of(
     )
 
 
-def read_shape(model: str, overrides: Mapping[str, Sequence[str]] | None = None) -> ModelShape:
+def read_shape(
+    model: str, overrides: Mapping[str, Sequence[str]] | None = None, granularity: Granularity = "block"
+) -> ModelShape:
     """Return the shape of ``model``, as `build_on_meta` finds it."""
-    return shape_of(model, build_on_meta(model), overrides)
+    return shape_of(model, build_on_meta(model), overrides, granularity=granularity)

@@ -12,7 +12,7 @@ from ds_agsel.policies import (  # noqa: F401  (importing a policy's module regi
     replay,
 )
 from ds_agsel.policies.answers import checked_choice, checked_plan
-from ds_agsel.policies.base import Policy, PolicyContext, num_selected
+from ds_agsel.policies.base import Policy, PolicyContext, num_selected, share_of
 from ds_agsel.policies.quota import Quota
 from ds_agsel.policies.registry import create, policy_class, register
 
@@ -26,4 +26,5 @@ __all__ = [
     "num_selected",
     "policy_class",
     "register",
+    "share_of",
 ]

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from ds_agsel.config import SECTION, SelectionConfig, fraction_hint
@@ -193,3 +194,24 @@ def num_selected(select_percent: float, num_blocks: int) -> int:
             SECTION, select_percent, num_blocks, 100 / num_blocks, fraction_hint(select_percent),
         )  # fmt: skip
     return max(1, blocks)
+
+
+def share_of(select_percent: float, numels: Sequence[int]) -> Quota:
+    """Return the quota of ``select_percent`` of the parameters of the units in the lottery, which have ``numels``.
+
+    Warns if that is less than every unit, as a step then still updates one.
+    Raises ConfigError if no unit is left to choose from.
+    """
+    if not numels:
+        raise ConfigError(
+            f'{SECTION}.granularity="module" finds no trainable matrix in the repeated layers to choose from, or'
+            f" {SECTION}.always_select and {SECTION}.never_select name them all. Leave some out, or use"
+            ' granularity "block".'
+        )
+    limit = math.floor(Fraction(repr(float(select_percent))) * sum(numels) / 100)
+    if limit < min(numels):
+        logger.warning(
+            "%s.select_percent=%g of the %d parameters in the lottery is less than each of its %d units: each step "
+            "updates one.%s", SECTION, select_percent, sum(numels), len(numels), fraction_hint(select_percent),
+        )  # fmt: skip
+    return Quota(tuple(numels), limit)

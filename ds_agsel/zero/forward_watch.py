@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,20 @@ class ForwardWatch:
     Args:
         root: the model.
         block_of: block index by ``id`` of parameter.
+        whole_of: what each block is a part of, itself or its layer; None: itself. Forwards inside a layer are not seen.
         begin: called when an outermost forward begins with gradients enabled, outside of a backward.
 
     [Note: Outermost] A user may call the model, or a part of it (``engine.module.model``, the base model within
-    PEFT's). Every module with parameters of several blocks has hooks; only the outermost running one counts.
+    PEFT's). Every module with parameters of several layers has hooks; only the outermost running one counts.
     """
 
-    def __init__(self, root: nn.Module, block_of: Mapping[int, int], begin: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        block_of: Mapping[int, int],
+        begin: Callable[[], None],
+        whole_of: Sequence[str] | None = None,
+    ) -> None:
         self._begin = begin
         self._depth = 0
         self._error_before: BaseException | None = None
@@ -56,7 +63,8 @@ class ForwardWatch:
             self._handles.append(module.register_forward_pre_hook(_note_run))
         for module in root.modules():
             blocks = {block_of[id(p)] for p in module.parameters() if id(p) in block_of}
-            if (module is root or len(blocks) > 1) and _has_forward(module):
+            wholes = blocks if whole_of is None else {whole_of[block] for block in blocks}
+            if (module is root or len(wholes) > 1) and _has_forward(module):
                 self._trunk.add(id(module))
                 self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 self._handles.append(module.register_forward_hook(self._leave, always_call=True))

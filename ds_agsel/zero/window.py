@@ -67,7 +67,8 @@ class StepWindow:
     def watch(self, root: nn.Module) -> None:
         """Open at the forwards of ``root`` and of its parts from now on, and know which blocks ran in them."""
         block_of = {id(p): block for block, parameters in enumerate(self._parameters) for p in parameters}
-        self._watch = ForwardWatch(root, block_of, self._begin_forward)
+        wholes = [block.layer or block.name for block in self._selection.blocks]
+        self._watch = ForwardWatch(root, block_of, self._begin_forward, wholes)
         self._input_gradients = InputGradients(root)
 
     # ------------------------------------------------------------------------ open

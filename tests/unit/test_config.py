@@ -74,6 +74,7 @@ def test_the_empty_section_is_the_documented_default() -> None:
     assert parse_section({}).model_dump() == {
         "enabled": True,
         "policy": "adagrad_select",
+        "granularity": "block",
         "select_percent": 20.0,
         "select_every": 1,
         "explore_rate": 1.0,
