@@ -115,9 +115,13 @@ def block_names(blocks: Sequence[Block]) -> tuple[str, ...]:
 
 
 def shown_names(blocks: Sequence[Block]) -> str:
-    """Return the blocks' names, quoted, for a message; units of the layers as patterns that match all their likes."""
-    shown = (re.sub(r"\.\d+(?=\.|$)", ".*", block.name) if block.layer else block.name for block in blocks)
-    return quoted(dict.fromkeys(shown))
+    """Return the blocks' names, quoted, for a message; units of the layers by `pattern_of`."""
+    return quoted(dict.fromkeys(map(pattern_of, blocks)))
+
+
+def pattern_of(block: Block) -> str:
+    """Return the block's name; of a unit of a layer the pattern that also matches its likes in the other layers."""
+    return block.name if block.layer is None else re.sub(r"\.\d+(?=\.|$)", ".*", block.name)
 
 
 def resolve_names(blocks: Sequence[Block], names: Iterable[str], setting: str) -> tuple[int, ...]:

@@ -101,18 +101,24 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     ds_config = read_ds_config(options.file)
     with _stdout_is_ours():
+        from ds_agsel.entry import listing
+        from ds_agsel.entry.check import problems_of
         from ds_agsel.estimate.models import build_on_meta, require_model
 
         if options.model is not None:
             require_model(options.model)
-        from ds_agsel.entry.check import problems_of
 
         model = None if options.model is None else build_on_meta(options.model)
         problems = problems_of(ds_config, model)
+        units: list[str] = []
+        if model is not None and not problems:
+            units = listing.lines(model, parse_section(find_section(ds_config) or {}))
     for problem in problems:
         print(f"{options.file}: {problem}")
     if not problems:
         print(f"{options.file}: sound")
+    for line in units:
+        print(line)
     return 1 if problems else 0
 
 

@@ -49,7 +49,7 @@ def _parts(model: nn.Module, layer: Block) -> Iterator[Block]:
         path, _, own_name = name.rpartition(".")
         if is_norm(model.get_submodule(path)):
             found: tuple[Kind, str] = "norms", norms
-        elif _is_matrix(parameters[name]):
+        elif _is_matrix(parameters[name]) and not own_name.endswith("bias"):  # experts' biases are stacked, too
             found = "matrix", path if own_name == "weight" and path not in (layer.name, norms, vectors) else name
         else:
             found = "vectors", vectors

@@ -38,12 +38,21 @@ def selection(prepared: Preparation, ds_config: DsConfig, choice: StepDevice, ep
         f"{len(blocks)} {when}" for blocks, when in ((lottery.always, "always"), (lottery.never, "never")) if blocks
     ]
     parts = [
-        f"policy {config.policy} updates {prepared.bound.num_blocks} of {len(prepared.blocks)} blocks at each step"
+        f"policy {config.policy} updates {_how_many(prepared)} at each step"
         f"{' (' + ', '.join(outside) + ')' if outside else ''}",
         *_exploring(prepared, epoch),
         _states(ds_config, choice),
     ]
     return f"{'; '.join(parts)}."
+
+
+def _how_many(prepared: Preparation) -> str:
+    bound, units = prepared.bound, "blocks" if prepared.config.granularity == "block" else "units"
+    number = f"{bound.num_blocks} of {len(prepared.blocks)} {units}"
+    if bound.lottery is None or bound.lottery.share is None:
+        return number
+    share = bound.lottery.share
+    return f"at most {number}, {share.limit} of the {sum(share.costs)} parameters in the lottery,"
 
 
 def _exploring(prepared: Preparation, epoch: EpochLength | None) -> Iterator[str]:

@@ -43,6 +43,11 @@ class ModelShape:
         """All of the model's elements, frozen ones too."""
         return sum(map(sum, self.groups)) + sum(self.frozen)
 
+    @property
+    def units(self) -> str:
+        """What `blocks` are, for a text: "blocks", or with granularity "module" "units"."""
+        return "blocks" if all(block.kind == "block" for block in self.blocks) else "units"
+
     def lora(self, rank: int) -> Numels:
         """Return the sizes of LoRA adapters on every linear layer: ``rank`` × inputs and outputs × ``rank`` each."""
         return tuple(numel for inputs, outputs in self.linears for numel in (rank * inputs, outputs * rank))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from ds_agsel.estimate.draws import Shares, indicator, largest, uniform
 from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.selection import Phase
 
-Shares = tuple[Fraction, ...]
 Which = Literal["expected", "worst"]
 
 
@@ -74,26 +73,25 @@ def typical_step(
 ) -> Step:
     """Return a step late in training, when every block has moments.
 
-    Its blocks are a uniform draw, or the largest ones, none of them resident.
+    Its blocks are a uniform draw, or the largest ones, none of them resident: draws.py.
 
-    With ``streaming`` an explore step keeps the gradients of k + 1 blocks at most; without, of all. Of the
-    ``select_every`` steps for which a selection stands, one moves states; the expected exploit step is their mean.
+    With ``streaming`` an explore step keeps the gradients of one block more than it updates at most; without, of all. Of
+    the ``select_every`` steps for which a selection stands, one moves states; the expected exploit step is their mean.
 
     Args:
         numels: elements of each block, (num_blocks,).
     """
-    num_blocks, k = len(numels), lottery.num_selected
-    everything = _indicator(num_blocks, lottery.active)
-    kept = min(k + 1, lottery.num_drawn)
+    num_blocks = len(numels)
+    everything = indicator(num_blocks, lottery.active)
     if which == "worst":
-        selected = arriving = _indicator(num_blocks, _largest(numels, lottery, k))
-        streamed = _indicator(num_blocks, _largest(numels, lottery, kept))
-        reach = _indicator(num_blocks, range(num_blocks))
+        blocks, held = largest(numels, lottery)
+        selected = arriving = indicator(num_blocks, blocks)
+        streamed = indicator(num_blocks, held)
+        reach = indicator(num_blocks, range(num_blocks))
     else:
-        selected, streamed = _uniform(num_blocks, lottery, k), _uniform(num_blocks, lottery, kept)
+        selected, streamed, reach = uniform(num_blocks, lottery)
         steps = select_every if phase == "exploit" else 1
         arriving = tuple(share * (1 - share) / steps for share in selected)  # chosen now, and not by the round before
-        reach = _reach(num_blocks, lottery)
     explores = phase == "explore"
     return Step(
         phase=phase,
@@ -103,47 +101,16 @@ def typical_step(
         with_moments=everything,
         arriving=arriving,
         leaving=arriving,  # as likely as the other way round
-        in_backward=_indicator(num_blocks, range(min(lottery.active), num_blocks)) if explores else reach,
+        in_backward=indicator(num_blocks, range(min(lottery.active), num_blocks)) if explores else reach,
         bound=lottery.bound(),
     )
 
 
-def _largest(numels: Sequence[int], lottery: Lottery, count: int) -> frozenset[int]:
-    """Return the ``count`` drawn blocks with the most elements, and those that are always updated."""
-    by_size = sorted(lottery.drawn, key=lambda block: (-numels[block], block))
-    return frozenset(by_size[:count]) | frozenset(lottery.always)
-
-
 def full_step(num_groups: int) -> Step:
     """Return a step of plain training, which holds the gradients and states of every group."""
-    every = _indicator(num_groups, range(num_groups))
-    none = _indicator(num_groups, ())
+    every = indicator(num_groups, range(num_groups))
+    none = indicator(num_groups, ())
     return Step("explore", every, every, every, every, none, none, every, Bound(num_groups))
-
-
-def _indicator(num_blocks: int, blocks: Collection[int]) -> Shares:
-    return tuple(Fraction(int(block in blocks)) for block in range(num_blocks))
-
-
-def _uniform(num_blocks: int, lottery: Lottery, count: int) -> Shares:
-    chance = Fraction(count, lottery.num_drawn)
-    drawn, always = frozenset(lottery.drawn), frozenset(lottery.always)
-    return tuple(
-        Fraction(1) if block in always else chance if block in drawn else Fraction(0) for block in range(num_blocks)
-    )
-
-
-def _reach(num_blocks: int, lottery: Lottery) -> Shares:
-    """Return for each block the probability that backward reaches it: that one at or below it was drawn."""
-    ways = math.comb(lottery.num_drawn, lottery.num_selected)
-    shares = []
-    for block in range(num_blocks):
-        if any(other <= block for other in lottery.always):
-            shares.append(Fraction(1))
-            continue
-        above = sum(other > block for other in lottery.drawn)
-        shares.append(1 - Fraction(math.comb(above, lottery.num_selected), ways))
-    return tuple(shares)
 
 
 def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:

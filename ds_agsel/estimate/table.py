@@ -218,7 +218,7 @@ def as_text(result: Estimate) -> str:
     """Return tables in GiB of each place's bytes and of a step's traffic, without rows and tables that are all 0."""
     setup, model = result.setup, result.model
     lines = [
-        f"{model.name}: {model.numel / 1e6:,.1f} M parameters in {len(model.blocks)} blocks; "
+        f"{model.name}: {model.numel / 1e6:,.1f} M parameters in {len(model.blocks)} {model.units}; "
         f"ZeRO-{setup.stage}, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}, {setup.dtype}, "
         f"offload_optimizer {setup.offload_optimizer}, offload_param {setup.offload_param}, "
         f"{setup.accumulation_steps} micro-step{'s' if setup.accumulation_steps > 1 else ''}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ds_agsel.estimate.steps import exact_step, typical_step
 from ds_agsel.estimate.table import as_json, as_text, estimate
 from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traffic
 from ds_agsel.lottery import Lottery
+from ds_agsel.policies import Quota
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE3 = Setup(stage=3, ranks=2, persistence_threshold_numel=0, max_live_numel=0, reduce_bucket_numel=0)
@@ -377,3 +378,35 @@ def test_the_text_has_a_line_for_each_row():
     text = as_text(result)
     assert text.count("50 %, exploit, worst") == 2 * 3  # two ways of stepping; accelerator, host, traffic
     assert "On the host" in text and "On NVMe" not in text
+
+
+# ------------------------------------------------------------ shares of the parameters
+
+
+def test_a_share_of_the_parameters_is_drawn_as_the_policy_draws_it():
+    share = Quota((5, 9, 7), 13)
+    lottery = Lottery((1, 2, 3), (0,), num_selected=2, share=share)
+    numels = (4, 5, 9, 7)
+    admitted = [share.admit(ranking) for ranking in permutations(range(3))]
+    expected = typical_step(numels, lottery, "exploit", "expected", False)
+    for block in (1, 2, 3):
+        exact = Fraction(sum(block - 1 in blocks for blocks in admitted), len(admitted))
+        assert abs(expected.selected[block] - exact) < Fraction(3, 100)
+    assert expected.selected[0] == 1 and expected.in_backward == (1, 1, 1, 1)
+    reach = typical_step(numels[1:], Lottery((0, 1, 2), num_selected=2, share=share), "exploit", "expected", False)
+    lowest = [blocks[0] for blocks in admitted]
+    for block, found in enumerate(reach.in_backward):
+        assert abs(found - Fraction(sum(low <= block for low in lowest), len(lowest))) < Fraction(3, 100)
+    assert expected.bound == lottery.bound()
+
+
+def test_the_largest_share_and_the_gradient_that_arrives_beside_it():
+    share = Quota((5, 9, 7), 13)
+    lottery = Lottery((0, 1, 2), num_selected=2, share=share)
+    worst = typical_step((5, 9, 7), lottery, "explore", "worst", streaming=True)
+    assert worst.selected == (1, 0, 1), "12 are more than the 9 of the largest"
+    assert worst.with_gradient == (1, 1, 1)
+    alone = Lottery((0, 1, 2), num_selected=1, share=Quota((5, 9, 7), 2))
+    assert typical_step((5, 9, 7), alone, "exploit", "worst", False).selected == (0, 1, 0)
+    held = typical_step((5, 9, 7), alone, "explore", "expected", streaming=True).with_gradient
+    assert abs(sum(held) - 2) < Fraction(1, 100)
