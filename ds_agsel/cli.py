@@ -101,12 +101,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     ds_config = read_ds_config(options.file)
     with _stdout_is_ours():
-        from ds_agsel.entry import listing
-        from ds_agsel.entry.check import problems_of
         from ds_agsel.estimate.models import build_on_meta, require_model
 
         if options.model is not None:
             require_model(options.model)
+        from ds_agsel.entry import listing
+        from ds_agsel.entry.check import problems_of
 
         model = None if options.model is None else build_on_meta(options.model)
         problems = problems_of(ds_config, model)

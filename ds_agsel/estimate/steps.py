@@ -75,8 +75,9 @@ def typical_step(
 
     Its blocks are a uniform draw, or the largest ones, none of them resident: draws.py.
 
-    With ``streaming`` an explore step keeps the gradients of one block more than it updates at most; without, of all. Of
-    the ``select_every`` steps for which a selection stands, one moves states; the expected exploit step is their mean.
+    With ``streaming`` an explore step keeps the gradients of one block more than it updates at most; without, of all.
+    Of the ``select_every`` steps for which a selection stands, one moves states; the expected exploit step is their
+    mean.
 
     Args:
         numels: elements of each block, (num_blocks,).

@@ -19,6 +19,7 @@ from ds_agsel.estimate.steps import exact_step
 from ds_agsel.estimate.traffic import selective_traffic
 
 SHORT = {"select_percent": 34, "steps_per_epoch": 3, "explore_decay": 1.0, "seed": 2}
+MODULE = {**SHORT, "granularity": "module", "select_percent": 15}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 CASES = [
     *(Case(stage=stage, offload=offload, dtype=dtype, accumulation=accumulation, steps=4, section=SHORT)
@@ -36,6 +37,9 @@ CASES = [
     Case(dtype="bf16", accumulation=2, steps=4, section=SHORT, config=FP32_SUMS),
     Case(dtype="bf16", offload="cpu", accumulation=2, steps=4, section=SHORT, config=FP32_SUMS),
     Case(dtype="bf16", steps=4, section=SHORT, zero={"overlap_comm": True}),
+    Case(dtype="bf16", steps=4, section=MODULE),
+    Case(stage=1, offload="cpu", steps=4, section=MODULE),
+    Case(stage=3, offload="cpu", dtype="bf16", steps=4, section=MODULE),
 ]  # fmt: skip
 VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
@@ -100,7 +104,15 @@ def measured_steps(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def described(case: Case, ranks: int) -> tuple[ModelShape, Setup]:
     model = tiny_model(case)
-    return shape_of("tiny", model, model_parameters=param_groups(model, case)), read_setup(ds_config(case), ranks)
+    groups = param_groups(model, case)
+    granularity = (case.section or {}).get("granularity", "block")
+    return shape_of("tiny", model, None, groups, granularity), read_setup(ds_config(case), ranks)
+
+
+def active_blocks(case: Case, model: ModelShape) -> list[int]:
+    """What some step may update."""
+    never = set(case.section.get("never_select", ()))
+    return [block.index for block in model.blocks if block.name not in never and block.is_eligible]
 
 
 def assert_as_measured(estimated: Memory, seen: Mapping[str, Any], offloaded: bool) -> None:
@@ -128,8 +140,7 @@ def measured(workers: Callable[[int], Workers]) -> Callable[[Case, int], Sequenc
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_memory_is_what_an_engine_holds(measured, case, ranks):
     model, setup = described(case, ranks)
-    never = set(case.section.get("never_select", ()))
-    active = [block.index for block in model.blocks if block.name not in never]
+    active = active_blocks(case, model)
     phases = set()
     for rank, run in enumerate(measured(case, ranks)):
         for (_, phase, selected), seen in zip(run["history"], measured_steps(run), strict=True):
@@ -145,8 +156,7 @@ def test_memory_is_what_an_engine_holds(measured, case, ranks):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_traffic_is_what_an_engine_counts(measured, case, ranks):
     model, setup = described(case, ranks)
-    never = set(case.section.get("never_select", ()))
-    active = [block.index for block in model.blocks if block.name not in never]
+    active = active_blocks(case, model)
     for rank, run in enumerate(measured(case, ranks)):
         for (_, phase, selected), seen in zip(run["history"], measured_steps(run), strict=True):
             step = exact_step(phase, len(model.blocks), selected, active, active, streaming=streams(case))
