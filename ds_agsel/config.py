@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ds_agsel.errors import ConfigError, ConfigErrors
+from ds_agsel.gast_section import GAST, GastConfig
 
 SECTION = "adagrad_select"
 Granularity = Literal["block", "module"]
@@ -63,6 +64,7 @@ class SelectionConfig(BaseModel):
     blocks: dict[str, tuple[str, ...]] | None = None
     fixed_blocks: tuple[str, ...] | None = None
     replay_file: str | None = Field(None, min_length=1)
+    gast: GastConfig | None = None
 
     def __init__(self, **fields: Any) -> None:
         given = {key: value for key, value in fields.items() if not _is_unset(value)}
@@ -82,6 +84,13 @@ class SelectionConfig(BaseModel):
         if not isinstance(value, Mapping):
             return value
         return {key: cls._list_to_tuple(patterns) for key, patterns in value.items()}
+
+    @field_validator("gast", mode="before")
+    @classmethod
+    def _only_set(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: content for key, content in value.items() if not _is_unset(content)}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> SelectionConfig:
@@ -125,6 +134,8 @@ class SelectionConfig(BaseModel):
                     f"matrix in the layers a unit, the other names the units. Remove {SECTION}.blocks, or set "
                     f'{SECTION}.granularity to "block".'
                 )
+        if self.gast is not None:
+            yield from self.gast.problems(f"{SECTION}.{GAST}")
 
     def _scoring_field_problems(self) -> Iterator[str]:
         for field, readers in _READERS.items():
@@ -241,9 +252,9 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=repr, ensure_ascii=False)
 
 
-def _unknown_key(key: object) -> str:
-    fields = list(SelectionConfig.model_fields)
-    return f"{SECTION} has no field {_shown(key)}.{did_you_mean(str(key), fields)} Its fields: {', '.join(fields)}."
+def _unknown_key(key: object, model: type[BaseModel] = SelectionConfig, path: str = SECTION) -> str:
+    fields = list(model.model_fields)
+    return f"{path} has no field {_shown(key)}.{did_you_mean(str(key), fields)} Its fields: {', '.join(fields)}."
 
 
 @dataclass(frozen=True)
@@ -289,6 +300,11 @@ _WORDS = {
     ),
     "fixed_blocks": _Words("a list of block names", 'Write it as ["embedding", "head"].'),
     "replay_file": _Words("a path", "Use the path of an earlier run's selection.jsonl."),
+    "gast": _Words("an object", "Use {} for all its defaults, or null to learn from all rows."),
+    "gast.select_samples": _Words("an integer", "Use null for half of the micro-batch.", "[1, inf)"),
+    "gast.support": _Words('"batch" or "data"', 'Use "batch" to score rows against the rest of the micro-batch.'),
+    "gast.support_samples": _Words("an integer", "Use 4, or any number of rows of support data.", "[1, inf)"),
+    "gast.draw": _Words('"sample", "random" or "top"', 'Use "sample" to draw rows in proportion to their alignment.'),
 }
 
 
@@ -305,12 +321,16 @@ def _messages(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
 
 def _message(found: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     field = str(found["loc"][0])
+    value = given.get(field)
+    of_gast = field == GAST and len(found["loc"]) > 1
+    if of_gast:
+        field, value = ".".join(map(str, found["loc"])), found["input"]
     if found["type"] == "extra_forbidden":
-        return _unknown_key(field)
+        return _unknown_key(found["loc"][1], GastConfig, f"{SECTION}.{GAST}") if of_gast else _unknown_key(field)
     words = _WORDS[field]
     out_of_range = found["type"] in _OUT_OF_RANGE
     problem = f"is outside {words.allowed}" if out_of_range else f"is not {words.kind}"
-    return f"{SECTION}.{field}={_shown(given[field])} {problem}. {words.remedy}"
+    return f"{SECTION}.{field}={_shown(value)} {problem}. {words.remedy}"
 
 
 def _pattern_problems(blocks: Mapping[str, tuple[str, ...]]) -> Iterator[str]:

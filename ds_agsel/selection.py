@@ -27,6 +27,7 @@ from ds_agsel.errors import CheckpointError, TrainingError
 from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.metadata import STATE_VERSIONS, SelectionState, read_selection_state
 from ds_agsel.policies import Policy, checked_choice, checked_plan
+from ds_agsel.samples.record import Samples
 
 logger = logging.getLogger("ds_agsel")
 
@@ -93,6 +94,7 @@ class Selection:
         history: the last `TAIL_STEPS` applied steps, the newest last. `num_steps`, `steps_by_phase` and
             `update_counts` count all of them.
         traffic: what each of the last `TAIL_STEPS` steps of this process moved; `mean_traffic` is of all of them.
+        samples: which rows each block learned from, on this rank; None without `adagrad_select.gast`.
     """
 
     blocks: tuple[Block, ...]
@@ -113,6 +115,7 @@ class Selection:
         self._scores: dict[int, float] = {}
         self._round: Round | None = None
         self.current_traffic = Traffic(step=0)
+        self.samples = None if self.config.gast is None else Samples(TAIL_STEPS)
         self._plan: Plan | None = None
         self._plan_ahead()
 
@@ -213,6 +216,8 @@ class Selection:
             self._counts[index] += 1
         self._steps_by_phase[record.phase] += 1
         self.history.append(record)
+        if self.samples is not None:
+            self.samples.commit(record.step, record.blocks)
         self._count_traffic()
         for tail in (self.history, self.traffic):
             del tail[:-TAIL_STEPS]
@@ -223,6 +228,8 @@ class Selection:
     def skip(self) -> None:
         """Forget a step that was not applied: no count, no record; its plan stands for the retry."""
         self._start_traffic()
+        if self.samples is not None:
+            self.samples.forget()
         self._chosen, self._left_out, self._scores = self.plan.blocks, frozenset(), {}
 
     def _observe(self, step: int) -> None:

@@ -112,6 +112,11 @@ class SelectiveEngine(CheckpointingEngine):
                 f"engine.compile(schedule={schedule!r}, compiled_autograd_enabled={compiled_autograd_enabled}) "
                 "can't be used with adagrad_select: both build one graph of all blocks' gradients. Leave them out."
             )
+        if self.selection.config.gast is not None:
+            raise ConfigError(
+                "engine.compile() can't be used with adagrad_select.gast: rows are chosen in the middle of backward, "
+                "where a compiled layer's graph has no place for it. Leave the call out, or remove gast."
+            )
         if self.is_compiled:
             return
         layers = repeated_layers(self.module)

@@ -16,6 +16,7 @@ from torch import nn
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DEVICES, DsConfig, unknown_device
 from ds_agsel.errors import ConfigError
+from ds_agsel.zero import rows
 
 STAGES = (1, 2, 3)
 ADAM_NAMES = ("adam", "adamw")
@@ -73,6 +74,7 @@ def unsupported(
     problems = [rule.text(ds_config, config) for rule in _RULES if rule.applies(ds_config, config)]
     if mpu is not None:
         problems.append(_refusal("initialize(mpu=...)", _OTHER_RANKS, "Leave mpu out"))
+    problems += rows.problems(ds_config, config, model)
     return problems if model is None else problems + _model_problems(model)
 
 

@@ -29,10 +29,12 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_agsel.errors import TrainingError
+from ds_agsel.samples.rows import RowChoice
 from ds_agsel.selection import Selection
 from ds_agsel.zero.activation_checkpointing import InputGradients
 from ds_agsel.zero.forward_watch import ForwardWatch, is_in_backward
 from ds_agsel.zero.freezing import FreezeMask
+from ds_agsel.zero.rows import row_choice
 
 if TYPE_CHECKING:
     from ds_agsel.zero.selective import SelectiveStep
@@ -52,6 +54,7 @@ class StepWindow:
         self._mask = FreezeMask()
         self._watch: ForwardWatch | None = None
         self._input_gradients: InputGradients | None = None
+        self._rows: RowChoice | None = None
         self._in_step = False
         self._backward_is_running = False
         self._is_retired = False
@@ -70,6 +73,7 @@ class StepWindow:
         wholes = [block.layer or block.name for block in self._selection.blocks]
         self._watch = ForwardWatch(root, block_of, self._begin_forward, wholes)
         self._input_gradients = InputGradients(root)
+        self._rows = row_choice(root, self._selection, block_of)
 
     # ------------------------------------------------------------------------ open
 
@@ -85,6 +89,8 @@ class StepWindow:
         if self._backward_is_running:
             self.abandon()  # an exception ended it out of our sight: loss.backward()
         self.prepare()
+        if self._rows is not None and self.is_open:
+            self._rows.begin_forward(self._selection.plan.step, self._selection.active_blocks)
 
     def open(self) -> None:
         """Prepare for the planned step. Idempotent. Raises ConfigError if the policy has no plan."""
@@ -143,6 +149,8 @@ class StepWindow:
 
     def _close(self) -> None:
         self._mask.lift()
+        if self._rows is not None:
+            self._rows.close()
         self._backward_is_running = self.is_open = False
 
     def abandon(self) -> None:
@@ -170,6 +178,8 @@ class StepWindow:
         self._is_retired = True
         if self._watch is not None:
             self._watch.remove()
+        if self._rows is not None:
+            self._rows.remove()
         self._stage._remove_gradient_hooks()
 
     # ------------------------------------------------------- blocks without a gradient

@@ -97,6 +97,7 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "blocks": None,
         "fixed_blocks": None,
         "replay_file": None,
+        "gast": None,
     }
 
 
@@ -186,6 +187,17 @@ def test_the_config_can_not_be_changed() -> None:
         ("select_every", 2.0, "=2.0 is not an integer. Use 1 to select anew at every step."),
         ("seed", -1, "=-1 is outside [0, inf). Use 42, or any integer from 0 on."),
         ("seed", False, "=false is not an integer. Use 42, or any integer from 0 on."),
+        ("gast", 4, "=4 is not an object. Use {} for all its defaults, or null to learn from all rows."),
+        ("gast", {"select_samples": 0}, ".select_samples=0 is outside [1, inf). Use null for half of the micro-batch."),
+        ("gast", {"draw": "best"}, '.draw="best" is not "sample", "random" or "top". Use "sample" to draw rows in'),
+        ("gast", {"support": 1}, '.support=1 is not "batch" or "data". Use "batch" to score rows against the rest'),
+        ("gast", {"support_samples": 1.5}, ".support_samples=1.5 is not an integer. Use 4, or any number of rows"),
+        ("gast", {"drew": "top"}, ' has no field "drew". Did you mean "draw"? Its fields: select_samples, support,'),
+        (
+            "gast",
+            {"support": "data", "draw": "random"},
+            '.support="data" and adagrad_select.gast.draw="random" exclude',
+        ),
         ("enabled", 1, "=1 is not true or false. Use false to run plain DeepSpeed."),
         ("enabled", "false", '="false" is not true or false. Use false to run plain DeepSpeed.'),
         ("policy", 3, '=3 is not a policy\'s name. Use "adagrad_select", or a name that you registered.'),

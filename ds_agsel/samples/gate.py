@@ -1,0 +1,145 @@
+"""Gates: autograd nodes at which a block's rows are chosen, once its Linears' output gradients have come.
+
+[Note: Gates] A Linear of a gated block computes its output and the gradient of its input as ever, over all rows. Only
+the gradient of its weight is made otherwise. The weight takes no part in the Linear's own graph; a *tap* on the output
+keeps (X, dY) in backward. Each tap depends on the gate's *token*, a scalar, and the token on the block's weights: so
+autograd runs the gate once all taps have come, it chooses the rows and returns the masked gradient of each weight, and
+what listens to the weights' gradients (ZeRO's hooks) hears them once. Where the choice needs no scores a tap returns
+the weight's gradient itself, and nothing is kept.
+
+The token is no view of the weights, so that it does not matter whether ZeRO-3 holds them when the gate opens. A weight
+whose Linear did not run gets a gradient of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_agsel.samples.scores import Use
+
+Choose = Callable[[dict[int, list[Use]], int], Tensor | None]  # uses by Linear, rows -> taken rows; None: all
+
+
+class Gate:
+    """The gate of one block in one forward.
+
+    Args:
+        weights: of the block's Linears, by which ``choose`` and `tap` number them.
+        choose: given (X, dY) of the Linears that ran, returns the taken rows.
+        weigh: of (rows, taken), the weight of a taken row.
+        done: called when the gate has run.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],
+        choose: Choose,
+        weigh: Callable[[int, int], float],
+        done: Callable[[Gate], None],
+    ) -> None:
+        self._weights, self._choose, self._weigh, self._done = list(weights), choose, weigh, done
+        self._uses: dict[int, list[Use]] = {}
+        self._token: Tensor | None = _Join.apply(self, *weights)  # type: ignore[no-untyped-call]
+
+    def tap(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output ``y`` of Linear ``number``, whose input was ``x``, tapped."""
+        tapped: Tensor = _KeptTap.apply(y, x.detach(), self._token, self, number)  # type: ignore[no-untyped-call]
+        return tapped
+
+    def keep(self, number: int, use: Use) -> None:
+        """Keep what backward brought to Linear ``number``."""
+        self._uses.setdefault(number, []).append(use)
+
+    def gradients(self, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Return the gradient over the rows that are chosen now of each weight that is ``wanted``, and end the gate."""
+        found: list[Tensor | None] = []
+        rows = next(iter(self._uses.values()))[0].x.shape[0]
+        taken = self._choose(self._uses, rows)
+        weight = 1.0 if taken is None else self._weigh(rows, taken.numel())
+        for number, (parameter, is_wanted) in enumerate(zip(self._weights, wanted, strict=True)):
+            if not is_wanted:
+                found.append(None)
+                continue
+            uses = self._uses.pop(number, [])  # freed one by one
+            parts = [use.gradient(taken, weight) for use in uses]
+            total = sum(parts[1:], start=parts[0]) if parts else _zeros(parameter)
+            found.append(total.to(parameter.dtype))
+        self.drop()
+        self._done(self)
+        return found
+
+    def drop(self) -> None:
+        """Let go of the graph and of what was kept."""
+        self._token = None
+        self._uses.clear()
+
+
+class _Join(torch.autograd.Function):
+    """Weights -> a token; in backward, the gate's gradients of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Gate, *weights: Tensor) -> Tensor:
+        ctx.gate = gate
+        return torch.zeros((), device=weights[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return (None, *ctx.gate.gradients(ctx.needs_input_grad[1:]))
+
+
+class _KeptTap(torch.autograd.Function):
+    """An output as it is; in backward, its gradient as it is, kept with the input for the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, token: Tensor, gate: Gate, number: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.gate, ctx.number = gate, number
+        return y.detach()  # an output that is no view may be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        ctx.gate.keep(ctx.number, Use(x.to(dy.dtype), dy))
+        return dy, None, torch.zeros((), device=dy.device), None, None
+
+
+class _Tap(torch.autograd.Function):
+    """An output as it is; in backward, its gradient as it is, and the weight's over rows that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, taken: Tensor | None, row_weight: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.taken, ctx.row_weight, ctx.dtype = taken, row_weight, weight.dtype
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        use = Use(x.to(dy.dtype), dy)
+        return dy, None, use.gradient(ctx.taken, ctx.row_weight).to(ctx.dtype), None, None
+
+
+def tap_known(x: Tensor, y: Tensor, weight: Tensor, taken: Tensor | None, row_weight: float) -> Tensor:
+    """Return a Linear's output ``y``; its ``weight`` learns from the rows ``taken`` of ``x``, from all with None."""
+    tapped: Tensor = _Tap.apply(y, x.detach(), weight, taken, row_weight)  # type: ignore[no-untyped-call]
+    return tapped
+
+
+def without_weight(module: nn.Linear, x: Tensor) -> Tensor:
+    """Return the Linear's output, with no graph to its weight.
+
+    The weight itself goes into the graph, and not a detached copy of it, which would hold ZeRO-3's gathered memory.
+    """
+    wanted, module.weight.requires_grad = module.weight.requires_grad, False
+    try:
+        return nn.functional.linear(x, module.weight, module.bias)
+    finally:
+        module.weight.requires_grad = wanted
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device=parameter.device)

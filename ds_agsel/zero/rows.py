@@ -1,0 +1,54 @@
+"""The choice of rows under ZeRO: what can't be used with it, and how it is made for an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from ds_agsel.blocks import repeated_layers
+from ds_agsel.config import SelectionConfig
+from ds_agsel.ds_config import DsConfig
+from ds_agsel.samples.linears import gated_linears
+from ds_agsel.samples.rows import RowChoice
+from ds_agsel.selection import Selection
+
+
+def row_choice(root: nn.Module, selection: Selection, block_of: Mapping[int, int]) -> RowChoice | None:
+    """Return the choice of rows for the engine of ``root``; None without `adagrad_select.gast`."""
+    config, record = selection.config, selection.samples
+    if config.gast is None or record is None:
+        return None
+    return RowChoice(root, repeated_layers(root), block_of, config.gast, config.seed, dist.get_rank(), record)
+
+
+def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | None) -> Iterator[str]:
+    """Yield a line for each setting, and part of ``model``, that can't be used with `adagrad_select.gast`."""
+    if config.gast is None:
+        return
+    if ds_config.stage == 3:
+        yield (
+            "adagrad_select.gast and zero_optimization.stage=3 can't be used together: a block's weights are not there "
+            "when its rows are chosen. Use stage 1 or 2, or remove gast."
+        )
+    if config.gast.needs_support_data:
+        yield 'adagrad_select.gast.support="data" is not there yet. Use "batch".'
+    if model is not None:
+        yield from _model_problems(model)
+
+
+def _model_problems(model: nn.Module) -> Iterator[str]:
+    compiled = [name for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    if any(isinstance(part, torch._dynamo.OptimizedModule) for part in model.modules()) or compiled:
+        yield (
+            "adagrad_select.gast can't be used with compiled layers: rows are chosen in the middle of backward, where "
+            "a graph has no place for it. Give the model as it is, or remove gast."
+        )
+    every = {id(parameter): 0 for parameter in model.parameters() if parameter.requires_grad}
+    if not gated_linears(repeated_layers(model), every):
+        yield (
+            f"adagrad_select.gast chooses rows for the torch.nn.Linear modules of repeated layers, of which "
+            f"{type(model).__name__} trains none. Remove gast."
+        )

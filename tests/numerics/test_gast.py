@@ -1,0 +1,151 @@
+"""Rows chosen block by block under ZeRO: masked gradients, all rows as plain DeepSpeed, composition with block choice."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import reference_gast as twin
+import torch
+from support import (
+    BATCH,
+    LEARNING_RATE,
+    MOSTLY_TWO,
+    TOPK,
+    VISIT,
+    Case,
+    assert_identical,
+    batch,
+    build,
+    case_id,
+    finish,
+    forward_backward,
+    model_blocks,
+    run_steps,
+    tiny_model,
+    train_all,
+)
+from torch import Tensor
+
+from ds_agsel.gast_section import GastConfig
+from ds_agsel.samples.choice import DrawKey, take
+
+ALL_ROWS = {"policy": "all", "gast": {"select_samples": BATCH}}
+FIXED = {"policy": "fixed", "fixed_blocks": ["model.layers.1", "model.layers.3", "embedding"]}
+SAME = ("losses", "norms", "lrs", "weights", "partitions", "skipped")
+
+WIDE = [
+    Case(stage=stage, offload=offload, dtype=dtype, accumulation=accumulation, clip=0.3, steps=3, section=ALL_ROWS)
+    for stage, offload, dtype, accumulation in product((1, 2, 3), ("none", "cpu"), ("fp32", "bf16"), (1, 3))
+]
+CORE = [WIDE[0], WIDE[7], WIDE[11], WIDE[12], WIDE[17], WIDE[23]]
+SWEEP = [pytest.param(case, marks=[] if case in CORE else pytest.mark.slow, id=case_id(case)) for case in WIDE]
+
+
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
+@pytest.mark.parametrize("case", SWEEP)
+def test_all_rows_taken_is_plain_deepspeed(workers: Any, case: Case, ranks: int) -> None:
+    for gast, plain in workers(ranks).run(train_all, [case, case.but(section=None)]):
+        assert_identical({key: plain[key] for key in SAME}, {key: gast[key] for key in SAME})
+
+
+def masked(case: Case, checkpointing: str | None = None) -> dict[str, Any]:
+    """The first step's gradients of the selected blocks, and what the twin expects; and the blocks by index."""
+    from deepspeed.utils import safe_get_full_grad
+
+    model: Any = tiny_model(case)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    engine = build(case, model)
+    engine.train()
+    for micro_step in range(case.accumulation):
+        forward_backward(engine, case, 0, micro_step)
+        if micro_step + 1 < case.accumulation:
+            engine.step()
+    found = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+    engine.step()
+    record, samples = engine.selection.history[0], engine.selection.samples.history[0]
+    result = {
+        "blocks": record.blocks,
+        "found": found,
+        "expected": expected(case, range(6) if record.phase == "explore" else record.blocks),
+        "samples": samples.as_json(),
+    }
+    engine.destroy()
+    return result
+
+
+def expected(case: Case, gated: Any) -> dict[str, Tensor]:
+    """The mean over ranks and micro-steps of the twin's masked gradients."""
+    config = GastConfig(**(case.section or {})["gast"])
+    model, rank = tiny_model(case), torch.distributed.get_rank()
+    blocks = dict(enumerate(model_blocks(model).values()))
+    layers = {block: blocks[block] for block in gated if "layers" in blocks[block][0]}
+    total: dict[str, Tensor] = {}
+    for micro_step in range(case.accumulation):
+
+        def taken(block: int, scores: Tensor, micro_step: int = micro_step) -> list[int]:
+            key = DrawKey((case.section or {}).get("seed", 42), 0, micro_step, rank, block)
+            found = take(config, BATCH, key, None if config.draw == "random" else scores, scores.device)
+            assert found is not None
+            return found.tolist()
+
+        for name, gradient in twin.masked_gradient(model, batch(case, 0, micro_step, rank), layers, taken).items():
+            total[name] = total.get(name, 0) + gradient / case.accumulation
+    for gradient in total.values():
+        torch.distributed.all_reduce(gradient)
+        gradient /= torch.distributed.get_world_size()
+    return total
+
+
+def assert_masked(case: Case, runs: list[dict[str, Any]]) -> None:
+    names = list(model_blocks(tiny_model(case)).values())
+    for run in runs:
+        for block in run["blocks"]:
+            for name in names[block]:
+                torch.testing.assert_close(run["found"][name], run["expected"][name], rtol=2e-4, atol=1e-6)
+
+
+MASKED = [
+    Case(stage=stage, offload=offload, accumulation=accumulation, section={**section, "gast": gast})
+    for (stage, offload), accumulation, section, gast in (
+        ((1, "none"), 1, FIXED, {}),
+        ((1, "cpu"), 2, FIXED, {"draw": "random"}),
+        ((2, "none"), 2, TOPK, {}),
+        ((2, "cpu"), 1, FIXED, {"draw": "top"}),
+        ((2, "none"), 1, {**FIXED, **VISIT}, {}),
+        ((3, "none"), 2, FIXED, {"draw": "random"}),
+        ((3, "none"), 1, FIXED, {}),
+        ((3, "cpu"), 2, FIXED, {}),
+        ((3, "none"), 1, TOPK, {}),
+    )
+]
+
+
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
+@pytest.mark.parametrize("case", MASKED, ids=case_id)
+def test_gradients_are_the_mean_of_each_ranks_masked_ones(workers: Any, case: Case, ranks: int) -> None:
+    runs = workers(ranks).run(masked, case)
+    assert_masked(case, runs)
+    assert all(run["samples"]["rows"] == [BATCH] * case.accumulation for run in runs)
+
+
+@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activation_checkpointing(workers: Any, stage: int, checkpointing: str) -> None:
+    case = Case(stage=stage, section={**FIXED, "gast": {}})
+    assert_masked(case, workers(2).run(masked, case, checkpointing))
+
+
+def scores_of(gradients: dict[str, Tensor], blocks: list[list[str]]) -> list[float]:
+    return [sum(gradients[name].norm().item() for name in names) for names in blocks]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_explore_step_chooses_by_the_masked_gradients(workers: Any, stage: int) -> None:
+    case = Case(stage=stage, section={**TOPK, "gast": {"select_samples": 1}})
+    blocks = list(model_blocks(tiny_model(case)).values())
+    for run in workers(2).run(masked, case):
+        scores = scores_of(run["expected"], blocks)
+        assert run["blocks"] == tuple(sorted(sorted(range(6), key=lambda block: -scores[block])[:2]))
