@@ -7,8 +7,13 @@ autograd runs the gate once all taps have come, it chooses the rows and returns 
 what listens to the weights' gradients (ZeRO's hooks) hears them once. Where the choice needs no scores a tap returns
 the weight's gradient itself, and nothing is kept.
 
-The token is no view of the weights, so that it does not matter whether ZeRO-3 holds them when the gate opens. A weight
-whose Linear did not run gets a gradient of zero.
+A weight whose Linear did not run gets a gradient of zero.
+
+[Note: Weights that are not there] ZeRO-3 holds a weight only around its own module; a gate opens and runs when others
+of its weights are empty tensors. Nothing here reads them (the token is no view of the weights), but autograd compares
+the gradient's shape with the one that the weight had when it entered the graph (torch 2.13, `validate_outputs`), and
+looks at its strides when it stores the gradient. In these two moments such a weight shows its whole shape, without
+memory: one element, expanded.
 """
 
 from __future__ import annotations
@@ -43,11 +48,13 @@ class Gate:
     ) -> None:
         self._weights, self._choose, self._weigh, self._done = list(weights), choose, weigh, done
         self._uses: dict[int, list[Use]] = {}
-        self._token: Tensor | None = _Join.apply(self, *weights)  # type: ignore[no-untyped-call]
+        restore = show_whole(weights)
+        self._token: Tensor | None = _Join.apply(self, *weights)
+        restore()
 
     def tap(self, number: int, x: Tensor, y: Tensor) -> Tensor:
         """Return the output ``y`` of Linear ``number``, whose input was ``x``, tapped."""
-        tapped: Tensor = _KeptTap.apply(y, x.detach(), self._token, self, number)  # type: ignore[no-untyped-call]
+        tapped: Tensor = _KeptTap.apply(y, x.detach(), self._token, self, number)
         return tapped
 
     def keep(self, number: int, use: Use) -> None:
@@ -70,6 +77,7 @@ class Gate:
             found.append(total.to(parameter.dtype))
         self.drop()
         self._done(self)
+        torch.autograd.Variable._execution_engine.queue_callback(show_whole(self._weights))
         return found
 
     def drop(self) -> None:
@@ -101,7 +109,7 @@ class _KeptTap(torch.autograd.Function):
         return y.detach()  # an output that is no view may be changed in place
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         ctx.gate.keep(ctx.number, Use(x.to(dy.dtype), dy))
         return dy, None, torch.zeros((), device=dy.device), None, None
@@ -117,7 +125,7 @@ class _Tap(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         use = Use(x.to(dy.dtype), dy)
         return dy, None, use.gradient(ctx.taken, ctx.row_weight).to(ctx.dtype), None, None
@@ -125,21 +133,48 @@ class _Tap(torch.autograd.Function):
 
 def tap_known(x: Tensor, y: Tensor, weight: Tensor, taken: Tensor | None, row_weight: float) -> Tensor:
     """Return a Linear's output ``y``; its ``weight`` learns from the rows ``taken`` of ``x``, from all with None."""
-    tapped: Tensor = _Tap.apply(y, x.detach(), weight, taken, row_weight)  # type: ignore[no-untyped-call]
+    tapped: Tensor = _Tap.apply(y, x.detach(), weight, taken, row_weight)
     return tapped
 
 
 def without_weight(module: nn.Linear, x: Tensor) -> Tensor:
     """Return the Linear's output, with no graph to its weight.
 
-    The weight itself goes into the graph, and not a detached copy of it, which would hold ZeRO-3's gathered memory.
+    The weight itself goes into the graph, and not a detached copy of it, which would hold ZeRO-3's gathered memory. The
+    copy does where a checkpointed layer is computed again: there torch 2.13 keeps a weight that requires no gradient
+    as it is (checkpoint.py, `_recomputation_hook`), and ZeRO-3 empties it before it is used.
     """
-    wanted, module.weight.requires_grad = module.weight.requires_grad, False
+    weight = module.weight
+    if torch._C._current_graph_task_id() != -1:
+        return nn.functional.linear(x, weight.detach(), module.bias)
+    wanted, weight.requires_grad = weight.requires_grad, False
     try:
-        return nn.functional.linear(x, module.weight, module.bias)
+        return nn.functional.linear(x, weight, module.bias)
     finally:
-        module.weight.requires_grad = wanted
+        weight.requires_grad = wanted
+
+
+def show_whole(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Give those of ``parameters`` that ZeRO-3 does not hold now their whole shape; return what takes it away again."""
+    shown: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    for parameter in parameters:
+        shape = _whole_shape(parameter)
+        if parameter.shape != shape:
+            before, stand_in = parameter.data, parameter.data.new_zeros(()).expand(shape)
+            parameter.data = stand_in
+            shown.append((parameter, before, stand_in))
+
+    def restore() -> None:
+        for parameter, before, stand_in in shown:
+            if parameter.data_ptr() == stand_in.data_ptr():  # ZeRO has not brought it since
+                parameter.data = before
+
+    return restore
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device=parameter.device)
+    return torch.zeros(_whole_shape(parameter), dtype=parameter.dtype, device=parameter.device)

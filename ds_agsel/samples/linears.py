@@ -25,7 +25,8 @@ def gated_linears(
     for module in modules:
         if isinstance(module, nn.Linear) and _is_plain(module) and id(module.weight) in block_of:
             of_block = found.setdefault(block_of[id(module.weight)], {})
-            of_block.setdefault(id(module.weight), (module.weight, []))[1].append(module)
+            weight: Any = module.weight
+            of_block.setdefault(id(weight), (weight, []))[1].append(module)
     return {block: list(weights.values()) for block, weights in found.items()}
 
 
@@ -51,7 +52,7 @@ class GatedForward:
         self, module: nn.Linear, name: str, block: int, number: int, tapped: Callable[[GatedForward, Tensor], Tensor]
     ) -> None:
         self.module, self.name, self.block, self.number, self._tapped = module, name, block, number, tapped
-        module.forward = self  # type: ignore[method-assign, assignment]
+        module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, input: Tensor) -> Tensor:  # torch's name: it may be given as a keyword
         """Return the Linear's output, (rows, ..., D_out)."""

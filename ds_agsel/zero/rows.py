@@ -14,6 +14,7 @@ from ds_agsel.ds_config import DsConfig
 from ds_agsel.samples.linears import gated_linears
 from ds_agsel.samples.rows import RowChoice
 from ds_agsel.selection import Selection
+from ds_agsel.zero import compat
 
 
 def row_choice(root: nn.Module, selection: Selection, block_of: Mapping[int, int]) -> RowChoice | None:
@@ -28,10 +29,11 @@ def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | No
     """Yield a line for each setting, and part of ``model``, that can't be used with `adagrad_select.gast`."""
     if config.gast is None:
         return
-    if ds_config.stage == 3:
+    if ds_config.stage == 3 and _has_leaf_modules(ds_config, model):
         yield (
-            "adagrad_select.gast and zero_optimization.stage=3 can't be used together: a block's weights are not there "
-            "when its rows are chosen. Use stage 1 or 2, or remove gast."
+            "adagrad_select.gast can't be used with ZeRO-3's leaf modules: DeepSpeed reduces their gradients before the "
+            "rows are chosen (stage3.py:1532). Leave set_z3_leaf_modules, zero_optimization.leaf_module and "
+            "stage3_module_granularity_threshold out, or remove gast."
         )
     if config.gast.needs_support_data:
         yield 'adagrad_select.gast.support="data" is not there yet. Use "batch".'
@@ -52,3 +54,9 @@ def _model_problems(model: nn.Module) -> Iterator[str]:
             f"adagrad_select.gast chooses rows for the torch.nn.Linear modules of repeated layers, of which "
             f"{type(model).__name__} trains none. Remove gast."
         )
+
+
+def _has_leaf_modules(ds_config: DsConfig, model: nn.Module | None) -> bool:
+    named = ds_config.value("zero_optimization.leaf_module") is not None
+    by_size = ds_config.value("zero_optimization.stage3_module_granularity_threshold", 0) != 0
+    return named or by_size or (model is not None and compat.has_leaf_modules(model))

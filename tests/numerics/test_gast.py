@@ -1,4 +1,4 @@
-"""Rows chosen block by block under ZeRO: masked gradients, all rows as plain DeepSpeed, composition with block choice."""
+"""Rows chosen block by block under ZeRO: masked gradients, all rows as plain DeepSpeed, the choice of blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import reference_gast as twin
 import torch
 from support import (
     BATCH,
-    LEARNING_RATE,
     MOSTLY_TWO,
     TOPK,
     VISIT,
@@ -19,10 +18,8 @@ from support import (
     batch,
     build,
     case_id,
-    finish,
     forward_backward,
     model_blocks,
-    run_steps,
     tiny_model,
     train_all,
 )
