@@ -13,6 +13,7 @@ import torch
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.entry.epochs import EpochLength
 from ds_agsel.entry.preparation import Preparation
+from ds_agsel.samples.choice import num_taken
 from ds_agsel.zero.step_device import StepDevice
 
 logger = logging.getLogger("ds_agsel")
@@ -41,6 +42,7 @@ def selection(prepared: Preparation, ds_config: DsConfig, choice: StepDevice, ep
         f"policy {config.policy} updates {_how_many(prepared)} at each step"
         f"{' (' + ', '.join(outside) + ')' if outside else ''}",
         *_exploring(prepared, epoch),
+        *_rows(prepared, ds_config),
         _states(ds_config, choice),
     ]
     return f"{'; '.join(parts)}."
@@ -71,6 +73,27 @@ def _exploring(prepared: Preparation, epoch: EpochLength | None) -> Iterator[str
             f"steps explore with a probability that starts at {rate:g} and falls until epoch 1 ends, after "
             f"{epoch.steps} steps (from {epoch.source})"
         )
+
+
+def _rows(prepared: Preparation, ds_config: DsConfig) -> Iterator[str]:
+    gast, rows = prepared.config.gast, ds_config.micro_batch_size
+    if gast is None or rows is None:
+        return
+    taken = num_taken(gast, rows)
+    if taken < rows:
+        how = {"sample": "drawn by alignment", "random": "drawn at random", "top": "of the highest alignment"}[
+            gast.draw
+        ]
+        yield f"each learns from {taken} of the {rows} rows of a micro-batch, {how}"
+        return
+    logger.warning(
+        "adagrad_select.gast masks nothing: train_micro_batch_size_per_gpu=%d, of which each block takes %d rows. Rows "
+        "are chosen within a micro-batch: use a larger one (and fewer accumulation steps), or a smaller "
+        "gast.select_samples.",
+        rows,
+        taken,
+    )
+    yield "each learns from all rows"
 
 
 def _states(ds_config: DsConfig, choice: StepDevice) -> str:

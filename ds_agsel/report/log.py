@@ -77,6 +77,7 @@ class SelectionLog:
         new = self._selection.num_steps - self._num_written
         if new == 0:
             return
+        samples = {} if self._selection.samples is None else {s.step: s for s in self._selection.samples.history}
         records, traffic = self._selection.history[-new:], {entry.step: entry for entry in self._selection.traffic}
         if len(records) < new:
             logger.warning("adagrad_select: %s lacks %d steps, written too late.", self._log.path, new - len(records))
@@ -85,6 +86,8 @@ class SelectionLog:
             line["explore_rate"] = self._selection.policy.explore_probability(record.step)
             line["traffic"] = {key: value for key, value in asdict(traffic[record.step]).items() if key != "step"}
             line["state_bytes"] = self._optimizer.state_bytes()
+            if record.step in samples:
+                line["samples"] = samples[record.step].as_json()
             self._log.write(line)
         self._num_written += new
 

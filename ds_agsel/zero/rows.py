@@ -31,7 +31,7 @@ def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | No
         return
     if ds_config.stage == 3 and _has_leaf_modules(ds_config, model):
         yield (
-            "adagrad_select.gast can't be used with ZeRO-3's leaf modules: DeepSpeed reduces their gradients before the "
+            "adagrad_select.gast can't be used with ZeRO-3's leaf modules: DeepSpeed reduces their gradients before "
             "rows are chosen (stage3.py:1532). Leave set_z3_leaf_modules, zero_optimization.leaf_module and "
             "stage3_module_granularity_threshold out, or remove gast."
         )

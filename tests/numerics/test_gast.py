@@ -18,13 +18,16 @@ from support import (
     batch,
     build,
     case_id,
+    finish,
     forward_backward,
     model_blocks,
+    run_steps,
     tiny_model,
     train_all,
 )
 from torch import Tensor
 
+from ds_agsel.errors import ConfigError
 from ds_agsel.gast_section import GastConfig
 from ds_agsel.samples.choice import DrawKey, take
 
@@ -146,3 +149,58 @@ def test_an_explore_step_chooses_by_the_masked_gradients(workers: Any, stage: in
     for run in workers(2).run(masked, case):
         scores = scores_of(run["expected"], blocks)
         assert run["blocks"] == tuple(sorted(sorted(range(6), key=lambda block: -scores[block])[:2]))
+
+
+def resumed(case: Case, folder: str, stop: int) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """A whole run, and one that is saved after ``stop`` steps and goes on in another engine; its rows."""
+    whole = train_all([case])[0]
+    engine = build(case)
+    run_steps(engine, case, last=stop)
+    engine.save_checkpoint(folder, tag="t")
+    engine.destroy()
+    engine = build(case)
+    engine.load_checkpoint(folder, tag="t")
+    result = run_steps(engine, case, first=stop)
+    rows = [step.as_json() for step in engine.selection.samples.history]
+    return whole, finish(engine, result), rows
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resumed_run_draws_the_same_rows_without_any_state(workers: Any, tmp_path: Any, stage: int) -> None:
+    case = Case(stage=stage, steps=4, accumulation=2, section={**FIXED, "gast": {}})
+    for whole, later, rows in workers(2).run(resumed, case, str(tmp_path), 2):
+        assert_identical({key: whole[key] for key in ("weights", "partitions")}, {key: later[key] for key in SAME[3:5]})
+        assert len(rows) == 2 and all(line["rows"] == [BATCH, BATCH] for line in rows)
+
+
+def compile_refusal() -> str:
+    engine = build(Case(section={"gast": {}}))
+    with pytest.raises(ConfigError) as caught:
+        engine.compile()
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_compiling_the_layers_is_refused(workers: Any) -> None:
+    [message] = workers(1).run(compile_refusal)
+    assert message.startswith("engine.compile() can't be used with adagrad_select.gast")
+
+
+def interrupted() -> list[Any]:
+    """Rows of a step whose first backward was abandoned, and of one that was not."""
+    case, found = Case(section={**FIXED, "gast": {}}, steps=1), []
+    for fails in (True, False):
+        engine = build(case)
+        if fails:
+            loss = engine(**batch(case, 5, 0, 0)).loss
+            loss.register_hook(lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.backward(loss)
+        run_steps(engine, case)
+        found.append((engine.selection.samples.history[0].as_json(), finish(engine, {})["weights"]))
+    return found
+
+
+def test_an_abandoned_window_leaves_no_trace(workers: Any) -> None:
+    [(after_failure, straight)] = workers(1).run(interrupted)
+    assert_identical(straight, after_failure)

@@ -49,7 +49,7 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.settings import ds_config_problems, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
-    from ds_agsel.zero.compat.weights import is_gathered, read_weights, write_weights
+    from ds_agsel.zero.compat.weights import has_leaf_modules, is_gathered, read_weights, write_weights
 
 __all__ = [
     "KNOWN_VERSIONS",
@@ -72,6 +72,7 @@ __all__ = [
     "fp32_weights_of",
     "gradient_partitions",
     "has_fused_adam",
+    "has_leaf_modules",
     "is_coalescing",
     "is_compact",
     "is_gathered",

@@ -8,11 +8,17 @@ import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import get_z3_leaf_modules
 
 
 def is_gathered(parameter: Any) -> bool:
     """Return whether a ZeRO-3 parameter is whole on this rank now."""
     return parameter.ds_status is ZeroParamStatus.AVAILABLE
+
+
+def has_leaf_modules(model: torch.nn.Module) -> bool:
+    """Return whether `set_z3_leaf_modules` was called for a part of ``model``."""
+    return bool(get_z3_leaf_modules(model))
 
 
 def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat: torch.Tensor) -> None:
