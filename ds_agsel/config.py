@@ -19,13 +19,24 @@ Granularity = Literal["block", "module"]
 
 # Other names under which a user may look for the section; DeepSpeed would ignore them silently.
 _MISTAKEN_SECTIONS = ("ds_agsel", "agsel")
-OWN_POLICIES = ("adagrad_select", "all", "cyclic", "fixed", "gradient_topk", "grass", "misa", "random", "replay")
+OWN_POLICIES = (
+    "adagrad_select",
+    "all",
+    "cost_aware",
+    "cyclic",
+    "fixed",
+    "gradient_topk",
+    "grass",
+    "misa",
+    "random",
+    "replay",
+)
 # Fields that these policies alone read. A policy that the user has registered may read any.
 _READERS = {
-    "score_decay": ("grass", "misa"),
-    "temperature": ("grass", "misa"),
-    "refresh_every": ("grass", "misa"),
-    "probe_steps": ("grass",),
+    "score_decay": ("cost_aware", "grass", "misa"),
+    "temperature": ("cost_aware", "grass", "misa"),
+    "refresh_every": ("cost_aware", "grass", "misa"),
+    "probe_steps": ("cost_aware", "grass"),
 }
 _SIMILAR = 0.8  # difflib ratio: two letters of "adagradselect" may be wrong, "adagrad" alone is another word
 

@@ -113,6 +113,7 @@ class Selection:
         self._chosen: tuple[int, ...] | None = None
         self._left_out: frozenset[int] = frozenset()
         self._scores: dict[int, float] = {}
+        self._times: list[float] | None = None
         self._round: Round | None = None
         self.current_traffic = Traffic(step=0)
         self.samples = None if self.config.gast is None else Samples(TAIL_STEPS)
@@ -203,6 +204,10 @@ class Selection:
         if self.policy.observes:
             self._scores = {block: scores[block] for block in blocks}
 
+    def take_times(self, arrivals: Sequence[float]) -> None:
+        """Keep the seconds that backward took to each block, which the policy sees if the step is applied."""
+        self._times = list(arrivals)
+
     def leave_out(self, blocks: Collection[int]) -> None:
         """Take ``blocks`` out of this step: they are neither updated nor counted, though planned or chosen."""
         self._left_out |= set(blocks)
@@ -230,13 +235,20 @@ class Selection:
         self._start_traffic()
         if self.samples is not None:
             self.samples.forget()
-        self._chosen, self._left_out, self._scores = self.plan.blocks, frozenset(), {}
+        self._forget_step()
+        self._chosen = self.plan.blocks
+
+    def _forget_step(self) -> None:
+        self._left_out, self._scores, self._times = frozenset(), {}, None
 
     def _observe(self, step: int) -> None:
         """Show the policy the scores of the drawn blocks among those scored in this step; 0 for what it left out."""
         scores = {**dict.fromkeys(self._chosen or (), 0.0), **self._scores}
         places = {place: scores[block] for place, block in enumerate(self.lottery.drawn) if block in scores}
         seen = {place: score for place, score in places.items() if math.isfinite(score)}
+        if self._times is not None:
+            sunk = max((self._times[block] for block in self.lottery.always), default=0.0)
+            self.policy.observe_times([self._times[block] for block in self.lottery.drawn], sunk)
         if seen and self.policy.observes:
             self.policy.observe(step, tuple(seen), tuple(seen.values()))
 
@@ -266,7 +278,7 @@ class Selection:
         Such errors are a policy that has run out of steps, an answer that can't be used, or what the policy raises.
         """
         self._plan = self._chosen = None
-        self._left_out, self._scores = frozenset(), {}
+        self._forget_step()
         with suppress(Exception):
             self._plan = self._draw_plan()
 
@@ -347,4 +359,5 @@ class Selection:
             return
         planned = state.plan.blocks
         self._plan = Plan(state.plan.step, state.plan.phase, None if planned is None else tuple(planned))
-        self._chosen, self._left_out, self._scores = self._plan.blocks, frozenset(), {}
+        self._forget_step()
+        self._chosen = self._plan.blocks

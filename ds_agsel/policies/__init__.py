@@ -3,6 +3,7 @@
 from ds_agsel.policies import (  # noqa: F401  (importing a policy's module registers it)
     adagrad_select,
     all,
+    cost_aware,
     cyclic,
     fixed,
     gradient_topk,

@@ -80,6 +80,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs_steps_per_epoch: ClassVar[bool] = False
+    measures_times: ClassVar[bool] = False  # explore steps are timed for `observe_times`
 
     def __init__(self, context: PolicyContext) -> None:
         self.context = context
@@ -128,6 +129,14 @@ class Policy(ABC):
             units: the blocks that were scored: those selected, or in an explore step all of the lottery. Ascending.
             scores: of each of ``units``, as the field `score` says; finite, and 0 for a block that was left out since
                 it took no part in forward.
+        """
+
+    def observe_times(self, arrivals: Sequence[float], sunk: float) -> None:  # noqa: B027
+        """Learn how long the backward of an applied explore step took, if `measures_times`. Equal on all ranks.
+
+        Args:
+            arrivals: seconds from the begin of backward until each block's last gradient came, (num_blocks,).
+            sunk: seconds until the last gradient of `always_select` came; 0 without.
         """
 
     @property

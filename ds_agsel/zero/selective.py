@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import block_scores, compat
+from ds_agsel.zero.arrival_times import ArrivalTimes
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
@@ -51,6 +52,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
         self._stream: ExploreStream | None = None
+        self._arrivals: ArrivalTimes | None = None
         self.window = StepWindow(selection, self)
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
         self._entered: tuple[int, int] | None = None  # index in DeepSpeed's lists, group; whose state is being updated
@@ -86,6 +88,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def _begin_window(self) -> None:
         """Prepare for the planned step, whose window opens: no gradient has arrived."""
         self._blocks_with_gradient.clear()
+        times_it = self.selection.policy.measures_times and self.selection.plan.blocks is None
+        self._arrivals = ArrivalTimes(len(self.selection.blocks)) if times_it else None
         self._stream = self._new_stream() if self._can_stream() else None
         self._hold_gradient_buffers()
         self._prefetch()
@@ -141,6 +145,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
                 self._skip_step()
                 return
             selection.choose(scores.tolist())
+            if self._arrivals is not None:
+                selection.take_times(self._arrivals.seconds(self.dp_process_group))
             self._leave_out_what_did_not_run()
         self._drop_gradients(set(active) - set(selection.selected_blocks))
         if not selection.selected_blocks:
@@ -236,6 +242,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     @compat.overrides
     def backward_prologue(self) -> None:
         self.window.begin_backward()
+        if self._arrivals is not None:
+            self._arrivals.begin()
         super().backward_prologue()
 
     @compat.overrides

@@ -76,6 +76,8 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         self.window.open()
         if not self._is_wanted(param, i):
             return
+        if self._arrivals is not None:
+            self._arrivals.note(self._block_of_group[i])
         if self._stream is not None and compat.is_coalescing(self):
             self._stream = None  # all gradients come at once, when none can be freed early
         stream = self._stream

@@ -88,6 +88,8 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         if block not in self._wanted_blocks():  # a leaf module, or a backward without the engine's forward
             param.grad = None
             return
+        if self._arrivals is not None:
+            self._arrivals.note(block)
         if self._stream is not None and compat.is_coalescing(self):
             self._stream = None  # all gradients come at once, when none can be freed early
         stream = self._stream

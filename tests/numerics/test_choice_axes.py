@@ -10,7 +10,7 @@ import pytest
 from reference_runs import assert_follows_reference
 from support import FIRST, SELECT, TOPK, VISIT, Case, assert_identical, build, case_id, run_steps, train
 from test_reference import FP32
-from test_resume import KINDS, SAVED_AT, check_resume
+from test_resume import KINDS, SAVED_AT, check_resume, resume, save_and_go_on
 from test_streaming import train_and_watch
 from test_unselected import check_unselected
 
@@ -119,16 +119,16 @@ def test_a_probing_step_holds_the_gradients_of_one_block(workers, stage):
 
 
 def score_reads(case: Case) -> dict[str, int]:
-    """How often scores were computed in each phase."""
+    """How often scores were taken in each phase."""
     engine = build(case)
-    zero, found = engine.optimizer, {"explore": 0, "exploit": 0}
-    compute = zero._block_scores
+    selection, found = engine.selection, {"explore": 0, "exploit": 0}
+    take = selection.take_scores
 
-    def counted(blocks: Any) -> Any:
-        found[engine.selection.plan.phase] += 1
-        return compute(blocks)
+    def counted(blocks: Any, scores: Any) -> None:
+        found[selection.plan.phase] += 1
+        take(blocks, scores)
 
-    zero._block_scores = counted
+    selection.take_scores = counted
     run_steps(engine, case)
     engine.destroy()
     return found
@@ -139,6 +139,40 @@ def test_exploit_steps_take_scores_for_a_policy_that_observes_and_for_no_other(w
     assert workers(1).run(score_reads, Case(section={**SELECT, "policy": "random"}, steps=4)) == [
         {"explore": 0, "exploit": 0}
     ]
+
+
+COST_AWARE = {
+    "policy": "cost_aware", "select_percent": 34, "score": "norm", "probe_steps": 2, "select_every": 2,
+    "never_select": ["final_norm"],
+}  # fmt: skip
+
+
+def times_and_choices(case: Case) -> tuple[dict[str, Any], list[Any]]:
+    engine = build(case)
+    run_steps(engine, case)
+    selection = engine.selection
+    found = selection.state_dict()["policy"], [record.blocks for record in selection.history]
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_measure_the_same_times_and_choose_alike(workers, stage):
+    case = Case(section=COST_AWARE, stage=stage, accumulation=1 + stage % 2)
+    (state, choices), (of_other, choices_of_other) = workers(2).run(times_and_choices, case)
+    assert state == of_other and choices == choices_of_other
+    times = state["arrivals"]
+    assert times == sorted(times, reverse=True) and times[-1] > 0  # backward comes to the embedding last
+    assert choices[:2] == [(), ()] and all(choices[2:])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resume_goes_on_with_the_measured_times(workers, other_workers, tmp_path, stage):
+    case = Case(section=COST_AWARE, stage=stage, offload=("none", "cpu")[stage == 3], steps=10)
+    kept = ("weights", "partitions", "history", "counts")
+    together = workers(2).run(save_and_go_on, case, tmp_path, KINDS[0])
+    for saving, resumed in zip(together, other_workers(2).run(resume, case, tmp_path), strict=True):
+        assert_identical({key: saving[key] for key in kept}, {key: resumed[key] for key in kept})
 
 
 def state_traffic(case: Case) -> tuple[int, int]:

@@ -322,13 +322,14 @@ def test_the_constructor_refuses_as_the_parser_does() -> None:
         (
             {"policy": "random", "temperature": 0.5},
             (
-                'temperature=0.5 is not read by adagrad_select.policy="random", but by "grass", "misa". Remove'
+                'temperature=0.5 is not read by adagrad_select.policy="random", but by "cost_aware", "grass",'
+                ' "misa". Remove'
                 " temperature, or set the policy to one of these."
             ),
         ),
         (
             {"policy": "misa", "probe_steps": 9},
-            'probe_steps=9 is not read by adagrad_select.policy="misa", but by "grass". Remove probe_steps',
+            'probe_steps=9 is not read by adagrad_select.policy="misa", but by "cost_aware", "grass".',
         ),
         (
             {"policy": "grass", "explore_on": "first_micro_batch"},

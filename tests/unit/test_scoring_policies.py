@@ -151,6 +151,96 @@ def test_a_policy_goes_on_from_its_state_at_any_step(name):
         assert rounds == whole
 
 
+# cost_aware
+
+
+ARRIVALS = [6.0, 5.5, 4.0, 3.0, 1.0, 0.25]  # of the embedding first, as backward comes to it last
+OWN = [0.5, 1.5, 1.0, 2.0, 0.75, 0.25]
+
+
+def cost_aware(k: int = 2, scores: object = (1.0,) * UNITS, sunk: float = 0.0, **section: object) -> Policy:
+    policy = make(UNITS, k, policy="cost_aware", probe_steps=1, **section)
+    policy.observe_times(ARRIVALS, sunk)
+    policy.observe(0, range(UNITS), list(scores))
+    return policy
+
+
+def seconds(units: tuple[int, ...], k: int, sunk: float = 0.0) -> float:
+    """A step's time by the model: forward, the way down to the lowest unit, the units' own products."""
+    passed = max([sunk, *(ARRIVALS[unit] for unit in units)]) / 2
+    return ARRIVALS[0] / 2 * len(units) / k + passed + sum(OWN[unit] / 2 for unit in units)
+
+
+@pytest.mark.parametrize("sunk", [0.0, 3.5, 6.0])
+def test_cost_aware_adds_up_to_the_time_of_a_step(sunk):
+    policy = cost_aware(3, sunk=sunk)
+    for units in permutations(range(UNITS), 3):
+        reached, total = sunk, sunk
+        for unit in units:
+            total += policy.added_times(reached)[unit]
+            reached = max(reached, ARRIVALS[unit])
+        assert total / 2 == pytest.approx(seconds(units, 3, sunk))
+
+
+@pytest.mark.parametrize("scores", [(1.0,) * 6, (9.0, 1.0, 1.0, 1.0, 1.0, 1.0), tuple(RECORDED[5])])
+def test_cost_aware_takes_the_best_score_for_the_time_that_it_adds(scores):
+    for k in (1, 2, 4):
+        taken: tuple[int, ...] = ()
+        for _ in range(k):
+            rest = [unit for unit in range(UNITS) if unit not in taken]
+            by_value = {u: scores[u] / (seconds((*taken, u), k) - seconds(taken, k)) for u in rest}
+            taken = (*taken, max(by_value, key=by_value.__getitem__))
+        assert cost_aware(k, scores, exploit_draw="top").plan(1, [0] * UNITS) == tuple(sorted(taken))
+
+
+def test_cost_aware_does_not_shun_what_backward_reaches_anyway():
+    assert cost_aware(1, exploit_draw="top").plan(1, [0] * UNITS) == (5,)
+    assert cost_aware(1, (1.7, 1, 1, 1, 1, 1), exploit_draw="top").plan(1, [0] * UNITS) == (5,)
+    assert cost_aware(1, (1.7, 1, 1, 1, 1, 1), sunk=6.0, exploit_draw="top").plan(1, [0] * UNITS) == (0,)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_cost_aware_draws_in_proportion(temperature):
+    scores, draws = np.array([3.0, 1.0, 0.0, 2.0, 1.0, 0.5]), 8000
+    policy = cost_aware(2, scores, temperature=temperature)
+    expected: Counter[tuple[int, ...]] = Counter()
+
+    def shares(taken: tuple[int, ...]) -> dict[int, float]:
+        left = [unit for unit in range(UNITS) if unit not in taken]
+        added = {unit: seconds((*taken, unit), 2) - seconds(taken, 2) for unit in left}
+        weights = {unit: (scores[unit] / added[unit]) ** (1 / temperature) for unit in left}
+        return {unit: weight / sum(weights.values()) for unit, weight in weights.items()}
+
+    for first, p in shares(()).items():
+        for second, q in shares((first,)).items():
+            expected[tuple(sorted((first, second)))] += p * q
+    drawn = Counter(policy.plan(step, [0] * UNITS) for step in range(1, draws + 1))
+    drawable = {pair: share for pair, share in expected.items() if share > 0}
+    assert set(drawn) <= set(drawable)
+    chi_square = sum((drawn[pair] - draws * share) ** 2 / (draws * share) for pair, share in drawable.items())
+    assert chi_square < 27.9  # 9 degrees of freedom, 0.1 %
+
+
+def test_cost_aware_keeps_the_shortest_times_and_without_any_goes_by_score():
+    policy = cost_aware(scores=range(UNITS), exploit_draw="top")
+    policy.observe_times([2 * value for value in ARRIVALS], 1.0)
+    assert policy.state_dict()["arrivals"] == ARRIVALS
+    unmeasured = make(UNITS, 2, policy="cost_aware", probe_steps=1, exploit_draw="top")
+    unmeasured.observe(0, range(UNITS), list(range(UNITS)))
+    assert unmeasured.plan(1, [0] * UNITS) == (4, 5)
+    nothing = cost_aware(scores=[0.0] * UNITS)
+    assert len(nothing.plan(1, [0] * UNITS) or ()) == 2
+
+
+def test_cost_aware_goes_on_from_its_state():
+    policy, other = cost_aware(3, RECORDED[0], sunk=1.0), make(UNITS, 3, policy="cost_aware", probe_steps=1)
+    other.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert [other.plan(step, [0] * UNITS) for step in range(1, 40)] == [
+        policy.plan(step, [0] * UNITS) for step in range(1, 40)
+    ]
+
+
+COST = cost_aware().state_dict()
 GRASS, MISA = make(UNITS, 2, policy="grass").state_dict(), make(UNITS, 2, policy="misa").state_dict()
 
 
@@ -165,6 +255,10 @@ GRASS, MISA = make(UNITS, 2, policy="grass").state_dict(), make(UNITS, 2, policy
         ("grass", {**GRASS, "scores": {**GRASS["scores"], "sums": ["a"] * UNITS}}, "not those of 6 units"),
         ("grass", {**GRASS, "scores": {**GRASS["scores"], "averages": [math.nan] * UNITS}}, "not those of 6 units"),
         ("grass", {**GRASS, "scores": {**GRASS["scores"], "period": 0.5}}, "not those of 6 units"),
+        ("cost_aware", GRASS, 'Policy "cost_aware" has no measured times of 6 units'),
+        ("cost_aware", {**COST, "arrivals": [1.0]}, "no measured times of 6 units"),
+        ("cost_aware", {**COST, "arrivals": [-1.0] * UNITS}, "no measured times of 6 units"),
+        ("cost_aware", {**COST, "sunk": None}, "no measured times of 6 units"),
         ("misa", GRASS, 'Policy "misa" has no last_steps of 6 units'),
         ("misa", {**MISA, "last_steps": [0] * 5}, "no last_steps of 6 units"),
         ("misa", {**MISA, "last_steps": [-2] * UNITS}, "no last_steps of 6 units"),
