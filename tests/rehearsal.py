@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import torch
 
-from ds_agsel.residency import plan_moves, update_order
+from ds_agsel.residency import eviction_order, plan_moves, update_order
 from ds_agsel.residency.states import MASTER, MOMENTS
 from ds_agsel.residency.transfer import HostState, StateTransfer
 
@@ -15,7 +16,11 @@ from ds_agsel.residency.transfer import HostState, StateTransfer
 class Twin:
     """The same steps on states that never move, and on states that visit an accelerator within a budget."""
 
-    def __init__(self, device: Any, numels: list[int], keys: tuple[str, ...], budget_numel: int) -> None:
+    def __init__(
+        self, device: Any, numels: list[int], keys: tuple[str, ...], budget_numel: int, is_cache: bool = False
+    ) -> None:
+        self.is_cache = is_cache
+        self.counts: Counter[int] = Counter()
         self.keys = keys
         self.still = [self._new_state(group, numel) for group, numel in enumerate(numels)]
         self.states = [
@@ -41,7 +46,9 @@ class Twin:
         self.moved[direction] += num_bytes
 
     def step(self, selected: set[int], number: int) -> None:
-        moves = plan_moves(self.transfer.resident, selected, self.sizes, self.budget)
+        may_stay = eviction_order(self.transfer.resident, self.counts) if self.is_cache else ()
+        moves = plan_moves(self.transfer.resident, selected, self.sizes, self.budget, may_stay)
+        self.counts.update(selected)
         order = update_order(self.transfer.resident, selected)
         self.transfer.carry_out(move for move in moves if move.after is None)
         for block in order:
@@ -79,7 +86,7 @@ def rehearse(device: Any, seed: int, steps: int = 8) -> Twin:
     draw = random.Random(seed)
     numels = [draw.randint(1, 40) for _ in range(draw.randint(1, 9))]
     keys = draw.choice([(MASTER, *MOMENTS), MOMENTS])
-    twin = Twin(device, numels, keys, draw.randint(1, sum(numels)))
+    twin = Twin(device, numels, keys, draw.randint(1, sum(numels)), is_cache=draw.random() < 0.5)
     for number in range(steps):
         twin.step(set(draw.sample(list(twin.groups), draw.randint(1, len(twin.groups)))), number)
         assert twin.transfer.peak_bytes <= twin.budget

@@ -184,8 +184,11 @@ class _Ledger:
         return [*entries, ("host", "master_weights", masters), ("accelerator", "master_weights", masters_there)]
 
     def _visiting(self) -> Fraction:
-        """Return the bytes of the states that are on the accelerator when the step ends."""
-        return self._sum(self._step.selected, self._shares()) * self._setup.visiting_bytes
+        """Return the bytes of the states that are on the accelerator when the step ends, were there no budget."""
+        shares = self._shares()
+        is_cache = self._setup.state_budget_bytes is not None  # what has been there stays
+        elements = sum(shares) if is_cache else self._sum(self._step.selected, shares)
+        return Fraction(elements * self._setup.visiting_bytes)
 
     def _block_bytes(self) -> dict[int, int]:
         """Return the bytes of each block's states where they are updated."""

@@ -69,8 +69,9 @@ def exact_step(
 
 
 def typical_step(
-    numels: Sequence[int], lottery: Lottery, phase: Phase, which: Which, streaming: bool, select_every: int = 1
-) -> Step:
+    numels: Sequence[int], lottery: Lottery, phase: Phase, which: Which, streaming: bool, select_every: int = 1,
+    staying: Fraction | int = 0,
+) -> Step:  # fmt: skip
     """Return a step late in training, when every block has moments.
 
     Its blocks are a uniform draw, or the largest ones, none of them resident: draws.py.
@@ -81,18 +82,21 @@ def typical_step(
 
     Args:
         numels: elements of each block, (num_blocks,).
+        staying: the share of all states, 0 to 1, that has room on the accelerator and stays there.
     """
     num_blocks = len(numels)
     everything = indicator(num_blocks, lottery.active)
     if which == "worst":
         blocks, held = largest(numels, lottery)
-        selected = arriving = indicator(num_blocks, blocks)
+        selected = indicator(num_blocks, blocks)
+        arriving = selected if staying < 1 else indicator(num_blocks, ())
         streamed = indicator(num_blocks, held)
         reach = indicator(num_blocks, range(num_blocks))
     else:
         selected, streamed, reach = uniform(num_blocks, lottery)
         steps = select_every if phase == "exploit" else 1
-        arriving = tuple(share * (1 - share) / steps for share in selected)  # chosen now, and not by the round before
+        # Chosen now, and neither by the round before nor among those that have stayed.
+        arriving = tuple(share * (1 - max(share, Fraction(staying))) / steps for share in selected)
     explores = phase == "explore"
     return Step(
         phase=phase,

@@ -12,6 +12,7 @@ time counts as 0, as does attention's arithmetic beside its projections: both ma
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from ds_agsel.estimate.memory import partitions_of
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape
 from ds_agsel.lottery import Bound
-from ds_agsel.residency.plan import Move, default_budget_bytes, plan_moves, update_order
+from ds_agsel.residency.plan import Move, default_budget_bytes, eviction_order, plan_moves, update_order
 from ds_agsel.selection import Phase
 
 # AdamW reads and writes master weight and moments (24), reads a gradient and writes a weight (2 each).
@@ -70,23 +71,28 @@ class Timeline:
         block_bytes: state of each block on this rank.
         budget_bytes: of states on the accelerator; `residency.default_budget_bytes` has the usual one.
         resident: blocks whose state is there before the first step.
+        is_cache: a block that is not selected stays while there is room.
     """
 
     block_bytes: Mapping[int, int]
     budget_bytes: int
     links: Links
     resident: frozenset[int] = frozenset()
+    is_cache: bool = False
     now: float = field(default=0.0, init=False)
     _h2d_free: float = field(default=0.0, init=False)
     _d2h_free: float = field(default=0.0, init=False)
     _arrived: dict[int, float] = field(default_factory=dict, init=False)
+    _counts: Counter[int] = field(default_factory=Counter, init=False)
 
     def step(self, work: StepWork) -> Timing:
         """Simulate the step that updates the blocks of ``work``."""
         started = self.now
         selected = tuple(work.update_seconds)
         order = update_order(self.resident, selected)
-        moves = plan_moves(self.resident, selected, self.block_bytes, self.budget_bytes)
+        may_stay = eviction_order(self.resident, self._counts) if self.is_cache else ()
+        moves = plan_moves(self.resident, selected, self.block_bytes, self.budget_bytes, may_stay)
+        self._counts.update(selected)
         after_backward = started + work.before_update_seconds
         self._issue(moves, None, started if work.phase == "exploit" else after_backward)
         now = after_backward
@@ -164,7 +170,7 @@ def timeline_of(model: ModelShape, setup: Setup, card: Card, num_selected: int) 
     """Return an empty timeline for ``model`` with the setup's state budget, or else the default one."""
     block_bytes = {block: share * setup.visiting_bytes for block, share in _shares(model, setup).items()}
     budget = setup.state_budget_bytes or default_budget_bytes(block_bytes, Bound(num_selected))
-    return Timeline(block_bytes, budget, links_of(card))
+    return Timeline(block_bytes, budget, links_of(card), is_cache=setup.state_budget_bytes is not None)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from support import ALL, NARROW, SELECT, VISIT, Case, case_id, train
+from support import ALL, NARROW, SELECT, VISIT, Case, assert_identical, case_id, train
 
 CASES = [
     Case(section={**SELECT, **VISIT}, decay_groups=True),
@@ -93,3 +93,24 @@ def test_nothing_moves_where_the_selection_repeats(workers, stage):
     assert run["observed"][0][0] > 0
     assert run["observed"][1:] == [(0, 0)] * 3
     assert all(first[2] == second[2] for first, second in pairwise(run["history"]))
+
+
+def observe_all_moves(event: str, engine: Any, step: int) -> tuple[int, int] | None:
+    traffic = engine.selection.traffic
+    return (traffic[-1].h2d_bytes, traffic[-1].d2h_bytes) if event == "step" else None
+
+
+@pytest.mark.parametrize(("stage", "budget_bytes"), [(2, 10**6), (3, 10**6), (2, 12 * 4500)])
+def test_states_stay_where_there_is_room(workers, stage, budget_bytes):
+    """In a million bytes all blocks have room: each comes once, and none leaves. In 54,000 some must."""
+    case = Case(stage=stage, section={**SELECT, **VISIT, "state_budget_bytes": budget_bytes}, steps=12)
+    [run] = workers(1).run(train, case, observe_all_moves)
+    seen: set[int] = set()
+    for (_, _, blocks), (h2d, d2h) in zip(run["history"], run["observed"], strict=True):
+        if budget_bytes == 10**6:
+            assert (h2d > 0) == bool(set(blocks) - seen) and d2h == 0
+        seen |= set(blocks)
+    assert sum(d2h for _, d2h in run["observed"]) > 0 or budget_bytes == 10**6
+    [leaving] = workers(1).run(train, case.but(section={**SELECT, **VISIT}), observe_all_moves)
+    assert_identical(leaving["weights"], run["weights"])
+    assert sum(map(sum, run["observed"])) < sum(map(sum, leaving["observed"]))

@@ -13,7 +13,16 @@ from rehearsal import Twin, rehearse
 
 from ds_agsel.errors import ConfigError, TrainingError
 from ds_agsel.lottery import Bound
-from ds_agsel.residency import BlockResidency, Move, Residency, default_budget_bytes, plan_moves, transfer, update_order
+from ds_agsel.residency import (
+    BlockResidency,
+    Move,
+    Residency,
+    default_budget_bytes,
+    eviction_order,
+    plan_moves,
+    transfer,
+    update_order,
+)
 from ds_agsel.residency.plan import check_budget
 from ds_agsel.residency.states import MASTER, MOMENTS
 
@@ -34,10 +43,14 @@ def situations(draw: Any) -> tuple[dict[int, int], int, set[int], set[int]]:
     return sizes, budget, resident, selected
 
 
-@given(situations())
-def test_a_plan_brings_every_selected_block_in_time_and_stays_inside_its_budget(situation):
+COUNTS = st.lists(st.integers(0, 3), min_size=8, max_size=8)
+
+
+@given(situations(), st.booleans(), COUNTS)
+def test_a_plan_brings_every_selected_block_in_time_and_stays_inside_its_budget(situation, is_cache, counts):
     sizes, budget, resident, selected = situation
-    moves = plan_moves(resident, selected, sizes, budget)
+    may_stay = eviction_order(resident, counts) if is_cache else ()
+    moves = plan_moves(resident, selected, sizes, budget, may_stay)
     here, updated = set(resident), []
 
     def carry_out(after: int | None) -> None:
@@ -51,8 +64,32 @@ def test_a_plan_brings_every_selected_block_in_time_and_stays_inside_its_budget(
         assert block in here
         updated.append(block)
         carry_out(block)
-    assert here <= selected
+    assert here <= selected | set(may_stay)
     assert sorted(updated) == sorted(selected)
+
+
+@given(situations(), COUNTS)
+def test_a_cache_evicts_for_room_alone_and_what_was_updated_least(situation, counts):
+    sizes, budget, resident, selected = situation
+    order = eviction_order(resident, counts)
+    assert [counts[block] for block in order] == sorted(counts[block] for block in resident)
+    moves = plan_moves(resident, selected, sizes, budget, order)
+    unselected = [block for block in order if block not in selected]
+    gone = [move.block for move in moves if move.kind == "leave" and move.block in unselected]
+    assert gone == unselected[: len(gone)]
+    used = sum(sizes[block] for block in resident)
+    for place, move in enumerate(moves):
+        if move.kind == "leave":  # the arrival that comes next had no room
+            coming = next(later.block for later in moves[place:] if later.kind == "arrive")
+            assert used + sizes[coming] > budget
+        used += sizes[move.block] * (1 if move.kind == "arrive" else -1)
+
+
+@given(situations(), COUNTS)
+def test_with_room_for_all_only_first_visits_move(situation, counts):
+    sizes, _, resident, selected = situation
+    moves = plan_moves(resident, selected, sizes, sum(sizes.values()), eviction_order(resident, counts))
+    assert moves == tuple(Move("arrive", block) for block in sorted(selected - resident))
 
 
 @given(situations())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel.residency import Move, default_budget_bytes, plan_moves, update_order
+from ds_agsel.residency import Move, default_budget_bytes, eviction_order, plan_moves, update_order
 from ds_agsel.residency.plan import check_budget
 from ds_agsel.residency.states import MASTER, MOMENTS
 from ds_agsel.residency.transfer import HostState, StateTransfer, pinned
@@ -24,8 +24,8 @@ from ds_agsel.zero.states.home import StateBytes, StateHome, moment_bytes
 class VisitingStates(StateHome):
     """The states of a ZeRO optimizer that steps on the accelerator, and the moves that its steps need.
 
-    The section's ``state_budget_bytes`` is what states may take on the accelerator, on this rank; None: [Note: Budget]
-    in residency/plan. With ``keep_master`` "accelerator" the master weights of all blocks stay there.
+    The section's ``state_budget_bytes`` is what states may take on the accelerator, on this rank, and is filled; None:
+    [Note: Budget] in residency/plan. With ``keep_master`` "accelerator" the master weights of all blocks stay there.
 
     Raises ConfigError if a block does not fit the budget.
     """
@@ -42,6 +42,7 @@ class VisitingStates(StateHome):
         self._block_bytes = self.transfer.block_bytes()
         budget = selection.config.state_budget_bytes
         self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.bound)
+        self._is_cache = budget is not None
         check_budget(self.budget_bytes, self._block_bytes, [block.name for block in selection.blocks])
         self._moves: tuple[Move, ...] = ()
 
@@ -63,16 +64,21 @@ class VisitingStates(StateHome):
     def prefetch(self, blocks: Sequence[int] | None) -> None:
         if blocks is None:
             return  # an explore step may choose any block: nothing moves before it has chosen
-        moves = plan_moves(self.transfer.resident, blocks, self._block_bytes, self.budget_bytes)
+        moves = self._plan(blocks)
         # What arrives after an update of this step waits for it; `begin` plans it again.
         self.transfer.carry_out(move for move in moves if move.after is None)
 
     def begin(self, blocks: Sequence[int]) -> list[int]:
         resident = self.transfer.resident
-        self._moves = plan_moves(resident, blocks, self._block_bytes, self.budget_bytes)
+        self._moves = self._plan(blocks)
         self._carry_out_after(None)
         # ``resident`` is what it was before these moves: blocks that were there then have had longest to arrive.
         return [group for block in update_order(resident, blocks) for group in self.groups_of_block[block]]
+
+    def _plan(self, blocks: Sequence[int]) -> tuple[Move, ...]:
+        resident = self.transfer.resident
+        may_stay = eviction_order(resident, self._selection.update_counts) if self._is_cache else ()
+        return plan_moves(resident, blocks, self._block_bytes, self.budget_bytes, may_stay)
 
     def _carry_out_after(self, block: int | None) -> None:
         self.transfer.carry_out(move for move in self._moves if move.after == block)
