@@ -223,6 +223,7 @@ class SelectionState(BaseModel):
     round: RoundState | None = None
     explore_steps: Count = 0
     exploit_steps: Count = 0
+    last_updates: list[Count | None] | None = None  # missing in states that an older ds_agsel saved
 
     @property
     def num_steps(self) -> int:
@@ -240,7 +241,8 @@ class SelectionState(BaseModel):
         for block, count in enumerate(self.update_counts):
             if count > steps:
                 raise ValueError(f"update_counts.{block} is {count}, more than the {steps} steps that were applied")
-        first = steps - len(self.history)
+        self._check_last_updates()
+        first = self._first_step()
         for row, (step, _, blocks) in enumerate(self.history):
             if step != first + row:
                 raise ValueError(f"history.{row} is step {step}, not {first + row}: {steps} steps were applied")
@@ -256,6 +258,31 @@ class SelectionState(BaseModel):
                 raise ValueError(f"round.start is {self.round.start}, and {steps} steps were applied")
             _check_blocks("round.blocks", self.round.blocks, num_blocks)
         return self
+
+    def _check_last_updates(self) -> None:
+        if self.last_updates is None:
+            return
+        if len(self.last_updates) != len(self.blocks):
+            raise ValueError(f"last_updates has {len(self.last_updates)} steps for {len(self.blocks)} blocks")
+        for block, (last, count) in enumerate(zip(self.last_updates, self.update_counts)):
+            if (last is None) != (count == 0) or (last is not None and not count - 1 <= last < self.num_steps):
+                raise ValueError(
+                    f"last_updates.{block} is {last}, and the block was updated {count} times in {self.num_steps} steps"
+                )
+
+    def last_update(self, block: int) -> int | None:
+        """Return the step that updated ``block`` last; None if none did.
+
+        Of an older state as the history tells; for a block that is not in it, the step before the history.
+        """
+        if self.last_updates is not None:
+            return self.last_updates[block]
+        if not self.update_counts[block]:
+            return None
+        return next((step for step, _, blocks in reversed(self.history) if block in blocks), self._first_step() - 1)
+
+    def _first_step(self) -> int:
+        return self.num_steps - len(self.history)
 
 
 def _check_blocks(field: str, blocks: list[int], num_blocks: int) -> None:

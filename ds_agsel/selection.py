@@ -107,6 +107,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         self._counts = [0] * len(self.blocks)
+        self._last_updates: list[int | None] = [None] * len(self.blocks)
         self._steps_by_phase: dict[Phase, int] = {"explore": 0, "exploit": 0}
         self._traffic_sums = dict.fromkeys(_COUNTERS, 0)
         self._traffic_steps = 0
@@ -141,6 +142,11 @@ class Selection:
     def update_counts(self) -> tuple[int, ...]:
         """f: how many optimizer steps updated each block."""
         return tuple(self._counts)
+
+    def missed_steps(self, block: int) -> int:
+        """Return how many applied steps have passed without ``block`` since its last update; 0 if it had none."""
+        last = self._last_updates[block]
+        return 0 if last is None else self.num_steps - last - 1
 
     @property
     def num_steps(self) -> int:
@@ -219,6 +225,7 @@ class Selection:
         self._observe(record.step)
         for index in record.blocks:
             self._counts[index] += 1
+            self._last_updates[index] = record.step
         self._steps_by_phase[record.phase] += 1
         self.history.append(record)
         if self.samples is not None:
@@ -303,6 +310,7 @@ class Selection:
             "blocks": [[block.name, list(block.parameter_names)] for block in self.blocks],
             "section": self.config.model_dump(mode="json"),
             "update_counts": list(self._counts),
+            "last_updates": list(self._last_updates),
             **{f"{phase}_steps": count for phase, count in self._steps_by_phase.items()},
             "history": [[record.step, record.phase, list(record.blocks)] for record in self.history],
             "plan": None if self._plan is None else asdict(self._plan),
@@ -342,6 +350,7 @@ class Selection:
         if same_section:
             self.policy.load_state_dict(state.policy)
         self._counts = list(state.update_counts)
+        self._last_updates = [state.last_update(block) for block in range(len(self.blocks))]
         self._steps_by_phase = {"explore": state.explore_steps, "exploit": state.exploit_steps}
         rows = state.history[-TAIL_STEPS:]
         self.history = [Record(step, phase, tuple(blocks)) for step, phase, blocks in rows]

@@ -67,6 +67,7 @@ class Reference:
         chooser: decides over the blocks that are in neither ``always`` nor ``never`` (block indices).
         max_norm: clips the norm of the gradients that are applied; 0 does not clip.
         reduces_each_micro_step: as ZeRO-2 does; else a rank adds up first, in its weights' dtype, as ZeRO-1 does.
+        on_reentry: what a block's moments are after steps that did not update it: "keep", "reset" or "decay".
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Reference:
         explores_on_first_micro_batch: bool = False,
         score: str = "sum",
         select_every: int = 1,
+        on_reentry: str = "keep",
     ):
         self.model = model
         self.blocks = blocks
@@ -93,6 +95,7 @@ class Reference:
         self.score = score
         self.select_every = select_every
         self.held: tuple[int, tuple[int, ...]] | None = None  # first step of the round, and its drawn blocks
+        self.on_reentry = on_reentry
         self.always = tuple(always)
         self.drawn = [index for index in range(len(blocks)) if index not in (*always, *never)]
         self.parameters = dict(model.named_parameters())
@@ -100,6 +103,8 @@ class Reference:
         self.exp_avg = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self.update_counts = [0] * len(blocks)
+        self.moment_counts = [0] * len(blocks)  # updates that the moments remember: Adam's step counts
+        self.last_updates = [0] * len(blocks)
         self.history: list[Applied] = []
         self.losses: list[list[float]] = []
 
@@ -138,10 +143,15 @@ class Reference:
             coefficient = min(1.0, self.max_norm / (norm + 1e-6))
             applied = {name: gradient * coefficient for name, gradient in applied.items()}
         lr = self.adam.lr * self.adam.schedule(step)
+        self.forget_all_but(selected)
         for index in selected:
+            if self.on_reentry == "decay" and self.update_counts[index]:
+                self.decay(index, step - self.last_updates[index] - 1)
             self.update_counts[index] += 1
+            self.moment_counts[index] += 1
+            self.last_updates[index] = step
             for name in self.blocks[index]:
-                self.update_parameter(name, applied[name], self.update_counts[index], lr)
+                self.update_parameter(name, applied[name], self.moment_counts[index], lr)
 
         # 6. Commit. The round begins, if it has not. The chooser sees the scores of what it chose, or of all.
         if drawn:
@@ -150,6 +160,10 @@ class Reference:
         self.chooser.observe(step, seen, [scores[self.drawn[place]] for place in seen])
         record = Applied(step, phase, selected, scores, norm)
         self.history.append(record)
+        if self.on_reentry == "reset":
+            ahead = self.chooser.plan(step + 1, [self.update_counts[index] for index in self.drawn])
+            if ahead is not None:
+                self.forget_all_but([*(self.drawn[index] for index in ahead), *self.always])
         return record
 
     def block_score(self, gradients: Sequence[Tensor]) -> float:
@@ -158,6 +172,19 @@ class Reference:
             return sum(gradient.norm().item() for gradient in gradients)
         whole = torch.cat([gradient.flatten() for gradient in gradients])
         return (whole.norm() if self.score == "norm" else whole.square().mean().sqrt()).item()
+
+    def forget_all_but(self, kept: Iterable[int]) -> None:
+        """With "reset": moments of blocks that are known not to be updated next are zeros after 0 updates."""
+        if self.on_reentry == "reset":
+            for index in set(range(len(self.blocks))) - set(kept):
+                self.decay(index, math.inf)
+                self.moment_counts[index] = 0
+
+    def decay(self, index: int, missed: float) -> None:
+        """Scale a block's moments by the βs to the power of the ``missed`` steps."""
+        for moments, beta in zip((self.exp_avg, self.exp_avg_sq), self.adam.betas, strict=True):
+            for name in self.blocks[index]:
+                moments[name] = moments[name] * beta**missed
 
     def mean_gradients(self, batches: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
         """fp32 gradient of every parameter, averaged over all ranks' micro-batches.

@@ -103,7 +103,7 @@ def reference_run(
     reference = Reference(
         model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2,
         section.get("explore_on") == "first_micro_batch", section.get("score", "sum"),
-        section.get("select_every", 1),
+        section.get("select_every", 1), section.get("on_reentry", "keep"),
     )  # fmt: skip
     states = [reference_state(reference)]
     for step in range(case.steps):

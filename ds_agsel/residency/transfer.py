@@ -1,10 +1,12 @@
 """Carries out a plan's moves: pinned host memory, one stream for each direction, events. No ZeRO and no selection.
 
-[Note: Waits] The host waits only in `bring_home`. Between the streams there are four waits, and each is
+[Note: Waits] The host waits only in `bring_home`. Between the streams there are five waits, and each is
 needed: a leaving state is copied after the compute stream's update of it (1); what arrives takes memory that has been
 freed, and bytes that have been written to the host, only after the copy of the leaving state (2); an update begins
-after its block's arrival (3); and the host reads what was copied to it after the copy's event (4). Memory for states is
-allocated and freed on the H2D stream, so that the caching allocator hands it out again in that stream's order.
+after its block's arrival (3); the host reads what was copied to it after the copy's event (4); and what arrives takes
+the memory of dropped tensors only after the compute stream's update of them (5). Memory for states is allocated and
+freed on the H2D stream, so that the caching allocator hands it out again in that stream's order. Host memory that is
+dropped while a copy to it is under way is held until that has passed.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ class StateTransfer:
         self._on_device: dict[int, dict[str, Tensor]] = {}  # by group
         self._arrived: dict[int, Any] = {}  # block -> event of its arrival
         self._copied: dict[int, Any] = {}  # block -> event of its last copy to the host, until it is known to be over
+        self._dropped: list[tuple[Any, list[Tensor]]] = []  # host memory, and the event of the last copy to it
         synchronized = device.is_synchronized_device()
         self._h2d = None if synchronized else device.Stream()
         self._d2h = None if synchronized else device.Stream()
@@ -169,7 +172,7 @@ class StateTransfer:
             self._h2d.wait_event(self._copied[block])  # (2)
         for group in self._groups_of_block[block]:
             for tensor in self._on_device.pop(group).values():
-                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # also in other references
+                _free(tensor)
         self._arrived.pop(block, None)
 
     def _copy_to_host(self, block: int) -> None:
@@ -192,7 +195,22 @@ class StateTransfer:
                 self._copied[block] = copied
         state.host_is_stale = False
 
+    def drop(self, group: int, keys: Iterable[str]) -> None:
+        """Free the tensors ``keys`` of ``group`` wherever they are, without a copy; its next visit makes zeros."""
+        on_device = self._on_device.get(group, {})
+        dropped = [on_device.pop(key) for key in keys if key in on_device]
+        if dropped and self._h2d is not None:
+            self._h2d.wait_stream(self._device.current_stream())  # (5)
+        for tensor in dropped:
+            _free(tensor)
+        state = self._states[group].state
+        on_host = [state.pop(key) for key in keys if key in state]
+        block = next(block for block, groups in self._groups_of_block.items() if group in groups)
+        if on_host and block in self._copied:
+            self._dropped.append((self._copied[block], on_host))
+
     def _settle_what_has_left(self) -> None:
+        self._dropped = [held for held in self._dropped if not held[0].query()]
         for block, state in self._blocks.items():
             if state.place is Residency.LEAVING and (block not in self._copied or self._copied[block].query()):
                 self._copied.pop(block, None)
@@ -245,6 +263,11 @@ class StateTransfer:
         event = self._device.Event()
         event.record(stream)
         return event
+
+
+def _free(tensor: Tensor) -> None:
+    """Free the memory of ``tensor``, which other references name too."""
+    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 _pageable_warned = False

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
     def _link_accessors(self) -> None:
         """Link all parameters. Once, when the optimizer has been restricted."""
         self._states_linked: set[int] = set()
+        self._params_of_group = [tuple(params) for params in self.bit16_groups]  # also while few of them are shown
         self._link_all_hp_params()
 
     @compat.overrides
@@ -71,6 +72,11 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         if group not in self._states_linked and self._has_state(group):
             compat.link_adam_state(self, group)
             self._states_linked.add(group)
+
+    def _unlink_states(self, groups: Sequence[int]) -> None:
+        for group in groups:
+            compat.unlink_adam_state(self._params_of_group[group])
+        self._states_linked.difference_update(groups)
 
     def _relink_states(self) -> None:
         """Link the moments again, which a load has replaced."""

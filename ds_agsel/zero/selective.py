@@ -22,6 +22,7 @@ from ds_agsel.zero import block_scores, compat
 from ds_agsel.zero.arrival_times import ArrivalTimes
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
+from ds_agsel.zero.reentry import Reentry
 from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.window import StepWindow
@@ -54,6 +55,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._stream: ExploreStream | None = None
         self._arrivals: ArrivalTimes | None = None
         self.window = StepWindow(selection, self)
+        self._reentry = Reentry(self, selection, home, self._unlink_states)
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
         self._entered: tuple[int, int] | None = None  # index in DeepSpeed's lists, group; whose state is being updated
 
@@ -155,6 +157,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         if selection.wants_scores:
             selection.take_scores(selection.selected_blocks, self._block_scores(selection.selected_blocks).tolist())
         groups = self.home.begin(selection.selected_blocks)
+        self._reentry.begin()
         self._before_update(groups)
         self._shown_groups = groups
         with self._only(groups):
@@ -302,14 +305,18 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     def _prefetch(self) -> None:
         """Start to bring the states of the planned blocks, during all of forward and backward. Idempotent."""
-        self.home.prefetch(self.selection.planned_blocks)
+        planned = self.selection.planned_blocks
+        self._reentry.plan(planned)
+        self.home.prefetch(planned)
 
     def _enter(self, shown: int) -> None:
         """Make the state of the group at index ``shown`` of DeepSpeed's lists ready for its update."""
         self._leave()
         group = self._shown_groups[shown]
+        self._reentry.before_update()
         self.home.enter(shown, group)
         self._entered = shown, group
+        self._reentry.entered(shown, self._block_of_group[group])
 
     def _leave(self) -> None:
         """Return the state of the last entered group to its home, unless that is done."""
@@ -345,6 +352,9 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         super()._set_param_groups(value)
 
     param_groups = property(_get_param_groups, _set_param_groups)
+
+    def _unlink_states(self, groups: Sequence[int]) -> None:
+        """Let go of the moments of ``groups``, which their home has released."""
 
     def layouts(self) -> list[Layout]:
         """Return the layout of this rank's partition of each group."""

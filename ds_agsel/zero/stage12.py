@@ -248,6 +248,8 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def _optimizer_step(self, group_no: int) -> None:
+        if self.cpu_offload:  # DeepSpeed's loop has asked for no flat gradient before
+            self._enter(group_no)
         partition = self.single_partition_of_fp32_groups[group_no]
         self.selection.current_traffic.stepped_numel += partition.numel()
         if self._host_adam is None:

@@ -38,7 +38,12 @@ with imports_of_deepspeed():
         wait_for_offload_copies,
     )
     from ds_agsel.zero.compat.guard import ChecksOverrides, overrides, require_known_deepspeed, require_known_engine
-    from ds_agsel.zero.compat.linking import link_adam_state, link_reordered_params, place_in_partition
+    from ds_agsel.zero.compat.linking import (
+        link_adam_state,
+        link_reordered_params,
+        place_in_partition,
+        unlink_adam_state,
+    )
     from ds_agsel.zero.compat.partitions import (
         masters,
         masters_made_on_host,
@@ -106,6 +111,7 @@ __all__ = [
     "swap_class",
     "swapped_weights_follow",
     "take_swapper",
+    "unlink_adam_state",
     "wait_for_offload_copies",
     "whole_state_dict",
     "write_weights",

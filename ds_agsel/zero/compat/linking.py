@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from deepspeed import comm as dist
@@ -47,3 +48,10 @@ def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
     partition = optimizer.single_partition_of_fp32_groups[group]
     lazy_init_hp_params_optimizer_state(optimizer.bit16_groups[group], partition, optimizer.optimizer.state)
+
+
+def unlink_adam_state(params: Iterable[Any]) -> None:
+    """Undo `link_adam_state` for ``params``, whose links would keep the moments' memory."""
+    for param in params:
+        if param._hp_mapping is not None:
+            param._hp_mapping.optim_fragment = None

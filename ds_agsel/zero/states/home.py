@@ -14,7 +14,8 @@ home            between steps            during a group's update
 
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
 explore step; `begin` when its blocks are final; then for each group, in the order that `begin` returned, `enter` before
-DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time. Between
+DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time. `release`
+comes before `prefetch`, or between `begin` and the first `enter`, never for a block of the step. Between
 steps, read and write states only inside `readable` or `writable`. Only `adapters.home_for` chooses a
 home; a new place or form of states is a new subclass there.
 """
@@ -60,6 +61,7 @@ class StateHome(ABC):
 
     def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int]) -> None:
         self.optimizer = optimizer
+        self._masters = tuple(compat.masters(optimizer))  # all of them, also while DeepSpeed is shown only some
         self.block_of_group = tuple(block_of_group)
         self.groups_of_block: dict[int, list[int]] = {}
         for group, block in enumerate(self.block_of_group):
@@ -94,6 +96,21 @@ class StateHome(ABC):
     @abstractmethod
     def leave(self, shown: int, group: int) -> None:
         """Return the updated state of ``group``, the last one entered, to its home. Also called after an exception."""
+
+    def release(self, blocks: Iterable[int]) -> list[int]:
+        """Drop the moments and step counts of ``blocks``, and free their memory; return the groups that had any.
+
+        The next update of such a block is its first again. Local to this rank; no transfer.
+        """
+        state = self.optimizer.optimizer.state
+        released = [group for group in self.groups_of(blocks) if state.get(self._masters[group])]
+        for group in released:
+            self._drop_moments(group)
+        return released
+
+    def _drop_moments(self, group: int) -> None:
+        """Free the moments of ``group``, which exist, wherever they are."""
+        self.optimizer.optimizer.state.pop(self._masters[group]).clear()
 
     # ------------------------------------------------------------------- between steps
 

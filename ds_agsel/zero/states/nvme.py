@@ -51,9 +51,6 @@ class StatesOnNvme(StateHome):
         layout = FileLayout(dict(enumerate(optimizer.fp16_partitioned_groups_flat_numel)), alignment)
         capacity = ring_bytes(layout, self.groups_of_block, selection) // _ELEMENT_BYTES
         self.swapped = SwappedStates(settings.folder, layout, settings.new_handle, capacity, self._count)
-        self._masters = tuple(
-            optimizer.fp32_partitioned_groups_flat
-        )  # all of them, also while DeepSpeed is shown only some
         for group, partition in enumerate(self._masters):
             # One group at a time, so that the partitions are never all in memory.
             file = files.get(group)
@@ -87,6 +84,11 @@ class StatesOnNvme(StateHome):
     def leave(self, shown: int, group: int) -> None:
         self._hide(group)
         self.swapped.leave(group)
+
+    def _drop_moments(self, group: int) -> None:
+        """As the base's; the file keeps their room for the next time."""
+        super()._drop_moments(group)
+        self.swapped.drop_moments(group)
 
     # ---------------------------------------------------------------- [Note: Not there]
 

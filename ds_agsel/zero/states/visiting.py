@@ -36,15 +36,20 @@ class VisitingStates(StateHome):
         moves_masters = selection.config.keep_master == "host"
         if moves_masters:
             compat.replace_masters(optimizer, lambda master: pinned(master.detach().cpu(), get_accelerator()))
+            self._masters = tuple(compat.masters(optimizer))
         states = [self._host_state(group) for group in range(len(self.block_of_group))]
         keys = (MASTER, *MOMENTS) if moves_masters else MOMENTS
         self.transfer = StateTransfer(get_accelerator(), states, self.groups_of_block, keys, self._count)
         self._block_bytes = self.transfer.block_bytes()
         budget = selection.config.state_budget_bytes
         self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.bound)
-        self._is_cache = budget is not None
         check_budget(self.budget_bytes, self._block_bytes, [block.name for block in selection.blocks])
         self._moves: tuple[Move, ...] = ()
+        # On an explore step a block that leaves is released after `begin`: its moments must not have travelled.
+        self._moves_late = selection.config.on_reentry == "reset"
+        self._moves_are_due = False
+        # With "reset" there is nothing to come back for but master weights: what is not selected leaves.
+        self._is_cache = budget is not None and not self._moves_late
 
     def _host_state(self, group: int) -> HostState:
         """Return DeepSpeed's state of ``group``, its moments moved to page-locked memory."""
@@ -71,7 +76,9 @@ class VisitingStates(StateHome):
     def begin(self, blocks: Sequence[int]) -> list[int]:
         resident = self.transfer.resident
         self._moves = self._plan(blocks)
-        self._carry_out_after(None)
+        self._moves_are_due = self._moves_late
+        if not self._moves_late:
+            self._carry_out_after(None)
         # ``resident`` is what it was before these moves: blocks that were there then have had longest to arrive.
         return [group for block in update_order(resident, blocks) for group in self.groups_of_block[block]]
 
@@ -84,6 +91,9 @@ class VisitingStates(StateHome):
         self.transfer.carry_out(move for move in self._moves if move.after == block)
 
     def enter(self, shown: int, group: int) -> None:
+        if self._moves_are_due:
+            self._moves_are_due = False
+            self._carry_out_after(None)
         self.transfer.wait_for(self.block_of_group[group])
         tensors = self.transfer.on_device(group)
         master = tensors.get(MASTER, compat.masters(self.optimizer)[shown])
@@ -109,6 +119,10 @@ class VisitingStates(StateHome):
 
     def _count_of(self, group: int) -> int:
         return int(self.transfer.on_host(group).state.get("step", 0))
+
+    def _drop_moments(self, group: int) -> None:
+        self.transfer.drop(group, MOMENTS)
+        super()._drop_moments(group)
 
     # -------------------------------------------------------- accessors, checkpoints
 
