@@ -168,7 +168,9 @@ class _Ledger:
     def _states(self) -> list[tuple[str, str, Fraction | int]]:
         shares = self._shares()
         masters = sum(shares) * MASTER_BYTES
-        moments = self._sum(self._step.with_moments, shares) * MOMENT_BYTES
+        # With "reset" those of the step before are given back before the step's own are made.
+        with_moments = self._step.selected if self._setup.on_reentry == "reset" else self._step.with_moments
+        moments = self._sum(with_moments, shares) * MOMENT_BYTES
         home = "accelerator" if self._stepping == "resident" else "host"
         if self._setup.offload_optimizer == "nvme":
             home = "nvme"

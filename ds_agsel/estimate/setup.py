@@ -40,6 +40,7 @@ class Setup:
     nvme_buffer_count: int = 4
     keep_master: str = "host"
     state_budget_bytes: int | None = None
+    on_reentry: str = "keep"
     assumed: tuple[str, ...] = ()
 
     @property

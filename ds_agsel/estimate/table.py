@@ -76,7 +76,9 @@ def estimate(
     for percent in percentages:
         if not 0 < percent <= 100:
             raise ConfigError(f"--select-percent {percent:g} is outside (0, 100]. Use 100 to train every block.")
-    setup = setup.but(keep_master=config.keep_master, state_budget_bytes=config.state_budget_bytes)
+    setup = setup.but(
+        keep_master=config.keep_master, state_budget_bytes=config.state_budget_bytes, on_reentry=config.on_reentry
+    )
     rows = [_full_row(model, setup)]
     for percent in percentages:
         lottery = build_lottery(model.blocks, config.model_copy(update={"select_percent": percent}))

@@ -94,8 +94,9 @@ def _traffic(
             d2h += micro_steps * whole
             h2d += (micro_steps - 1) * whole
     if stepping == "accelerator":
-        h2d += total(step.arriving, numels) * setup.visiting_bytes
-        d2h += total(step.leaving, numels) * setup.visiting_bytes
+        travelling = setup.visiting_bytes - (MOMENT_BYTES if setup.on_reentry == "reset" else 0)
+        h2d += total(step.arriving, numels) * travelling
+        d2h += total(step.leaving, numels) * travelling
         if setup.offload_param != "none":
             d2h += total(step.selected, numels) * item
     swapped = total(step.selected, numels) * (MASTER_BYTES + MOMENT_BYTES)
