@@ -40,12 +40,14 @@ CASES = [
     Case(dtype="bf16", steps=4, section=MODULE),
     Case(stage=1, offload="cpu", steps=4, section=MODULE),
     Case(stage=3, offload="cpu", dtype="bf16", steps=4, section=MODULE),
+    Case(model="net", offload="cpu", dtype="bf16", steps=4, section={**SHORT, "on_reentry": "reset"}),
 ]  # fmt: skip
 VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(model="net", stage=1, dtype="bf16", accumulation=2, steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "keep_master": "accelerator"}),
     Case(model="net", stage=3, dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator"}),
+    Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "on_reentry": "reset"}),
 ]
 PLAIN = [
     Case(model=model, stage=stage, offload=offload, dtype="bf16", steps=2, section=None)

@@ -93,6 +93,7 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "step_device": None,
         "keep_master": "host",
         "state_budget_bytes": None,
+        "on_reentry": "keep",
         "explore_on": "batch",
         "blocks": None,
         "fixed_blocks": None,
@@ -234,6 +235,7 @@ def test_the_config_can_not_be_changed() -> None:
             '="gpu" is not "cpu", "accelerator" or null. Use null to follow offload_optimizer and the memory',
         ),
         ("keep_master", "gpu", '="gpu" is not "host" or "accelerator". Use "host"'),
+        ("on_reentry", "drop", '="drop" is not "keep", "reset" or "decay". Use "keep": moments wait for'),
         ("state_budget_bytes", 0, "=0 is outside [1, inf). Use null for the largest selection and two blocks more."),
         ("explore_on", "epoch", '="epoch" is not "batch" or "first_micro_batch". Use "batch"'),
         (

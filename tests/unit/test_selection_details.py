@@ -149,3 +149,48 @@ def test_a_state_that_does_not_fit_is_refused_with_the_remedy(change: Any, messa
     change(state)
     with pytest.raises(CheckpointError, match=message):
         make().load_state_dict(state)
+
+
+def test_missed_steps_are_counted_from_a_blocks_last_update() -> None:
+    selection = make(policy="fixed", fixed_blocks=["block1"])
+    assert selection.missed_steps(1) == 0
+    step(selection)
+    assert [selection.missed_steps(block) for block in (0, 1)] == [0, 0]
+    selection.leave_out([1])
+    selection.commit()
+    selection.leave_out([1])
+    selection.skip()  # no step was applied
+    assert selection.missed_steps(1) == 1
+    resumed = make(policy="fixed", fixed_blocks=["block1"])
+    resumed.load_state_dict(json.loads(json.dumps(selection.state_dict())))
+    assert resumed.missed_steps(1) == 1
+
+
+def test_last_updates_of_an_older_state_come_from_its_history() -> None:
+    selection = make(policy="cyclic", select_percent=20)
+    for _ in range(8):
+        step(selection)
+    state = selection.state_dict()
+    assert state["last_updates"] == [5, 6, 7, 3, 4]
+    older = {key: value for key, value in state.items() if key != "last_updates"}
+    older["history"] = older["history"][-4:]
+    resumed = make(policy="cyclic", select_percent=20)
+    resumed.load_state_dict(older)
+    assert resumed.state_dict()["last_updates"] == [5, 6, 7, 3, 4]  # block 3: the step before the history
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ([0, None, None, None], "last_updates has 4 steps for 5 blocks"),
+        ([None] * 5, "last_updates.0 is None, and the block was updated 1 times in 1 steps"),
+        ([1, None, None, None, None], "last_updates.0 is 1"),
+        ([0, 0, None, None, None], "last_updates.1 is 0, and the block was updated 0 times"),
+    ],
+)
+def test_wrong_last_updates_are_refused(last: list[int | None], said: str) -> None:
+    selection = make(policy="fixed", fixed_blocks=["block0"])
+    step(selection)
+    state = {**selection.state_dict(), "last_updates": last}
+    with pytest.raises(CheckpointError, match=said):
+        make(policy="fixed", fixed_blocks=["block0"]).load_state_dict(state)
