@@ -113,10 +113,7 @@ class Reference:
         step = len(self.history)
 
         # 1. Plan, at the first step of a round.
-        if self.held is not None and step < self.held[0] + self.select_every:
-            drawn: tuple[int, ...] | None = self.held[1]
-        else:
-            drawn, self.held = self.chooser.plan(step, [self.update_counts[index] for index in self.drawn]), None
+        drawn = self.planned(step)
         phase = "explore" if drawn is None else "exploit"
 
         # 2., 3. Gradients. All are computed here, whatever was planned: what is not selected must not matter.
@@ -160,11 +157,18 @@ class Reference:
         self.chooser.observe(step, seen, [scores[self.drawn[place]] for place in seen])
         record = Applied(step, phase, selected, scores, norm)
         self.history.append(record)
-        if self.on_reentry == "reset":
-            ahead = self.chooser.plan(step + 1, [self.update_counts[index] for index in self.drawn])
-            if ahead is not None:
-                self.forget_all_but([*(self.drawn[index] for index in ahead), *self.always])
+        ahead = self.planned(step + 1) if self.on_reentry == "reset" else None
+        if ahead is not None:
+            self.forget_all_but([*(self.drawn[index] for index in ahead), *self.always])
         return record
+
+    def planned(self, step: int) -> tuple[int, ...] | None:
+        """The drawn blocks of the round that ``step`` is in, or of a new one; None where it explores."""
+        if self.held is not None and step >= self.held[0] + self.select_every:
+            self.held = None
+        if self.held is not None:
+            return self.held[1]
+        return self.chooser.plan(step, [self.update_counts[index] for index in self.drawn])
 
     def block_score(self, gradients: Sequence[Tensor]) -> float:
         """The size of a block's gradient, as ``score`` measures it."""

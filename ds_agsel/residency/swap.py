@@ -176,13 +176,6 @@ class SwappedStates:
                 tensor.copy_(states[key])
         os.fdatasync(self._file.fileno())
 
-    def drop_moments(self, group: int) -> None:
-        """Let the next update of ``group`` be its first: its moments are zeros then. The file keeps their room.
-
-        Not for a group of the order that was started.
-        """
-        self._updated.discard(group)
-
     def has_moments(self, group: int) -> bool:
         """Return whether ``group`` has been updated."""
         return group in self._updated

@@ -210,6 +210,12 @@ _RULES: tuple[_Rule, ...] = (
         "accelerator), or step_device to null.",
     ),
     _refused(
+        lambda ds, config: config.on_reentry != "keep" and ds.offload_optimizer.device == "nvme",
+        lambda ds, config: f"adagrad_select.on_reentry={config.on_reentry!r} with zero_optimization.offload_optimizer."
+        "device='nvme'",
+        "it is not tested with states in a file", "Use 'cpu' or 'none', or on_reentry='keep'",
+    ),
+    _refused(
         lambda ds, config: config.explore_on != "batch" and ds.stage == 1,
         lambda ds, config: f"adagrad_select.explore_on={config.explore_on!r} with zero_optimization.stage={ds.stage}",
         "it keeps all micro-batches' gradients whole to the end of a step", "Use stage 2 or 3, or explore_on='batch'",

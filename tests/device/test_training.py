@@ -57,6 +57,8 @@ CASES = [
     # Without offload the states visit, here and by default where the accelerator has memory of its own.
     ON_DEVICE.but(section={**SELECT, **NARROW}, dtype="bf16", decay_groups=True, clip=0.5),
     ON_DEVICE.but(section={**SELECT, **VISIT, "keep_master": "accelerator"}, model="net"),
+    # Moments that leave are freed where they are, also while a copy of them to the host is under way.
+    ON_DEVICE.but(section={**SELECT, **NARROW, "on_reentry": "reset"}, clip=0.5),
     # Streamed explore steps, on the reduction stream and off it.
     ON_DEVICE.but(section=TOPK, zero={"overlap_comm": True}, steps=3),
     ON_DEVICE.but(section={**FIRST, **VISIT}, accumulation=3),
@@ -64,7 +66,10 @@ CASES = [
     ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}, dtype="bf16", clip=0.5, zero={"overlap_comm": True}, steps=4),
     ON_DEVICE.but(stage=3, section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2, model="net"),
 ]
-SLOW_CASES = [  # GATHERING: most parameters are gathered anew in each forward and backward
+SLOW_CASES = [
+    ON_DEVICE.but(stage=3, section={**SELECT, **VISIT, "on_reentry": "reset"}, accumulation=2),
+    ON_DEVICE.but(section={**SELECT, **VISIT, "on_reentry": "decay"}, dtype="bf16"),
+    # GATHERING: most parameters are gathered anew in each forward and backward
     ON_DEVICE.but(stage=3, section=None, zero={"overlap_comm": True, **GATHERING}, steps=3),
     ON_DEVICE.but(stage=3, section={**SELECT, **NARROW}, decay_groups=True, accumulation=2, zero=GATHERING),
     ON_HOST.but(stage=3, section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),

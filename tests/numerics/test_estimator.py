@@ -15,7 +15,7 @@ from workers import Workers
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
 from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, shape_of
-from ds_agsel.estimate.steps import exact_step
+from ds_agsel.estimate.steps import Step, exact_step
 from ds_agsel.estimate.traffic import selective_traffic
 
 SHORT = {"select_percent": 34, "steps_per_epoch": 3, "explore_decay": 1.0, "seed": 2}
@@ -107,14 +107,22 @@ def measured_steps(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 def described(case: Case, ranks: int) -> tuple[ModelShape, Setup]:
     model = tiny_model(case)
     groups = param_groups(model, case)
-    granularity = (case.section or {}).get("granularity", "block")
-    return shape_of("tiny", model, None, groups, granularity), read_setup(ds_config(case), ranks)
+    section = case.section or {}
+    setup = read_setup(ds_config(case), ranks).but(on_reentry=section.get("on_reentry", "keep"))
+    return shape_of("tiny", model, None, groups, section.get("granularity", "block")), setup
 
 
 def active_blocks(case: Case, model: ModelShape) -> list[int]:
     """What some step may update."""
     never = set(case.section.get("never_select", ()))
     return [block.index for block in model.blocks if block.name not in never and block.is_eligible]
+
+
+def after_giving_back(step: Step, setup: Setup, planned: Sequence[int] | None) -> Step:
+    """``step`` with what is left of its moments when the next one has been planned: with "reset" its blocks alone."""
+    if setup.on_reentry == "keep" or planned is None:
+        return step
+    return replace(step, selected=tuple(share * (block in planned) for block, share in enumerate(step.selected)))
 
 
 def assert_as_measured(estimated: Memory, seen: Mapping[str, Any], offloaded: bool) -> None:
@@ -150,7 +158,8 @@ def test_memory_is_what_an_engine_holds(measured, case, ranks):
             updated = [index for index, count in enumerate(seen["counts"]) if count]
             step = exact_step(phase, len(model.blocks), selected, active, updated, streaming=streams(case))
             stepping = "host" if case.offload == "cpu" else "resident"
-            assert_as_measured(selective_memory(model, setup, stepping, step, rank), seen, case.offload == "cpu")
+            left = selective_memory(model, setup, stepping, after_giving_back(step, setup, seen["planned"]), rank)
+            assert_as_measured(left, seen, case.offload == "cpu")
     assert phases == {"explore", "exploit"}
 
 
@@ -194,7 +203,8 @@ def test_what_visits_the_accelerator_is_what_an_engine_brings(measured, case, ra
             there = exact_step(phase, len(blocks), seen["planned"] or selected, blocks, updated)
             visiting = selective_memory(model, setup, "accelerator", there, rank).accelerator
             assert held.accelerator.gradients == seen["accelerator"]
-            assert held.host.states == seen["states"]
+            left = selective_memory(model, setup, "accelerator", after_giving_back(step, setup, seen["planned"]), rank)
+            assert left.host.states == seen["states"]
             assert held.host.master_weights == (seen["masters"] if setup.keep_master == "host" else 0)
             masters_there = visiting.master_weights if setup.keep_master == "host" else 0
             assert visiting.states + masters_there == seen["resident"]

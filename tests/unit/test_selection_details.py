@@ -138,7 +138,7 @@ def test_a_policy_that_has_run_out_is_saved_and_resumed(tmp_path: Path) -> None:
     [
         (lambda state: state.update(version=0), r"version=0; .*, or load the weights alone: load_module_only=True\.$"),
         (
-            lambda state: state.update(blocks=state["blocks"][:4], update_counts=[0] * 4),
+            lambda state: state.update(blocks=state["blocks"][:4], update_counts=[0] * 4, last_updates=[None] * 4),
             r"saved with 4 blocks that are not this run's 5\. Use the model and the adagrad_select\.blocks it was "
             r"saved with, or load the weights alone: load_module_only=True\.$",
         ),

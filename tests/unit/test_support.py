@@ -82,6 +82,16 @@ def test_exploring_on_the_first_micro_batch_needs_stage_2():
         )
 
 
+@pytest.mark.parametrize("on_reentry", ["reset", "decay"])
+def test_moments_in_a_file_are_kept(on_reentry):
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/here"}}
+    (said,) = unsupported(DsConfig.of({"zero_optimization": offload}), SelectionConfig(on_reentry=on_reentry))
+    assert said.startswith(
+        f"adagrad_select.on_reentry={on_reentry!r} with zero_optimization.offload_optimizer.device='nvme'"
+    )
+    assert "Use 'cpu' or 'none', or on_reentry='keep'" in said
+
+
 def test_a_model_parallel_unit_is_refused():
     with pytest.raises(ConfigError, match=r"initialize\(mpu=\.\.\.\).*Leave mpu out"):
         refuse_unsupported(DsConfig.of(ZERO2), nn.Linear(1, 1), object(), SelectionConfig())

@@ -85,11 +85,6 @@ class StatesOnNvme(StateHome):
         self._hide(group)
         self.swapped.leave(group)
 
-    def _drop_moments(self, group: int) -> None:
-        """As the base's; the file keeps their room for the next time."""
-        super()._drop_moments(group)
-        self.swapped.drop_moments(group)
-
     # ---------------------------------------------------------------- [Note: Not there]
 
     def _show(self, group: int, tensors: dict[str, Tensor]) -> None:
