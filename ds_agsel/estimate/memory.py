@@ -188,8 +188,8 @@ class _Ledger:
     def _visiting(self) -> Fraction:
         """Return the bytes of the states that are on the accelerator when the step ends, were there no budget."""
         shares = self._shares()
-        is_cache = self._setup.state_budget_bytes is not None  # what has been there stays
-        elements = sum(shares) if is_cache else self._sum(self._step.selected, shares)
+        stays = self._setup.is_cache  # what has been there
+        elements = sum(shares) if stays else self._sum(self._step.selected, shares)
         return Fraction(elements * self._setup.visiting_bytes)
 
     def _block_bytes(self) -> dict[int, int]:

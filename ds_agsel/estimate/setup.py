@@ -59,6 +59,11 @@ class Setup:
         return MOMENT_BYTES + (MASTER_BYTES if self.keep_master == "host" else 0)
 
     @property
+    def is_cache(self) -> bool:
+        """Whether the state of a visiting block that is not selected any more stays while there is room."""
+        return self.state_budget_bytes is not None and self.on_reentry != "reset"
+
+    @property
     def keeps_fp32_partitions(self) -> bool:
         """Whether gradients are summed in an fp32 partition (stage_1_and_2.py, _use_compact_grad_partition_buffer)."""
         return self.accumulation_dtype == "fp32" != self.dtype

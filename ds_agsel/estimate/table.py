@@ -143,9 +143,8 @@ def _selective_rows(
     numels = tuple(block.numel for block in model.blocks)
     one_backward = setup.accumulation_steps == 1 or config.explore_on == "first_micro_batch"
     streaming = features.streaming_top_k and setup.stage > 1 and one_backward
-    staying = min(
-        Fraction(1), Fraction((setup.state_budget_bytes or 0) * setup.ranks, setup.visiting_bytes * sum(numels))
-    )
+    cache_bytes = (setup.state_budget_bytes or 0) if setup.is_cache else 0
+    staying = min(Fraction(1), Fraction(cache_bytes * setup.ranks, setup.visiting_bytes * sum(numels)))
     kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
     for phase, which in kinds:
         step = typical_step(numels, lottery, phase, which, streaming, config.select_every, staying)

@@ -8,7 +8,7 @@ from torch import nn
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
-from ds_agsel.zero.support import missing_for_nvme, refuse_unsupported
+from ds_agsel.zero.support import missing_for_nvme, refuse_unsupported, unsupported
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 NVME = {"device": "nvme", "nvme_path": "/somewhere"}
