@@ -53,10 +53,12 @@ WIDE = [
     Case(section={**FIRST, **VISIT, "on_reentry": "reset"}, accumulation=2),
     Case(section={**RESET, **VISIT, "keep_master": "accelerator"}, stage=1),
     Case(section={**RESET, "policy": "random", "always_select": ["final_norm"]}),
-    Case(section={**DECAY, **NARROW}, stage=3, dtype="fp32", zero={"sub_group_size": 300}),
+    Case(section={**DECAY, **NARROW}, stage=3, zero={"sub_group_size": 300}),
+    Case(section={**RESET, **VISIT, "select_every": 2}),
+    Case(section={**DECAY, "select_every": 2}, offload="cpu"),
 ]
 SWEEP = [
-    *CASES,
+    *(pytest.param(case, marks=SLOW if index in (0, 2, 5) else []) for index, case in enumerate(CASES)),
     *(pytest.param(case, marks=SLOW) for case in WIDE if case not in CASES),
 ]
 # In place, visiting with little room; on the host with stage 3.
@@ -82,7 +84,7 @@ def test_follows_the_reference(trained, case, ranks):
     assert_follows_reference(case, runs, FP32)
 
 
-@pytest.mark.parametrize("case", [*HOMES, CASES[6]], ids=case_id)
+@pytest.mark.parametrize("case", [pytest.param(CASES[0], marks=SLOW), CASES[3], CASES[6]], ids=case_id)
 def test_unselected_blocks_are_as_they_were_but_for_what_is_given_back(trained, case):
     resets = case.section["on_reentry"] == "reset"
     for run in trained(case, 2):
