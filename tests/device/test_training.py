@@ -58,7 +58,7 @@ CASES = [
     ON_DEVICE.but(section={**SELECT, **NARROW}, dtype="bf16", decay_groups=True, clip=0.5),
     ON_DEVICE.but(section={**SELECT, **VISIT, "keep_master": "accelerator"}, model="net"),
     # Moments that leave are freed where they are, also while a copy of them to the host is under way.
-    ON_DEVICE.but(section={**SELECT, **NARROW, "on_reentry": "reset"}, clip=0.5),
+    ON_DEVICE.but(section={**SELECT, **NARROW, "on_reentry": "reset"}, clip=0.5, steps=4),
     # Streamed explore steps, on the reduction stream and off it.
     ON_DEVICE.but(section=TOPK, zero={"overlap_comm": True}, steps=3),
     ON_DEVICE.but(section={**FIRST, **VISIT}, accumulation=3),
