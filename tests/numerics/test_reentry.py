@@ -178,6 +178,10 @@ def test_a_skipped_step_gives_nothing_back(workers, trained, case, step):
         assert_identical({key: expected[key] for key in kept}, {key: result[key] for key in kept})
 
 
+# Its third step explores, and chooses none of the blocks that its second updates.
+CHANGES = {**FIRST, "seed": 39, "on_reentry": "reset"}
+
+
 def overflow_after_the_choice(case: Case, step: int) -> dict[str, Any]:
     """Train, with a try at ``step`` whose choice is made on the first micro-batch and whose second overflows."""
     engine = build(case)
@@ -200,13 +204,15 @@ def overflow_after_the_choice(case: Case, step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "section",
-    [pytest.param({**FIRST, "on_reentry": "reset"}, marks=SLOW), {**FIRST, **VISIT, "on_reentry": "reset"}],
+    [pytest.param(CHANGES, marks=SLOW), {**CHANGES, **VISIT}],
     ids=["in place", "visiting"],
 )
 def test_a_choice_that_is_not_applied_gives_nothing_back(workers, trained, section):
-    case = Case(section=section, accumulation=2, clip=0.3, steps=6)
-    runs = workers(2).run(overflow_after_the_choice, case, EXPLORES)
+    case = Case(section=section, accumulation=2, clip=0.3, steps=4)
+    runs = workers(2).run(overflow_after_the_choice, case, 2)
     for expected, result in zip(trained(case, 2), runs, strict=True):
+        assert [phase for _, phase, _ in expected["history"][:3]] == ["explore", "exploit", "explore"]
+        assert set(expected["history"][1][2]).isdisjoint(result["chosen"])
         assert any(group["step"] for group in result["before"]["partitions"])
         assert_identical(result["before"], result["after"])
         for key in ("weights", "partitions", "history", "counts"):
