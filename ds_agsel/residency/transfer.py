@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_agsel.errors import TrainingError
+from ds_agsel.residency import page_locked
 from ds_agsel.residency.plan import Move
 from ds_agsel.residency.states import MASTER, MOMENTS, BlockResidency, Residency
 
@@ -159,8 +160,7 @@ class StateTransfer:
             host = self._states[group]
             for key in set(self._keys) & set(MOMENTS):
                 if host.get(key) is None:
-                    room = torch.zeros(host.master.numel(), dtype=host.master.dtype)
-                    host.state[key] = pinned(room, self._device)
+                    host.state[key] = _zeros(host.master.numel(), host.master.dtype, self._device)
 
     def _leave(self, block: int) -> None:
         state = self._blocks[block]
@@ -275,17 +275,30 @@ _pageable_warned = False
 
 def pinned(tensor: Tensor, device: Any) -> Tensor:
     """Return ``tensor`` in page-locked host memory; itself if it is pinned or, with one warning, can't be."""
-    global _pageable_warned
     if device.is_synchronized_device() or device.is_pinned(tensor):
         return tensor
     try:
         return device.pin_memory(tensor)
     except RuntimeError as error:
-        if not _pageable_warned:
-            _pageable_warned = True
-            logger.warning(
-                "adagrad_select: %d bytes of host memory can't be pinned (%s). Pageable memory is used instead, and "
-                "its copies do not overlap with anything. Raise the limit (ulimit -l), or free host memory.",
-                tensor.nbytes, error,
-            )  # fmt: skip
+        _warn_of_pageable(tensor.nbytes, error)
         return tensor
+
+
+def _zeros(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
+    try:
+        return page_locked.zeros(numel, dtype, device)
+    except RuntimeError as error:
+        room = torch.zeros(numel, dtype=dtype)
+        _warn_of_pageable(room.nbytes, error)
+        return room
+
+
+def _warn_of_pageable(num_bytes: int, error: RuntimeError) -> None:
+    global _pageable_warned
+    if not _pageable_warned:
+        _pageable_warned = True
+        logger.warning(
+            "adagrad_select: %d bytes of host memory can't be pinned (%s). Pageable memory is used instead, and "
+            "its copies do not overlap with anything. Raise the limit (ulimit -l), or free host memory.",
+            num_bytes, error,
+        )  # fmt: skip

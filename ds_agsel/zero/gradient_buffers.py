@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ds_agsel.residency import page_locked
 from ds_agsel.zero import compat
 
 
@@ -46,8 +47,9 @@ class HostGradientBuffers:
         return given
 
     def _allocate(self, partition: torch.Tensor) -> torch.Tensor:
-        buffer = torch.zeros_like(partition, requires_grad=False)
-        return get_accelerator().pin_memory(buffer) if self._pin_memory else buffer
+        if self._pin_memory:
+            return page_locked.zeros(partition.numel(), partition.dtype, get_accelerator())
+        return torch.zeros_like(partition, requires_grad=False)
 
     def _release(self, buffer: torch.Tensor) -> None:
         if self._pin_memory:
@@ -86,8 +88,9 @@ class FlatGradients:
                     get_accelerator().unpin_memory(buffer)
 
     def _allocate(self, numel: int) -> torch.Tensor:
-        buffer = torch.zeros(numel, dtype=self._dtype, device=self._device)
-        return get_accelerator().pin_memory(buffer) if self._pin_memory else buffer
+        if self._pin_memory:
+            return page_locked.zeros(numel, self._dtype, get_accelerator())
+        return torch.zeros(numel, dtype=self._dtype, device=self._device)
 
 
 class Zero3GradientBuffers:

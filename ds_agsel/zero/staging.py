@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ds_agsel.residency import page_locked
+
 
 class HostStaging:
     """One host buffer, as large as the largest step so far needs, divided anew for each step's groups.
@@ -25,9 +27,12 @@ class HostStaging:
         needed = sum(self._numels[group] for group in groups)
         if self._buffer.numel() < needed:
             self.release()
-            self._buffer = torch.empty(needed, dtype=self._buffer.dtype)
-            if self._pin_memory:
-                self._buffer = get_accelerator().pin_memory(self._buffer)
+            dtype = self._buffer.dtype
+            self._buffer = (
+                page_locked.empty(needed, dtype, get_accelerator())
+                if self._pin_memory
+                else torch.empty(needed, dtype=dtype)
+            )
         cut = self._buffer[:needed].split([self._numels[group] for group in groups]) if groups else ()
         return dict(zip(groups, cut, strict=True))
 
