@@ -18,7 +18,7 @@ from ds_agsel.entry.preparation import Preparation, prepare, user_optimizer
 from ds_agsel.errors import ConfigError
 from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
-from ds_agsel.zero import compat, plain_loads, step_device, window
+from ds_agsel.zero import compat, plain_loads, rows, step_device, window
 from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
@@ -29,8 +29,11 @@ logger = logging.getLogger("ds_agsel")
 _SIGNATURE = inspect.signature(deepspeed.initialize)  # taken now: a later wrapper may have another signature
 
 
-def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+def initialize(*args: Any, support_data: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize`: its arguments, its result (engine, optimizer, dataloader, scheduler).
+
+    ``support_data``: rows that the rows of a batch are scored against, with `adagrad_select.gast.support` "data": a
+    map-style dataset or a list, put together by ``collate_fn`` or torch's default.
 
     Where the ds_config (``config``, ``config_params`` or ``args.deepspeed_config``; dict, path or base64) has no
     ``adagrad_select`` section, or a disabled one, the call is passed on as it is. Otherwise the engine updates the
@@ -65,7 +68,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             announce.announce("this engine has no optimizer or only evaluates, so it is left to DeepSpeed.")
             agreement.post_plain(number)
             return deepspeed.initialize(*args, **kwargs)
-        return _initialize_selective(number, call.arguments, ds_config, config)
+        return _initialize_selective(number, call.arguments, ds_config, config, support_data)
 
 
 def _trains(arguments: Mapping[str, Any], ds_config: Mapping[str, Any] | None) -> bool:
@@ -75,13 +78,14 @@ def _trains(arguments: Mapping[str, Any], ds_config: Mapping[str, Any] | None) -
 
 
 def _initialize_selective(
-    number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig
+    number: int, arguments: dict[str, Any], ds_config: Mapping[str, Any], config: SelectionConfig, support_data: Any
 ) -> tuple[Any, Any, Any, Any]:
     process_group.start(arguments)
     window.lift(arguments["model"].parameters())  # of the earlier engine, in the middle of a window
     read = DsConfig.of(ds_config)
     try:
         prepared, epoch = _prepare(arguments, read, config)
+        support = rows.support(config, support_data, arguments.get("collate_fn"))
     except ConfigError as error:
         _tell_other_ranks(number, arguments, error)
         raise
@@ -99,7 +103,7 @@ def _initialize_selective(
     compat.swap_class(engine, SelectiveEngine)
     engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
-    engine.optimizer.window.watch(engine.module)
+    engine.optimizer.window.watch(engine.module, support)
     announce.announce(announce.selection(prepared, read, choice, epoch))
     if not compat.is_known():
         known = ", ".join(compat.KNOWN_VERSIONS)

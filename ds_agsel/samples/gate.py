@@ -19,11 +19,12 @@ memory: one element, expanded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ds_agsel.errors import TrainingError
 from ds_agsel.samples.scores import Use
 
 Choose = Callable[[dict[int, list[Use]], int], Tensor | None]  # uses by Linear, rows -> taken rows; None: all
@@ -54,8 +55,9 @@ class Gate:
 
     def tap(self, number: int, x: Tensor, y: Tensor) -> Tensor:
         """Return the output ``y`` of Linear ``number``, whose input was ``x``, tapped."""
-        tapped: Tensor = _KeptTap.apply(y, x.detach(), self._token, self, number)
-        return tapped
+        if self._token is None:
+            raise TrainingError("a gate that has run was used again. Begin a new forward.")
+        return tap_for(self, self._token, number, x, y)
 
     def keep(self, number: int, use: Use) -> None:
         """Keep what backward brought to Linear ``number``."""
@@ -86,6 +88,19 @@ class Gate:
         self._uses.clear()
 
 
+class Keeper(Protocol):
+    """What takes (X, dY) of a Linear in backward: a gate, or a pass over support data."""
+
+    def keep(self, number: int, use: Use) -> None:
+        """Keep what backward brought to Linear ``number``."""
+
+
+def tap_for(keeper: Keeper, token: Tensor, number: int, x: Tensor, y: Tensor) -> Tensor:
+    """Return the output ``y`` of Linear ``number``, whose input was ``x``; in backward ``keeper`` gets X and dY."""
+    tapped: Tensor = _KeptTap.apply(y, x.detach(), token, keeper, number)
+    return tapped
+
+
 class _Join(torch.autograd.Function):
     """Weights -> a token; in backward, the gate's gradients of the weights."""
 
@@ -103,15 +118,15 @@ class _KeptTap(torch.autograd.Function):
     """An output as it is; in backward, its gradient as it is, kept with the input for the gate."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, token: Tensor, gate: Gate, number: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, token: Tensor, keeper: Keeper, number: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.gate, ctx.number = gate, number
+        ctx.keeper, ctx.number = keeper, number
         return y.detach()  # an output that is no view may be changed in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        ctx.gate.keep(ctx.number, Use(x.to(dy.dtype), dy))
+        ctx.keeper.keep(ctx.number, Use(x.to(dy.dtype), dy))
         return dy, None, torch.zeros((), device=dy.device), None, None
 
 

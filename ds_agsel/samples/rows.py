@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from ds_agsel.errors import TrainingError
 from ds_agsel.gast_section import GastConfig
 from ds_agsel.samples.choice import DrawKey, needs_scores, row_weight, take
-from ds_agsel.samples.gate import Gate, tap_known, without_weight
+from ds_agsel.samples.gate import Gate, tap_for, tap_known, without_weight
 from ds_agsel.samples.linears import GatedForward, gated_linears
 from ds_agsel.samples.record import BlockRows, Samples
 from ds_agsel.samples.scores import Use, of_halves
+from ds_agsel.samples.support import SupportPass
 
 
 class RowChoice:
@@ -54,6 +56,8 @@ class RowChoice:
         self._rows: int | None = None  # of the running forward, once a Linear has said it
         self._gates: dict[int, Gate] = {}
         self._open: list[Gate] = []  # that have not run: also those of earlier forwards
+        self._support: SupportPass | None = None  # of the window
+        self._collects = False  # whether the support pass is running
         self._known: dict[int, Tensor | None] = {}  # the taken rows, by block, where no scores are needed
 
     @property
@@ -70,6 +74,21 @@ class RowChoice:
         self._known.clear()
         self._record.begin_forward(self._micro_step)
 
+    @contextmanager
+    def collecting(self, device: torch.device) -> Iterator[SupportPass]:
+        """Inside, the selected blocks' Linears leave what a forward and `SupportPass.run` bring them, as support."""
+        self._support = SupportPass(device)
+        self._collects = True
+        try:
+            yield self._support
+        finally:
+            self._collects = False
+
+    @property
+    def needs_support(self) -> bool:
+        """Whether the forward that begins now is the first of a window whose rows are scored against support data."""
+        return self._config.needs_support_data and self._micro_step == 0
+
     def close(self) -> None:
         """End the window: no Linear is gated until the next forward begins."""
         for gate in self._open:
@@ -77,6 +96,7 @@ class RowChoice:
         self._open.clear()
         self._gates.clear()
         self._known.clear()
+        self._support = None
         self._active, self._micro_step = (), -1
 
     def remove(self) -> None:
@@ -92,6 +112,9 @@ class RowChoice:
         module, block = gated.module, gated.block
         if block not in self._active or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return nn.functional.linear(x, module.weight, module.bias)
+        if self._collects and self._support is not None:
+            y = without_weight(module, x)
+            return tap_for(self._support.of_block(block), self._support.token, gated.number, x, y)
         rows = self._checked_rows(gated.name, x)
         y = without_weight(module, x)
         if needs_scores(self._config, rows):
@@ -140,8 +163,10 @@ class RowChoice:
     # ------------------------------------------------------------------------- backward
 
     def _choose(self, block: int, micro_step: int, uses: dict[int, list[Use]], rows: int) -> Tensor | None:
-        parts = [of_halves(of_linear) for of_linear in uses.values()]
-        scores = torch.stack(parts).sum(0)
+        if self._support is not None:
+            scores = self._support.scores(block, uses)
+        else:
+            scores = torch.stack([of_halves(of_linear) for of_linear in uses.values()]).sum(0)
         taken = take(self._config, rows, self._key(block, micro_step), scores, scores.device)
         self._record.note(block, micro_step, BlockRows(rows, taken))
         return taken

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_agsel.blocks import repeated_layers
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
+from ds_agsel.errors import ConfigError
 from ds_agsel.samples.linears import gated_linears
 from ds_agsel.samples.rows import RowChoice
+from ds_agsel.samples.support import SupportData, loss_of
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 
@@ -25,6 +29,50 @@ def row_choice(root: nn.Module, selection: Selection, block_of: Mapping[int, int
     return RowChoice(root, repeated_layers(root), block_of, config.gast, config.seed, dist.get_rank(), record)
 
 
+def run_support(root: nn.Module, rows: RowChoice, data: SupportData, step: int, scale: float) -> None:
+    """Take the support of ``step``: a forward of ``root`` in evaluation mode and a backward to its selected blocks.
+
+    Called within a forward of ``root`` that begins. Draws no random number, and gives no parameter a gradient.
+
+    Args:
+        scale: of the loss, so that gradients do not underflow in fp16.
+    """
+    device = torch.device(get_accelerator().current_device_name())
+    arguments = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in data.batch(step).items()
+    }
+    trained = [module for module in root.modules() if module.training]
+    root.eval()
+    try:
+        with rows.collecting(device) as support:
+            support.run(loss_of(root(**arguments)) * scale)
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def support(config: SelectionConfig, data: Any, collate: Callable[[list[Any]], Any] | None) -> SupportData | None:
+    """Return the support data of this rank; ``data`` is None where none was given.
+
+    Raises ConfigError if ``config`` asks for data and there is none, or the other way round.
+    """
+    wanted = config.gast is not None and config.gast.needs_support_data
+    if wanted and data is None:
+        raise ConfigError(
+            'adagrad_select.gast.support="data" needs support data, which was not given. Give rows by '
+            'ds_agsel.initialize(..., support_data=...), or use support "batch".'
+        )
+    if not wanted and data is not None:
+        raise ConfigError(
+            'initialize(support_data=...) is read only with adagrad_select.gast.support="data". Set it, or leave '
+            "support_data out."
+        )
+    if config.gast is None or data is None:
+        return None
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return SupportData(data, collate, config.gast, config.seed, rank)
+
+
 def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | None) -> Iterator[str]:
     """Yield a line for each setting, and part of ``model``, that can't be used with `adagrad_select.gast`."""
     if config.gast is None:
@@ -35,8 +83,12 @@ def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | No
             "rows are chosen (stage3.py:1532). Leave set_z3_leaf_modules, zero_optimization.leaf_module and "
             "stage3_module_granularity_threshold out, or remove gast."
         )
-    if config.gast.needs_support_data:
-        yield 'adagrad_select.gast.support="data" is not there yet. Use "batch".'
+    if config.gast.needs_support_data and ds_config.stage == 3:
+        yield (
+            'adagrad_select.gast.support="data" and zero_optimization.stage=3 can\'t be used together: DeepSpeed '
+            "follows the order of a step's modules, into which the pass over support data does not fit. Use stage 1 or 2, or "
+            'support "batch".'
+        )
     if model is not None:
         yield from _model_problems(model)
 

@@ -30,11 +30,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_agsel.errors import TrainingError
 from ds_agsel.samples.rows import RowChoice
+from ds_agsel.samples.support import SupportData
 from ds_agsel.selection import Selection
 from ds_agsel.zero.activation_checkpointing import InputGradients
 from ds_agsel.zero.forward_watch import ForwardWatch, is_in_backward
 from ds_agsel.zero.freezing import FreezeMask
-from ds_agsel.zero.rows import row_choice
+from ds_agsel.zero.rows import row_choice, run_support
 
 if TYPE_CHECKING:
     from ds_agsel.zero.selective import SelectiveStep
@@ -55,6 +56,8 @@ class StepWindow:
         self._watch: ForwardWatch | None = None
         self._input_gradients: InputGradients | None = None
         self._rows: RowChoice | None = None
+        self._root: nn.Module | None = None
+        self._support_data: SupportData | None = None
         self._in_step = False
         self._backward_is_running = False
         self._is_retired = False
@@ -67,13 +70,14 @@ class StepWindow:
         retire(every)
         _OWNERS.update((parameter, ref(self)) for parameter in every)
 
-    def watch(self, root: nn.Module) -> None:
+    def watch(self, root: nn.Module, support_data: SupportData | None = None) -> None:
         """Open at the forwards of ``root`` and of its parts from now on, and know which blocks ran in them."""
         block_of = {id(p): block for block, parameters in enumerate(self._parameters) for p in parameters}
         wholes = [block.layer or block.name for block in self._selection.blocks]
         self._watch = ForwardWatch(root, block_of, self._begin_forward, wholes)
         self._input_gradients = InputGradients(root)
         self._rows = row_choice(root, self._selection, block_of)
+        self._root, self._support_data = root, support_data
 
     # ------------------------------------------------------------------------ open
 
@@ -90,7 +94,10 @@ class StepWindow:
             self.abandon()  # an exception ended it out of our sight: loss.backward()
         self.prepare()
         if self._rows is not None and self.is_open:
-            self._rows.begin_forward(self._selection.plan.step, self._selection.active_blocks)
+            step = self._selection.plan.step
+            self._rows.begin_forward(step, self._selection.active_blocks)
+            if self._rows.needs_support and self._root is not None and self._support_data is not None:
+                run_support(self._root, self._rows, self._support_data, step, float(self._stage.loss_scale))
 
     def open(self) -> None:
         """Prepare for the planned step. Idempotent. Raises ConfigError if the policy has no plan."""

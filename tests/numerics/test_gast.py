@@ -204,3 +204,68 @@ def interrupted() -> list[Any]:
 def test_an_abandoned_window_leaves_no_trace(workers: Any) -> None:
     [(after_failure, straight)] = workers(1).run(interrupted)
     assert_identical(straight, after_failure)
+
+
+# -------------------------------------------------------------------------- support data
+
+SUPPORT = {"support": "data", "support_samples": 3}
+
+
+def support_rows() -> list[dict[str, Tensor]]:
+    ids = torch.randint(37, (8, 8), generator=torch.Generator().manual_seed(9))
+    return [{"input_ids": row, "labels": row.clone()} for row in ids]
+
+
+def by_support(case: Case) -> dict[str, Any]:
+    """The rows that each block took in the first step, those of the highest scores by row-by-row gradients, gradients
+    of a parameter that is no Linear's before any backward, and whether the random stream is where it was."""
+    engine = build(case, support_data=support_rows())
+    engine.train()
+    rank = torch.distributed.get_rank()
+    drawn = engine.optimizer.window._support_data.indices(0)
+    model = tiny_model(case)
+    wanted = {name: batched for name, batched in (("batch", batch(case, 0, 0, rank)),)}["batch"]
+    rows = twin.row_gradients(model, wanted)
+    support = twin.row_gradients(model, {k: torch.stack([support_rows()[i][k] for i in drawn]) for k in wanted})
+    expected = {}
+    for block, names in enumerate(model_blocks(model).values()):
+        gated = twin.gated_names(model, names) if "layers" in names[0] else []
+        scores = [sum((row[n] * sum(s[n] for s in support)).sum() for n in gated) for row in rows]
+        expected[block] = max(range(BATCH), key=lambda row, scores=scores: float(scores[row]))
+    before = torch.random.get_rng_state()
+    loss = engine(**wanted).loss
+    untouched = torch.equal(before, torch.random.get_rng_state())
+    quiet = all(p.grad is None for p in engine.module.parameters()) and engine.module.training
+    engine.backward(loss)
+    engine.step()
+    step = engine.selection.samples.history[0]
+    taken = {block: step.taken(block)[0] for block in step.blocks}
+    engine.destroy()
+    return {"taken": taken, "expected": expected, "quiet": quiet and untouched, "drawn": drawn}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("section", [FIXED, {"policy": "all"}], ids=["fixed", "all"])
+def test_rows_are_scored_against_support_data(workers: Any, section: dict[str, Any], stage: int) -> None:
+    case = Case(stage=stage, section={**section, "gast": {**SUPPORT, "draw": "top"}})
+    runs = workers(2).run(by_support, case)
+    for run in runs:
+        assert run["taken"] and run["quiet"]
+        assert run["taken"] == {block: (run["expected"][block],) for block in run["taken"]}
+    assert runs[0]["drawn"] != runs[1]["drawn"]
+
+
+def support_refusals() -> list[str]:
+    messages = []
+    for section, data in (({"gast": SUPPORT}, None), ({"gast": {}}, support_rows()), ({"gast": SUPPORT}, iter(()))):
+        with pytest.raises(ConfigError) as caught:
+            build(Case(section=section), support_data=data)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_support_data_and_its_setting_go_together(workers: Any) -> None:
+    [messages] = workers(1).run(support_refusals)
+    assert "needs support data, which was not given" in messages[0]
+    assert "is read only with adagrad_select.gast.support" in messages[1]
+    assert "has no rows that can be drawn by their index" in messages[2]

@@ -66,3 +66,9 @@ def test_a_model_without_linears_in_its_layers_is_refused() -> None:
         "adagrad_select.gast chooses rows for the torch.nn.Linear modules of repeated layers, of which Convolutions "
         "trains none. Remove gast."
     )
+
+
+def test_support_data_under_stage_3_is_refused() -> None:
+    assert 'gast.support="data" and zero_optimization.stage=3' in problem(
+        Case(stage=3, section={"gast": {"support": "data"}})
+    )
