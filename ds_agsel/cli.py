@@ -18,6 +18,7 @@ from ds_agsel import launching, starting_config
 from ds_agsel.config import find_section, parse_section
 from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import AgselError, DataError
+from ds_agsel.report.rows import refused_text, uses_of_rows
 from ds_agsel.report.runs import Run, read_run
 
 EXTRA = "pip install 'ds-agsel[report]'"
@@ -177,6 +178,10 @@ def _report(options: argparse.Namespace) -> None:
         message = f"--output={output} can't be written: {error.strerror}. Give a file in another folder."
         raise DataError(message) from None
     print(f"{written[0]} ({len(written) - 1} charts in {written[1].parent if len(written) > 1 else '-'})")
+    for run in runs:
+        refused = refused_text(uses_of_rows(run.choices))
+        if refused:
+            print(f"{run.name}: rows that blocks refused most, on rank 0\n{refused}")
 
 
 def _add_watch(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,11 @@ import jinja2
 from ds_agsel.files import write_atomically
 from ds_agsel.report import charts
 from ds_agsel.report.outcome import outcome_table
+from ds_agsel.report.rows import share_rows, uses_of_rows
 from ds_agsel.report.runs import Run
 from ds_agsel.report.text import bytes_text, printable, seconds_text
 
+SHOWN_ROWS = 20  # of those that were refused most
 WITHOUT_PERCENT = ("all", "fixed", "replay")  # policies that do not look at select_percent
 
 
@@ -49,7 +51,15 @@ def write_report(runs: Sequence[Run], path: Path) -> list[Path]:
         return Chart(title, note, f"{title}. {note}", images)
 
     together = _charts_of_all(runs, chart)
-    sections = [{"run": run, "charts": _charts_of(run, chart, _file_name(run, runs))} for run in runs]
+    sections = [
+        {
+            "run": run,
+            "charts": _charts_of(run, chart, _file_name(run, runs)),
+            "shares": share_rows(run.choices, run.block_names),
+            "refused": [use for use in uses_of_rows(run.choices)[:SHOWN_ROWS] if use.z < 0],
+        }
+        for run in runs
+    ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ds_agsel.report", "."),
         autoescape=True,

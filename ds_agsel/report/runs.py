@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_agsel.errors import DataError
+from ds_agsel.report.rows import Choice, read_choices
 from ds_agsel.report.text import printable
 
 BLOCKS_FILE = "blocks.json"
@@ -31,7 +32,7 @@ SELECTED_TRAFFIC = ("h2d_bytes", "gathered_bytes", "nvme_read_bytes", "nvme_writ
 
 @dataclass(frozen=True)
 class Step:
-    """A line of selection.jsonl. ``traffic`` and ``state_bytes`` are rank 0's; empty and None in older logs."""
+    """A line of selection.jsonl. ``traffic``, ``state_bytes``, ``choices`` (of rows) are rank 0's, and may lack."""
 
     step: int
     phase: str
@@ -39,6 +40,7 @@ class Step:
     explore_rate: float | None = None
     traffic: Mapping[str, int] = field(default_factory=dict)
     state_bytes: int | None = None
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Run:
                 for block in step.blocks:
                     counts[block] += 1
         return counts
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Which rows the blocks took, in all steps; empty without `adagrad_select.gast`."""
+        return [choice for step in self.steps for choice in step.choices]
 
     def num_steps(self, phase: str) -> int:
         """Return the number of steps of ``phase``."""
@@ -239,6 +246,7 @@ def _read_selection(run: Run) -> bool:
             if isinstance(traffic, dict)
             else {},
             None if state_bytes is None else int(state_bytes),
+            read_choices(line.get("samples"), num_blocks),
         )
 
     there = _read_lines(run, SELECTION_FILE, take)

@@ -86,8 +86,8 @@ def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | No
     if config.gast.needs_support_data and ds_config.stage == 3:
         yield (
             'adagrad_select.gast.support="data" and zero_optimization.stage=3 can\'t be used together: DeepSpeed '
-            "follows the order of a step's modules, into which the pass over support data does not fit. Use stage 1 or 2, or "
-            'support "batch".'
+            "follows the order of a step's modules, into which the pass over support data does not fit. Use stage 1 or "
+            '2, or support "batch".'
         )
     if model is not None:
         yield from _model_problems(model)

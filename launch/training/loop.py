@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,8 +143,15 @@ class Loop:
         train = self._data.train.rows
         for rows in members[:, dist.get_rank()]:
             examples = [[train[index] for index in self._data.rows[row]] for row in rows]
+            self._name_rows([self._data.rows[row] for row in rows])
             batch = batches.collate(examples, self._data.tokenizer.pad_token_id, packed=self._run.options.packing)
             yield scoring.to_device(batch, self._engine.device)
+
+    def _name_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        """Name the rows of the next forward by their examples' places in the train split, where rows are chosen."""
+        samples = None if self._run.selection is None else self._run.selection.samples
+        if samples is not None:
+            samples.name_rows(["+".join(map(str, row)) if len(row) > 1 else int(row[0]) for row in rows])
 
     def check_finite(self, record: dict[str, Any]) -> None:
         """Count non-finite losses in a row. Raise TrainingError if they are more than --max-nonfinite."""
