@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_agsel import launching, starting_config
+from ds_agsel import launching, presets, starting_config
 from ds_agsel.config import find_section, parse_section
 from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import AgselError, DataError
@@ -111,13 +111,15 @@ def _check(options: argparse.Namespace) -> int:
 
         model = None if options.model is None else build_on_meta(options.model)
         problems = problems_of(ds_config, model)
+        section = find_section(ds_config) or {}
         units: list[str] = []
         if model is not None and not problems:
-            units = listing.lines(model, parse_section(find_section(ds_config) or {}))
+            units = listing.lines(model, parse_section(section))
     for problem in problems:
         print(f"{options.file}: {problem}")
     if not problems:
         print(f"{options.file}: sound")
+        units = presets.lines(section) + units
     for line in units:
         print(line)
     return 1 if problems else 0

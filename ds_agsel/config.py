@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ds_agsel import presets
 from ds_agsel.errors import ConfigError, ConfigErrors
 from ds_agsel.gast_section import GAST, GastConfig
 
@@ -51,6 +52,7 @@ class SelectionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     enabled: bool = True
+    preset: Literal["adagrad_select", "badam", "lisa", "misa", "grass"] | None = None
     policy: str = Field("adagrad_select", min_length=1)
     granularity: Granularity = "block"
     select_percent: float = Field(20.0, gt=0, le=100)
@@ -80,10 +82,16 @@ class SelectionConfig(BaseModel):
 
     def __init__(self, **fields: Any) -> None:
         given = {key: value for key, value in fields.items() if not _is_unset(value)}
+        filled = presets.fill(given)
         try:
-            super().__init__(**given)
+            super().__init__(**filled)
         except ValidationError as error:
-            raise ConfigErrors(_messages(error, given)) from None
+            found = _messages(error, filled)
+            raise ConfigErrors([problem + presets.added(given, problem, SECTION) for problem in found]) from None
+
+    def is_preset(self, field: str) -> bool:
+        """Return whether the preset, and not the user, has given ``field`` its value."""
+        return presets.fills(self.preset, field, getattr(self, field))
 
     @field_validator("always_select", "never_select", "fixed_blocks", mode="before")
     @classmethod
@@ -281,6 +289,7 @@ class _Words:
 _BLOCK_LIST = _Words("a list of block names", 'Write it as ["embedding"], or [] for none.')
 _WORDS = {
     "enabled": _Words("true or false", "Use false to run plain DeepSpeed."),
+    "preset": _Words(f"one of {quoted(presets.PRESETS)}", "Use null to set the fields yourself."),
     "policy": _Words("a policy's name", 'Use "adagrad_select", or a name that you registered.'),
     "granularity": _Words('"block" or "module"', 'Use "block" to select whole layers, "module" for single matrices.'),
     "select_percent": _Words("a number", "Use 100 to train every block.", "(0, 100]"),

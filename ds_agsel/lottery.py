@@ -96,7 +96,10 @@ def build_lottery(
     outside: dict[str, set[int]] = {}
     for setting in ("always_select", "never_select"):
         try:
-            outside[setting] = set(matching(blocks, getattr(config, setting), setting))
+            names = getattr(config, setting)
+            if config.is_preset(setting):  # which knows no model: a tied head is in the embedding's block
+                names = [name for name in names if name in {block.name for block in blocks}]
+            outside[setting] = set(matching(blocks, names, setting))
         except ConfigError as error:
             problems.append(str(error))
             outside[setting] = set()
@@ -118,7 +121,8 @@ def build_lottery(
     share = None
     if config.granularity == "module":
         share = share_of(config.select_percent, [blocks[index].numel for index in drawn])
-    k = num_selected(config.select_percent, len(drawn)) if share is None else share.max_selected
+    warns = not config.is_preset("select_percent")
+    k = num_selected(config.select_percent, len(drawn), warns) if share is None else share.max_selected
     return Lottery(drawn, tuple(sorted(always)), tuple(sorted(never)), k, share)
 
 

@@ -47,7 +47,9 @@ def problems_of(ds_config: Mapping[str, Any], model: torch.nn.Module | None = No
     problems += [wrong_optimizer] if wrong_optimizer else []
     if model is None:
         problems += _policy_problems(config)
-        if fraction_hint(config.select_percent):  # with a model the lottery warns
+        if fraction_hint(config.select_percent) and not config.is_preset(
+            "select_percent"
+        ):  # with a model the lottery warns
             logger.warning(
                 "%s.select_percent=%g.%s", SECTION, config.select_percent, fraction_hint(config.select_percent)
             )

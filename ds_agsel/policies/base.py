@@ -185,10 +185,10 @@ class Policy(ABC):
             )
 
 
-def num_selected(select_percent: float, num_blocks: int) -> int:
+def num_selected(select_percent: float, num_blocks: int, warns: bool = True) -> int:
     """Return k = max(1, floor(select_percent / 100 · num_blocks)), the number of blocks updated per step.
 
-    Warns if select_percent is less than one block, as the paper's rule then still updates one.
+    Warns, unless told not to, if select_percent is less than one block, as the paper's rule then still updates one.
     Raises ConfigError if no block is left to choose from.
     """
     if num_blocks < 1:
@@ -197,7 +197,7 @@ def num_selected(select_percent: float, num_blocks: int) -> int:
             ' choose from. Leave some out, or use policy "all" with always_select=[].'
         )
     blocks = math.floor(select_percent * num_blocks / 100 + _FLOOR_TOLERANCE)
-    if blocks < 1:
+    if blocks < 1 and warns:
         logger.warning(
             "%s.select_percent=%g is less than one of the %d blocks: each step updates one, which is %.4g %%.%s",
             SECTION, select_percent, num_blocks, 100 / num_blocks, fraction_hint(select_percent),

@@ -73,6 +73,7 @@ def refusal(**fields: Any) -> str:
 def test_the_empty_section_is_the_documented_default() -> None:
     assert parse_section({}).model_dump() == {
         "enabled": True,
+        "preset": None,
         "policy": "adagrad_select",
         "granularity": "block",
         "select_percent": 20.0,
@@ -201,6 +202,11 @@ def test_the_config_can_not_be_changed() -> None:
         ),
         ("enabled", 1, "=1 is not true or false. Use false to run plain DeepSpeed."),
         ("enabled", "false", '="false" is not true or false. Use false to run plain DeepSpeed.'),
+        (
+            "preset",
+            "Lisa",
+            '="Lisa" is not one of "adagrad_select", "badam", "lisa", "misa", "grass". Use null to set the fields',
+        ),
         ("policy", 3, '=3 is not a policy\'s name. Use "adagrad_select", or a name that you registered.'),
         ("policy", "", '="" is not a policy\'s name. Use "adagrad_select", or a name that you registered.'),
         (
