@@ -22,7 +22,7 @@ from ds_agsel.zero import compat, plain_loads, rows, step_device, window
 from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
-from ds_agsel.zero.support import refuse_unsupported
+from ds_agsel.zero.support import refuse_unsupported, states_can_not_visit
 
 logger = logging.getLogger("ds_agsel")
 
@@ -159,4 +159,6 @@ def _step_device(ds_config: DsConfig, prepared: Preparation) -> StepDevice:
         ),
     )
     step_device.report(choice, reason)
+    if choice is StepDevice.VISIT and prepared.config.state_dtype != "fp32":
+        raise ConfigError(states_can_not_visit(prepared.config))
     return choice

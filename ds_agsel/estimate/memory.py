@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Literal
 
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.steps import Step, full_step, weighted
 from ds_agsel.residency.plan import default_budget_bytes
@@ -170,7 +170,8 @@ class _Ledger:
         masters = sum(shares) * MASTER_BYTES
         # With "reset" those of the step before are given back before the step's own are made.
         with_moments = self._step.selected if self._setup.on_reentry == "reset" else self._step.with_moments
-        moments = self._sum(with_moments, shares) * MOMENT_BYTES
+        resting = MOMENT_BYTES if self._features is None else RESTING_BYTES[self._setup.state_dtype]
+        moments = self._sum(with_moments, shares) * resting
         home = "accelerator" if self._stepping == "resident" else "host"
         if self._setup.offload_optimizer == "nvme":
             home = "nvme"
@@ -240,6 +241,11 @@ class _Ledger:
             elif setup.offload_optimizer == "nvme":
                 largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
                 on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
+        if self._features is not None and setup.state_dtype != "fp32":  # one group's moments are fp32 in its update
+            scratch = max(self._shares()) * MOMENT_BYTES
+            on_host, on_accelerator = (
+                (on_host + scratch, on_accelerator) if self._on_host else (on_host, on_accelerator + scratch)
+            )
         if self._stepping == "accelerator":  # for states that are still leaving, or arrive early
             on_accelerator += max(Fraction(0), self._budget() - self._visiting())
         return [("accelerator", "staging", on_accelerator), ("host", "staging", on_host)]

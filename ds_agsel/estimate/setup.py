@@ -12,7 +12,8 @@ from ds_agsel.errors import ConfigError
 Device = Literal["none", "cpu", "nvme"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
-MOMENT_BYTES = 8  # exp_avg and exp_avg_sq
+MOMENT_BYTES = 8  # exp_avg and exp_avg_sq, fp32
+RESTING_BYTES = {"fp32": MOMENT_BYTES, "bf16": 4}  # of the two where they rest, by state_dtype
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Setup:
     keep_master: str = "host"
     state_budget_bytes: int | None = None
     on_reentry: str = "keep"
+    state_dtype: str = "fp32"
     assumed: tuple[str, ...] = ()
 
     @property

@@ -77,7 +77,10 @@ def estimate(
         if not 0 < percent <= 100:
             raise ConfigError(f"--select-percent {percent:g} is outside (0, 100]. Use 100 to train every block.")
     setup = setup.but(
-        keep_master=config.keep_master, state_budget_bytes=config.state_budget_bytes, on_reentry=config.on_reentry
+        keep_master=config.keep_master,
+        state_budget_bytes=config.state_budget_bytes,
+        on_reentry=config.on_reentry,
+        state_dtype=config.state_dtype,
     )
     rows = [_full_row(model, setup)]
     for percent in percentages:
@@ -92,6 +95,8 @@ def steppings(setup: Setup) -> tuple[Stepping, ...]:
     """Return the ways of stepping that ``setup`` allows, or would with its `offload_optimizer` set."""
     if setup.offload_optimizer == "nvme":
         return ("host",)
+    if setup.state_dtype != "fp32":  # states that visit are fp32
+        return ("host",) if setup.offload_optimizer == "cpu" else ("resident", "host")
     return ("host", "accelerator") if setup.offload_optimizer == "cpu" else ("resident", "host", "accelerator")
 
 

@@ -69,9 +69,23 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         """Do nothing: stock code links once, after the first group's first step (stage_1_and_2.py:2987)."""
 
     def _link_state(self, group: int) -> None:
+        if self.home.are_temporary:
+            return  # `_linked` links them for as long as they are there
         if group not in self._states_linked and self._has_state(group):
             compat.link_adam_state(self, group)
             self._states_linked.add(group)
+
+    @contextmanager
+    def _linked(self, group: int) -> Iterator[None]:
+        """Inside, the accessors find the moments of ``group``, also those that are there only now."""
+        links = self.home.are_temporary and self._has_state(group)
+        if links:
+            compat.link_adam_state(self, group)
+        try:
+            yield
+        finally:
+            if links:
+                compat.unlink_adam_state(self._params_of_group[group])
 
     def _unlink_states(self, groups: Sequence[int]) -> None:
         for group in groups:
@@ -114,7 +128,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         """As `deepspeed.utils.safe_get_full_optimizer_state`; zeros for a block never updated. Collective."""
         if self._lacks_moment(group, optim_state_key):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        with self.home.readable((group,)):
+        with self.home.readable((group,)), self._linked(group):
             return stock(optim_state_key)
 
     def _set_full_hp_param(
@@ -130,7 +144,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
             with self.home.writable((group,)):
                 self._make_state(group)
             self._link_state(group)  # only now: the home may have replaced the new tensors
-        with self.home.writable((group,)):
+        with self.home.writable((group,)), self._linked(group):
             stock(value, optim_state_key)
         if optim_state_key is None:
             param.data.copy_(value)

@@ -11,9 +11,11 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.selective import SelectiveStep
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
+from ds_agsel.zero.states.forms import FORMS
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.states.in_place import StatesInPlace
 from ds_agsel.zero.states.nvme import StatesOnNvme
+from ds_agsel.zero.states.packed import PackedStates
 from ds_agsel.zero.states.visiting import VisitingStates
 
 
@@ -33,6 +35,9 @@ def home_for(
             return StatesOnNvme(optimizer, block_of_group, selection)
         case _ if states_visit:
             return VisitingStates(optimizer, block_of_group, selection)
+        case _ if selection.config.state_dtype != "fp32":
+            form = FORMS[selection.config.state_dtype]()
+            return PackedStates(optimizer, block_of_group, selection, form)
         case _:
             return StatesInPlace(optimizer, block_of_group)
 

@@ -11,6 +11,7 @@ expanded one-element zeros without storage: `ds_to_universal` (0.19.8) asks ever
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ from ds_agsel.zero.tag_files import TagFiles
 
 MASTER = constants.FP32_WEIGHT_KEY
 _LOSS_SCALE = (constants.LOSS_SCALER, "dynamic_loss_scale")
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _OF_THE_RUN = (*_LOSS_SCALE, "overflow", constants.CLIP_GRAD, constants.DS_VERSION)
+
+logger = logging.getLogger("ds_agsel")
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,33 @@ def state_dict_for(
         _fill(master, layout, saved, MASTER)
         steps = _steps(layout, saved)
         if steps > 0:
-            state = compat.new_adam_state(optimizer, master)
-            for key in MOMENTS:
-                _fill(state[key], layout, saved, key)
-            state["step"] += steps
-            states[index] = state
+            moments = {key: _moment(layout, saved, key) for key in MOMENTS}
+            states[index] = {"step": compat.adam_step(optimizer, steps), **moments}
         of_saved = saved.hyperparameters(layout.names[0])
         group_of[index].update({key: value for key, value in of_saved.items() if key != "params"})
     new = {**own, **{key: saved.of_the_run[key] for key in _OF_THE_RUN if key in saved.of_the_run}}
     base_key, masters_key = _section_keys(own)
     return {**new, base_key: {**base, "state": states}, masters_key: found}
+
+
+def _moment(layout: Layout, saved: SavedStates, key: str) -> Tensor:
+    """Return this rank's part of a moment in the dtype that it was saved in; fp32 where there is none of it."""
+    pieces = [saved.read(piece.name, key, piece.start, piece.numel) for piece in layout.slices]
+    flat = torch.zeros(layout.numel, dtype=pieces[0].dtype if pieces else torch.float32)
+    for piece, values in zip(layout.slices, pieces, strict=True):
+        flat.narrow(0, piece.at, piece.numel).copy_(values)
+    return flat
+
+
+def tell_of_another_form(state_dict: Mapping[str, Any], state_dtype: str, rank: int) -> None:
+    """Log, on rank 0, that a load converts the moments of ``state_dict`` to those of this run."""
+    states = sections(state_dict)[0]["state"].values()
+    saved = {_DTYPE_NAMES.get(state[key].dtype, str(state[key].dtype)) for state in states for key in MOMENTS}
+    if rank == 0 and saved - {state_dtype}:
+        logger.warning(
+            "adagrad_select: the checkpoint's moments are %s, and state_dtype is %s: they are converted%s.",
+            " and ".join(sorted(saved)), state_dtype, ", rounded to the nearest" if state_dtype != "fp32" else "",
+        )  # fmt: skip
 
 
 def _fill(flat: Tensor, layout: Layout, saved: SavedStates, key: str) -> None:

@@ -23,7 +23,14 @@ from ds_agsel.zero.arrival_times import ArrivalTimes
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.reentry import Reentry
-from ds_agsel.zero.repartition import Layout, SavedStates, add_empty_states, drop_empty_states, state_dict_for
+from ds_agsel.zero.repartition import (
+    Layout,
+    SavedStates,
+    add_empty_states,
+    drop_empty_states,
+    state_dict_for,
+    tell_of_another_form,
+)
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.window import StepWindow
 
@@ -362,7 +369,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     @compat.overrides
     def state_dict(self) -> dict[str, Any]:
-        with self.home.readable():
+        with self.home.as_saved():
             state_dict = super().state_dict()
             self.home.keep_readable(state_dict)
         add_empty_states(state_dict)
@@ -379,11 +386,14 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         for state_dict in state_dict_list:
             if state_dict is not None:
                 drop_empty_states(state_dict)
+        rank = dist.get_rank(group=self.dp_process_group)
+        own = state_dict_list[rank] if rank < len(state_dict_list) else None
+        if own is not None and kwargs.get("load_optimizer_states", True):
+            tell_of_another_form(own, self.selection.config.state_dtype, rank)
+            self.home.before_load(own)
         with self.home.writable(), self._weights_follow():
             super().load_state_dict(state_dict_list=state_dict_list, **kwargs)
         if self._host_adam is not None:
-            rank = dist.get_rank(group=self.dp_process_group)
-            own = state_dict_list[rank] if rank < len(state_dict_list) else None
             self._host_adam.load_state_dict((own or {}).get(HOST_ADAM_KEY, {}))
         self._link.pull(self.optimizer.param_groups)
 

@@ -78,6 +78,14 @@ def unsupported(
     return problems if model is None else problems + _model_problems(model)
 
 
+def states_can_not_visit(config: SelectionConfig) -> str:
+    """Return the error for states that would visit the accelerator in a form in which they can't."""
+    return (
+        f"adagrad_select.state_dtype={config.state_dtype!r} can't be used with states that visit the accelerator: "
+        "those are fp32. Set zero_optimization.offload_optimizer.device to 'cpu', or state_dtype to 'fp32'."
+    )
+
+
 # ---------------------------------------------------------------- the rules, in the order in which they are told
 
 
@@ -214,6 +222,16 @@ _RULES: tuple[_Rule, ...] = (
         lambda ds, config: f"adagrad_select.on_reentry={config.on_reentry!r} with zero_optimization.offload_optimizer."
         "device='nvme'",
         "it is not tested with states in a file", "Use 'cpu' or 'none', or on_reentry='keep'",
+    ),
+    _refused(
+        lambda ds, config: config.state_dtype != "fp32" and ds.offload_optimizer.device == "nvme",
+        lambda ds, config: f"adagrad_select.state_dtype={config.state_dtype!r} with zero_optimization."
+        "offload_optimizer.device='nvme'",
+        "states in a file are fp32", "Use 'cpu' or 'none', or state_dtype='fp32'",
+    ),
+    _Rule(
+        lambda ds, config: config.state_dtype != "fp32" and config.step_device == "accelerator",
+        lambda ds, config: states_can_not_visit(config),
     ),
     _refused(
         lambda ds, config: config.explore_on != "batch" and ds.stage == 1,

@@ -41,6 +41,8 @@ CASES = [
     Case(stage=1, offload="cpu", steps=4, section=MODULE),
     Case(stage=3, offload="cpu", dtype="bf16", steps=4, section=MODULE),
     Case(model="net", offload="cpu", dtype="bf16", steps=4, section={**SHORT, "on_reentry": "reset"}),
+    Case(model="net", stage=3, dtype="bf16", steps=4, section={**SHORT, "state_dtype": "bf16"}),
+    Case(offload="cpu", dtype="bf16", steps=4, section={**SHORT, "state_dtype": "bf16"}),
 ]  # fmt: skip
 VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
@@ -89,7 +91,7 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
         masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
         seen = {
             "masters": sum(master.nbytes for master in masters),
-            "states": moment_bytes(zero),
+            "states": zero.state_bytes() if hasattr(engine, "selection") else moment_bytes(zero),
         }
         if hasattr(engine, "selection"):
             seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
@@ -108,7 +110,9 @@ def described(case: Case, ranks: int) -> tuple[ModelShape, Setup]:
     model = tiny_model(case)
     groups = param_groups(model, case)
     section = case.section or {}
-    setup = read_setup(ds_config(case), ranks).but(on_reentry=section.get("on_reentry", "keep"))
+    setup = read_setup(ds_config(case), ranks).but(
+        **{field: section[field] for field in ("on_reentry", "state_dtype") if field in section}
+    )
     return shape_of("tiny", model, None, groups, section.get("granularity", "block")), setup
 
 

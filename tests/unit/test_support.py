@@ -82,6 +82,16 @@ def test_exploring_on_the_first_micro_batch_needs_stage_2():
         )
 
 
+def test_moments_in_another_form_are_refused_where_they_are_fp32():
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/here"}}
+    (said,) = unsupported(DsConfig.of({"zero_optimization": offload}), SelectionConfig(state_dtype="bf16"))
+    assert "state_dtype='bf16' with zero_optimization.offload_optimizer.device='nvme'" in said
+    config = SelectionConfig(state_dtype="bf16", step_device="accelerator")
+    (said,) = unsupported(DsConfig.of(ZERO2), config)
+    assert said.startswith("adagrad_select.state_dtype='bf16' can't be used with states that visit the accelerator")
+    assert "Set zero_optimization.offload_optimizer.device to 'cpu', or state_dtype to 'fp32'." in said
+
+
 @pytest.mark.parametrize("on_reentry", ["reset", "decay"])
 def test_moments_in_a_file_are_kept(on_reentry):
     offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/here"}}

@@ -10,6 +10,8 @@ home            between steps            during a group's update
 `in_place`      where the update runs    the same tensors
 `visiting`      in page-locked memory    copies on the accelerator, kept there while a budget allows
 `nvme`          in a file on NVMe        a buffer in page-locked memory
+`packed`        in place, moments in     the master weights in place, moments in an fp32 scratch buffer
+                another form
 ==============  =======================  ============================================================
 
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
@@ -58,6 +60,9 @@ class StateHome(ABC):
 
     is_on_disk: ClassVar[bool] = False
     """Whether all states together may be larger than the host's memory, so that a load must read them lazily."""
+
+    are_temporary: ClassVar[bool] = False
+    """Whether the moments' tensors in `readable` and `writable` are other ones each time, and gone afterwards."""
 
     def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int]) -> None:
         self.optimizer = optimizer
@@ -135,8 +140,15 @@ class StateHome(ABC):
         `writable` does it at its end; a caller needs it only for states that were put there in another way.
         """
 
+    def as_saved(self) -> AbstractContextManager[None]:
+        """As `readable`, of all groups, with states in the form in which a checkpoint has them."""
+        return self.readable()
+
     def keep_readable(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most homes have nothing to do)
-        """Change ``state_dict``, which the optimizer made inside `readable`, so that it stays valid outside."""
+        """Change ``state_dict``, which the optimizer made inside `as_saved`, so that it stays valid outside."""
+
+    def before_load(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most homes have nothing to do)
+        """Take what only this home can read out of ``state_dict``, which DeepSpeed loads next, inside `writable`."""
 
     # ------------------------------------------------------------------------- memory
 
