@@ -76,6 +76,21 @@ def test_unselected_blocks_are_bit_identical(trained, case):
                     assert_identical(of_block(before, names), of_block(after, names))
 
 
+@pytest.mark.parametrize("case", [CASES[1], pytest.param(CASES[0], marks=SLOW)], ids=case_id)
+def test_an_update_is_fp32s_rounded_to_either_neighbour(trained, case):
+    """The first, from equal gradients. Of values spread evenly between two neighbours a quarter go to the farther."""
+    exact = case.but(section={**case.section, "state_dtype": "fp32"})
+    for whole, half in zip(trained(exact, 2), trained(case, 2), strict=True):
+        moved = farther = 0
+        for old, new in zip(whole["observed"][1]["partitions"], half["observed"][1]["partitions"], strict=True):
+            assert_identical(old["masters"], new["masters"])
+            for kind in STATES[1:]:
+                assert ((new[kind] - old[kind]).abs() <= 2**-7 * old[kind].abs()).all()
+                moved += int((old[kind] != 0).sum())
+                farther += int((old[kind].to(torch.bfloat16).float() != new[kind]).sum())
+        assert moved > 500 and 0.2 < farther / moved < 0.3
+
+
 def watch_memory(case: Case) -> dict[str, Any]:
     """After each step: bytes that moments are said to take, those in DeepSpeed's place for them, and the scratch."""
 
