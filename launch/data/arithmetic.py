@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_agsel.errors import ConfigError, DataError
@@ -106,6 +106,27 @@ def generate(split: str, size: int, *, level: int = 2, seed: int = 42) -> list[d
         f"{size} that the "
         f"{split} split asks for. Ask for fewer, or raise --builtin-level."
     )
+
+
+def with_wrong_answers(
+    rows: Sequence[Mapping[str, str]], percent: float, seed: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """Return ``rows`` of which ``percent`` have another row's answer, and which these are, ascending.
+
+    The answers of the wrong rows are passed on among them, so that each is well written and answers another question.
+    A function of the arguments. Raises ConfigError for a share outside [0, 100], or of less than two rows.
+    """
+    number = round(len(rows) * percent / 100)
+    if not 0 <= percent <= 100 or (percent > 0 and number < 2):
+        raise ConfigError(
+            f"--builtin-wrong-percent={percent:g} of {len(rows)} training rows is {number} rows. Use 0, or a share "
+            "within (0, 100] of two rows or more."
+        )
+    wrong = sorted(random.Random(f"{seed}/wrong").sample(range(len(rows)), number))
+    changed = [dict(row) for row in rows]
+    for row, other in zip(wrong, [*wrong[1:], *wrong[:1]]):
+        changed[row]["answer"] = rows[other]["answer"]
+    return changed, wrong
 
 
 def split_of(skeleton: str) -> str:

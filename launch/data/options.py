@@ -45,4 +45,5 @@ class DataOptions:
     validation_rows: int = 200
     test_rows: int = 200
     builtin_level: int = 2
+    builtin_wrong_percent: float = 0.0
     seed: int = 42

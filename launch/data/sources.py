@@ -38,13 +38,17 @@ _KNOWN_COLUMNS = (
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of the data, the names of their text columns, and remarks for the user."""
+    """The three splits of the data, the names of their text columns, and remarks for the user.
+
+    ``wrong_rows``: places in train of the rows that were given a wrong answer on purpose, ascending.
+    """
 
     train: Dataset
     validation: Dataset
     test: Dataset
     columns: TextColumns = field(repr=False)
     notes: tuple[str, ...] = ()
+    wrong_rows: tuple[int, ...] = ()
 
 
 def load(options: DataOptions) -> Splits:
@@ -99,13 +103,13 @@ def _builtin(options: DataOptions) -> Splits:
         "validation": options.validation_rows,
         "test": options.test_rows,
     }
-    parts = {
-        split: Dataset.from_list(
-            arithmetic.generate(split, max(size, 1), level=options.builtin_level, seed=options.seed)
-        ).select(range(size))
+    rows = {
+        split: arithmetic.generate(split, max(size, 1), level=options.builtin_level, seed=options.seed)
         for split, size in sizes.items()
     }
-    return Splits(**parts, columns=_columns(options, None, parts["train"]))
+    rows["train"], wrong = arithmetic.with_wrong_answers(rows["train"], options.builtin_wrong_percent, options.seed)
+    parts = {split: Dataset.from_list(rows[split]).select(range(size)) for split, size in sizes.items()}
+    return Splits(**parts, columns=_columns(options, None, parts["train"]), wrong_rows=tuple(wrong))
 
 
 def _load_parts(options: DataOptions, preset: Preset | None, *, needed: str) -> dict[str, Dataset]:

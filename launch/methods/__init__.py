@@ -16,6 +16,7 @@ __all__ = ["NAMES", "make"]
 # The module of each method; imported on demand, since most need a package of the extra `peers`.
 _CLASSES = {
     "adagrad_select": "zero:AdaGradSelect",
+    "gast": "zero:Gast",
     "full": "zero:Full",
     "offload": "zero:Offload",
     "lora": "lora:Lora",

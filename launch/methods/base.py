@@ -6,7 +6,7 @@ import argparse
 import importlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -22,11 +22,15 @@ Option = int | float | str
 
 @dataclass(frozen=True)
 class RunContext:
-    """The run that a method is started in. ``config`` is a complete ds_config (`run_config.complete`)."""
+    """The run that a method is started in. ``config`` is a complete ds_config (`run_config.complete`).
+
+    ``support``: arguments of `ds_agsel.initialize` that give it support data; empty where nothing asks for it.
+    """
 
     config: dict[str, Any]
     steps_per_epoch: int
     seed: int
+    support: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Method:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import ds_agsel
 from ds_agsel.config import SECTION
 from ds_agsel.ds_config import DsConfig, with_offload_to_cpu
+from ds_agsel.gast_section import GAST
 from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.storage import storage_bytes
@@ -20,7 +21,7 @@ class Zero(Method):
     """An engine of DeepSpeed, as the ds_config defines it."""
 
     def start(self, model: Any, context: RunContext) -> Any:
-        self.engine = self._initialize(model, context.config)
+        self.engine = self._initialize(model, context.config, **context.support)
         self.selection = getattr(self.engine, "selection", None)
         self._wanted_accumulation = DsConfig.of(context.config).accumulation_steps
         return self.engine
@@ -66,6 +67,16 @@ class AdaGradSelect(Zero):
 
     def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**config, SECTION: {**config.get(SECTION, {}), "enabled": True}}
+
+
+class Gast(Zero):
+    """GAST alone: every block is updated, each by the rows that it takes. ``rows`` 0: half of the micro-batch."""
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {"draw": "sample", "rows": 0}
+
+    def edit(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        gast = {"draw": self.options["draw"], "select_samples": self.options["rows"] or None}
+        return {**config, SECTION: {"policy": "all", GAST: gast}}
 
 
 class Full(Zero):

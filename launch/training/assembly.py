@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ds_agsel import processor
+from ds_agsel.config import find_section, parse_section
 from ds_agsel.ds_config import DsConfig, read_ds_config
 from ds_agsel.errors import ConfigError
+from ds_agsel.files import write_atomically
 from ds_agsel.zero import build_ops
 
 from .. import methods
@@ -64,6 +67,9 @@ class RunData:
         return self.encoded["test"]
 
 
+WRONG_ROWS_FILE = "wrong_rows.json"  # places in the train split of rows with a wrong answer, the truth to grade by
+
+
 @dataclass(frozen=True)
 class Assembly:
     """A run that is ready to train.
@@ -107,7 +113,8 @@ def assemble(wanted: argparse.Namespace) -> Assembly:
         )
     )
     _check_model(model, wanted, data)
-    context = RunContext(_complete(raw_config, wanted, data), data.epochs.steps_per_epoch, wanted.seed)
+    config = _complete(raw_config, wanted, data)
+    context = RunContext(config, data.epochs.steps_per_epoch, wanted.seed, _support(config, wanted, data))
     _warn_of_slow_arithmetic(context.config)
     watch = FaultWatch(model) if wanted.method else None
     precision = method.precision(context.config)
@@ -178,6 +185,8 @@ def _load_splits(
     )
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     drop = wanted.long_prompts == "drop"
+    if splits.wrong_rows and ranks.is_main():
+        write_atomically(Path(wanted.output) / WRONG_ROWS_FILE, json.dumps(splits.wrong_rows) + "\n")
     encoders = dict.fromkeys(parts, encoder)
     encoders["test"] = replace(encoder, every_answer=False)  # exact match asks one question a row
     return splits.notes, {
@@ -197,6 +206,22 @@ def _complete(raw_config: Mapping[str, Any], wanted: argparse.Namespace, data: R
         seed=wanted.seed,
         section={name: value for name, value in overrides.items() if value is not None},
     )
+
+
+def _support(config: Mapping[str, Any], wanted: argparse.Namespace, data: RunData) -> dict[str, Any]:
+    """Return the support data that the section asks for, as arguments of `ds_agsel.initialize`: rows of --support."""
+    section = find_section(config)
+    if section is None:
+        return {}
+    parsed = parse_section(section)
+    if not parsed.enabled or parsed.gast is None or not parsed.gast.needs_support_data:
+        return {}
+    pad_token_id = data.tokenizer.pad_token_id
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        return batches.collate([[row] for row in rows], pad_token_id)
+
+    return {"support_data": data.encoded[wanted.support].rows, "collate_fn": collate}
 
 
 def _check_model(model: Any, wanted: argparse.Namespace, data: RunData) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ds_agsel.errors import ConfigError
 
 from .. import methods, versions
-from ..data.options import CHAT_TEMPLATE_CHOICES, PRESETS, DataOptions
+from ..data.options import BUILTIN, CHAT_TEMPLATE_CHOICES, PRESETS, DataOptions
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,6 +91,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation-rows", type=int, default=200, help="rows for the validation loss, 0: none")
     group.add_argument("--test-rows", type=int, default=200, help="rows for exact match, 0: none")
     group.add_argument("--builtin-level", type=int, default=2, help="difficulty of the built-in problems: 1, 2, 3")
+    group.add_argument(
+        "--builtin-wrong-percent", type=float, default=0.0, metavar="PERCENT",
+        help="give so many training rows a wrong answer; wrong_rows.json in the output names them",
+    )  # fmt: skip
     group.add_argument("--sequence-length", type=int, default=512, help="longest row in tokens")
     group.add_argument("--long-prompts", choices=("error", "drop"), default="error", help="no room for a completion")
     group.add_argument("--chat-template", choices=CHAT_TEMPLATE_CHOICES, default="auto")
@@ -108,6 +112,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=float, help="overrides the ds_config")
     group.add_argument("--select-percent", type=float, help="overrides adagrad_select.select_percent")
     group.add_argument("--policy", help="overrides adagrad_select.policy")
+    group.add_argument(
+        "--support", choices=("train", "validation"), default="train",
+        help='split whose rows score the rows of a batch, with adagrad_select.gast.support "data"',
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--max-nonfinite", type=int, default=5, help="non-finite losses in a row to put up with")
     group.add_argument("--evaluate-every", type=int, default=50, help="steps between validation losses, 0: only ends")
@@ -149,6 +157,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')}={value} is outside [{least}, inf). Use {least} or more.")
+    if options.builtin_wrong_percent and options.dataset != BUILTIN:
+        raise ConfigError(
+            f"--builtin-wrong-percent={options.builtin_wrong_percent:g} is only for --dataset builtin. Leave one out."
+        )
     if not 0 < options.epochs < math.inf:  # NaN is neither
         raise ConfigError(f"--epochs={options.epochs} is outside (0, inf). Use 1 for one pass over the data.")
     if options.lr is not None and not 0 < options.lr < math.inf:

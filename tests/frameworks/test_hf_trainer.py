@@ -196,3 +196,14 @@ def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
     assert found.is_finished and found.problems == [] and tuple(found.counts()) == run["counts"]
     assert set(found.step_seconds()) == {"explore", "exploit"} and len(found.validation) == 2
     assert NEVER in {block["name"] for block in json.loads((tmp_path / "blocks.json").read_text())["blocks"]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_learn_from_some_rows_without_user_code(workers, tmp_path, ranks):
+    config = ds_config(2, "none")
+    config["adagrad_select"] = {**config["adagrad_select"], "gast": {}}
+    [run, *_] = workers(ranks).run(trainers.train, tmp_path, config, per_device_train_batch_size=4)
+    assert_engaged(run, START)
+    choices = read_run(tmp_path).choices
+    assert choices and all(len(choice.taken) == (choice.rows + 1) // 2 for choice in choices)
+    assert max(choice.rows for choice in choices) == 4

@@ -88,3 +88,23 @@ def test_a_level_without_so_many_problems_says_how_many_it_has() -> None:
 def test_what_can_not_be_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         arithmetic.generate(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("percent", [10, 30])
+def test_wrong_answers_are_other_rows_and_the_truth_names_them(percent: int) -> None:
+    rows = arithmetic.generate("train", 200, seed=3)
+    changed, wrong = arithmetic.with_wrong_answers(rows, percent, seed=3)
+    assert len(wrong) == 200 * percent // 100 and wrong == sorted(set(wrong))
+    assert [place for place, row in enumerate(changed) if row["question"] != rows[place]["question"]] == []
+    other = [place for place, row in enumerate(changed) if row["answer"] != rows[place]["answer"]]
+    assert set(other) <= set(wrong) and len(other) > 0.9 * len(wrong)
+    assert sorted(row["answer"] for row in changed) == sorted(row["answer"] for row in rows)
+    assert arithmetic.with_wrong_answers(rows, percent, seed=3) == (changed, wrong)
+    assert arithmetic.with_wrong_answers(rows, percent, seed=4)[1] != wrong
+    assert arithmetic.with_wrong_answers(rows, 0, seed=3) == (rows, [])
+
+
+@pytest.mark.parametrize("percent", [-1, 101, 0.5])
+def test_an_impossible_share_of_wrong_answers_is_refused(percent: float) -> None:
+    with pytest.raises(ConfigError, match=f"--builtin-wrong-percent={percent:g} of 200 training rows"):
+        arithmetic.with_wrong_answers(arithmetic.generate("train", 200), percent, seed=3)
