@@ -25,7 +25,7 @@ def test_a_job_scores_its_rows_against_support_data_and_names_them(
     (tmp_path / "ds_config.json").write_text(json.dumps(config))
     output = tmp_path / "run"
     result = train(
-        tiny_model, output, config=str(tmp_path / "ds_config.json"), steps="6", support="validation",
+        tiny_model, output, config=str(tmp_path / "ds_config.json"), steps="3", support="validation",
         builtin_wrong_percent="30", test_rows="0",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
