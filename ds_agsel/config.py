@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ds_agsel import presets
 from ds_agsel.errors import ConfigError, ConfigErrors
 from ds_agsel.gast_section import GAST, GastConfig
+from ds_agsel.sparse_grad_section import SPARSE_GRAD, SparseGradConfig
 
 SECTION = "adagrad_select"
 Granularity = Literal["block", "module"]
@@ -40,6 +41,11 @@ _READERS = {
     "probe_steps": ("cost_aware", "grass"),
 }
 _SIMILAR = 0.8  # difflib ratio: two letters of "adagradselect" may be wrong, "adagrad" alone is another word
+
+
+# Objects within the section, each with a file of its own; their errors are told here.
+_SUB_SECTIONS: dict[str, type[BaseModel]] = {GAST: GastConfig, SPARSE_GRAD: SparseGradConfig}
+_NULL_IS_NEVER = ("refresh_steps",)  # null is a value of theirs, where it means "not set" elsewhere
 
 
 class SelectionConfig(BaseModel):
@@ -80,6 +86,7 @@ class SelectionConfig(BaseModel):
     fixed_blocks: tuple[str, ...] | None = None
     replay_file: str | None = Field(None, min_length=1)
     gast: GastConfig | None = None
+    sparse_grad: SparseGradConfig | None = None
 
     def __init__(self, **fields: Any) -> None:
         given = {key: value for key, value in fields.items() if not _is_unset(value)}
@@ -106,12 +113,13 @@ class SelectionConfig(BaseModel):
             return value
         return {key: cls._list_to_tuple(patterns) for key, patterns in value.items()}
 
-    @field_validator("gast", mode="before")
+    @field_validator(*_SUB_SECTIONS, mode="before")
     @classmethod
     def _only_set(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: content for key, content in value.items() if not _is_unset(content)}
+        is_null = {key for key in _NULL_IS_NEVER if value.get(key, ...) is None}
+        return {key: content for key, content in value.items() if not _is_unset(content) or key in is_null}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> SelectionConfig:
@@ -155,8 +163,20 @@ class SelectionConfig(BaseModel):
                     f"matrix in the layers a unit, the other names the units. Remove {SECTION}.blocks, or set "
                     f'{SECTION}.granularity to "block".'
                 )
-        if self.gast is not None:
-            yield from self.gast.problems(f"{SECTION}.{GAST}")
+        for name in _SUB_SECTIONS:
+            sub_section = getattr(self, name)
+            if sub_section is not None:
+                yield from sub_section.problems(f"{SECTION}.{name}")
+        if self.gast is not None and self.sparse_grad is not None:
+            yield (
+                f"{SECTION}.{GAST} and {SECTION}.{SPARSE_GRAD} exclude each other: a matrix of which some entries are"
+                " trained does not choose its rows yet. Remove one of the two."
+            )
+        if self.granularity == "module" and self.sparse_grad is not None:
+            yield (
+                f'{SECTION}.granularity="module" and {SECTION}.sparse_grad exclude each other: the trained entries of a'
+                f' layer\'s matrices are selected with the layer. Set {SECTION}.granularity to "block".'
+            )
 
     def _scoring_field_problems(self) -> Iterator[str]:
         for field, readers in _READERS.items():
@@ -329,6 +349,17 @@ _WORDS = {
     "gast.support": _Words('"batch" or "data"', 'Use "batch" to score rows against the rest of the micro-batch.'),
     "gast.support_samples": _Words("an integer", "Use 4, or any number of rows of support data.", "[1, inf)"),
     "gast.draw": _Words('"sample", "random" or "top"', 'Use "sample" to draw rows in proportion to their alignment.'),
+    "sparse_grad": _Words("an object", "Use {} for all its defaults, or null to train whole matrices."),
+    "sparse_grad.entries_percent": _Words("a number", "Use 1 to train one percent of the entries.", "(0, 100]"),
+    "sparse_grad.modules": _Words(
+        "a list of regular expressions over parameter names",
+        'Write it as [".*\\.up_proj\\.weight"], or null for the matrices of the MLPs.',
+    ),
+    "sparse_grad.rotation": _Words('"model", "both" or "none"', 'Use "model" to rotate the side of the hidden size.'),
+    "sparse_grad.basis": _Words('"matrix" or "kind"', 'Use "matrix" to give each matrix a basis of its own.'),
+    "sparse_grad.calibration_steps": _Words("an integer", "Use 10; they change no weight.", "[1, inf)"),
+    "sparse_grad.refresh_steps": _Words("an integer", "Use null to choose the entries once.", "[1, inf)"),
+    "sparse_grad.lr_scale": _Words("a number", "Use null for 5 at 1 % of the entries.", "(0, inf)"),
 }
 
 
@@ -346,11 +377,13 @@ def _messages(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
 def _message(found: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     field = str(found["loc"][0])
     value = given.get(field)
-    of_gast = field == GAST and len(found["loc"]) > 1
-    if of_gast:
-        field, value = ".".join(map(str, found["loc"])), found["input"]
+    if field in _SUB_SECTIONS and len(found["loc"]) > 1:
+        key = str(found["loc"][1])
+        if found["type"] == "extra_forbidden":
+            return _unknown_key(key, _SUB_SECTIONS[field], f"{SECTION}.{field}")
+        field, value = f"{field}.{key}", given[field][key]
     if found["type"] == "extra_forbidden":
-        return _unknown_key(found["loc"][1], GastConfig, f"{SECTION}.{GAST}") if of_gast else _unknown_key(field)
+        return _unknown_key(field)
     words = _WORDS[field]
     out_of_range = found["type"] in _OUT_OF_RANGE
     problem = f"is outside {words.allowed}" if out_of_range else f"is not {words.kind}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,21 @@ def _as_list(parameters: Any) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class SplitGroups:
-    """Param groups split by block: ``groups[i]`` belongs to ``blocks[i]`` and came from the parent ``parents[i]``."""
+    """Param groups split by block: ``groups[i]`` belongs to ``blocks[i]`` and came from the parent ``parents[i]``.
+
+    ``apart`` has the indices of the groups that hold parameters which had to stand apart, and no others.
+    """
 
     groups: list[ParamGroup]
     blocks: tuple[int, ...]
     parents: tuple[int, ...]
+    apart: tuple[int, ...] = ()
 
 
-def split_param_groups(param_groups: Sequence[ParamGroup], block_of: Mapping[nn.Parameter, int]) -> SplitGroups:
-    """Divide each group by block, in the groups' order and, within one, in the blocks'.
+def split_param_groups(
+    param_groups: Sequence[ParamGroup], block_of: Mapping[nn.Parameter, int], apart: Collection[nn.Parameter] = ()
+) -> SplitGroups:
+    """Divide each group by block, in the groups' order and, within one, in the blocks'; ``apart`` in groups of its own.
 
     Parameters keep their order. Frozen and empty ones, which are in no block, are left out, as DeepSpeed does
     (runtime/utils.py, is_optimized_parameter). Raises ConfigError for a trainable parameter that has no block.
@@ -46,8 +52,10 @@ def split_param_groups(param_groups: Sequence[ParamGroup], block_of: Mapping[nn.
     groups: list[ParamGroup] = []
     blocks: list[int] = []
     parents: list[int] = []
+    apart_groups: list[int] = []
+    alone = set(apart)
     for parent, group in enumerate(param_groups):
-        by_block: dict[int, list[nn.Parameter]] = {}
+        members: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if not parameter.requires_grad or numel(parameter) == 0:
                 continue
@@ -56,12 +64,27 @@ def split_param_groups(param_groups: Sequence[ParamGroup], block_of: Mapping[nn.
                     f"param group {parent} holds a trainable parameter of shape {tuple(parameter.shape)} that is not "
                     "in the model. Give deepspeed the optimizer or model_parameters of the same model."
                 )
-            by_block.setdefault(block_of[parameter], []).append(parameter)
-        for block in sorted(by_block):
-            groups.append({**group, "params": by_block[block]})
+            members.setdefault((block_of[parameter], parameter in alone), []).append(parameter)
+        for block, stands_apart in sorted(members):
+            if stands_apart:
+                apart_groups.append(len(groups))
+            groups.append({**group, "params": members[block, stands_apart]})
             blocks.append(block)
             parents.append(parent)
-    return SplitGroups(groups, tuple(blocks), tuple(parents))
+    return SplitGroups(groups, tuple(blocks), tuple(parents), tuple(apart_groups))
+
+
+def with_partners(
+    param_groups: Iterable[ParamGroup], partner_of: Mapping[nn.Parameter, nn.Parameter]
+) -> list[ParamGroup]:
+    """Return the groups with each parameter's partner right behind it, where it has one."""
+    groups = []
+    for group in param_groups:
+        partners = set(partner_of.values())
+        parameters = [parameter for parameter in group["params"] if parameter not in partners]
+        pairs = ((parameter, partner_of.get(parameter)) for parameter in parameters)
+        groups.append({**group, "params": [member for pair in pairs for member in pair if member is not None]})
+    return groups
 
 
 class HyperparameterLink:

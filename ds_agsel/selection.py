@@ -28,6 +28,7 @@ from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.metadata import STATE_VERSIONS, SelectionState, read_selection_state
 from ds_agsel.policies import Policy, checked_choice, checked_plan
 from ds_agsel.samples.record import Samples
+from ds_agsel.sparse.record import SparseRecord
 
 logger = logging.getLogger("ds_agsel")
 
@@ -93,6 +94,7 @@ class Selection:
     Attributes:
         history: the last `TAIL_STEPS` applied steps, the newest last. `num_steps`, `steps_by_phase` and
             `update_counts` count all of them.
+        sparse: with ``sparse_grad`` the matrices of which some entries are trained; else None.
         traffic: what each of the last `TAIL_STEPS` steps of this process moved; `mean_traffic` is of all of them.
         samples: which rows each block learned from, on this rank; None without `adagrad_select.gast`.
     """
@@ -104,6 +106,7 @@ class Selection:
     parameters: Mapping[str, nn.Parameter] = field(repr=False)
     history: list[Record] = field(default_factory=list, init=False, repr=False)
     traffic: list[Traffic] = field(default_factory=list, init=False, repr=False)
+    sparse: SparseRecord | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._counts = [0] * len(self.blocks)

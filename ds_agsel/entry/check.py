@@ -81,9 +81,12 @@ def _policy_problems(config: SelectionConfig) -> list[str]:
 def _model_problems(config: SelectionConfig, model: torch.nn.Module) -> list[str]:
     """Return the problems that need the model's blocks: names of no block, a policy that can't choose."""
     try:
-        prepare(model, config, None, None, config.steps_per_epoch or 1)  # the length is known only where the data is
+        # The length is known only where the data is.
+        prepared = prepare(model, config, None, None, config.steps_per_epoch or 1)
     except ConfigErrors as error:
         return error.problems
     except ConfigError as error:
         return [str(error)]
+    for target in prepared.targets:
+        target.detach()  # a check leaves the model as it was
     return []

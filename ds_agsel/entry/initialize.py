@@ -20,6 +20,7 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat, plain_loads, rows, step_device, window
 from ds_agsel.zero.adapters import restrict
+from ds_agsel.zero.carriers import Carriers
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
 from ds_agsel.zero.support import refuse_unsupported, states_can_not_visit
@@ -103,6 +104,9 @@ def _initialize_selective(
     compat.swap_class(engine, SelectiveEngine)
     engine.optimizer = restrict(optimizer, selection, prepared.split.blocks, link, states_visit=visits)
     engine.selection = selection
+    if config.sparse_grad is not None:
+        carriers = Carriers(engine.optimizer, config.sparse_grad, prepared.targets, prepared.split.apart)
+        engine.optimizer.carriers, selection.sparse = carriers, carriers.record
     engine.optimizer.window.watch(engine.module, support)
     announce.announce(announce.selection(prepared, read, choice, epoch))
     if not compat.is_known():

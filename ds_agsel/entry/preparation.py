@@ -14,7 +14,8 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.lottery import Bound, Lottery, build_lottery
-from ds_agsel.param_groups import ParamGroup, SplitGroups, as_param_groups, split_param_groups
+from ds_agsel.param_groups import ParamGroup, SplitGroups, as_param_groups, split_param_groups, with_partners
+from ds_agsel.sparse.targets import Target, detach_all, find_targets
 from ds_agsel.units import find_units
 from ds_agsel.zero import compat
 from ds_agsel.zero.support import optimizer_problem
@@ -31,6 +32,7 @@ class Preparation:
         user_optimizer: the caller's optimizer object, or the one that the caller's callable made; None: DeepSpeed's.
         user_groups: the caller's param groups, which `split` follows.
         steps_per_epoch: optimizer steps in epoch 1; None if unknown.
+        targets: the matrices of which ``sparse_grad`` trains some entries, attached to the model.
     """
 
     config: SelectionConfig
@@ -42,6 +44,7 @@ class Preparation:
     lottery: Lottery
     policy: policies.Policy
     steps_per_epoch: int | None
+    targets: tuple[Target, ...] = ()
 
     @property
     def bound(self) -> Bound:
@@ -64,17 +67,50 @@ def prepare(
         model_parameters: None for all, parameters, or param groups.
         find_steps_per_epoch: called after the first step if ``steps_per_epoch`` is None.
 
-    Raises ConfigError (ConfigErrors for several) for settings that can't work. Not collective.
+    With ``sparse_grad`` its matrices are frozen and get their carriers (`sparse.targets`), the one change to ``model``.
+
+    Raises ConfigError (ConfigErrors for several) for settings that can't work; ``model`` is then as it was. Not
+    collective.
     """
+    targets = _attach_targets(model, config)
+    try:
+        return _prepare(model, config, optimizer, model_parameters, steps_per_epoch, find_steps_per_epoch, targets)
+    except BaseException:
+        for target in targets:
+            target.detach()
+        raise
+
+
+def _attach_targets(model: torch.nn.Module, config: SelectionConfig) -> tuple[Target, ...]:
+    detach_all(model)  # of an earlier engine
+    if config.sparse_grad is None:
+        return ()
+    targets = find_targets(model, config.sparse_grad)
+    for target in targets:
+        target.attach()
+    return targets
+
+
+def _prepare(
+    model: torch.nn.Module,
+    config: SelectionConfig,
+    optimizer: torch.optim.Optimizer | None,
+    model_parameters: Any,
+    steps_per_epoch: int | None,
+    find_steps_per_epoch: Callable[[], int] | None,
+    targets: tuple[Target, ...],
+) -> Preparation:
     groups = as_param_groups(model_parameters, model) if optimizer is None else optimizer.param_groups
     blocks = find_units(model, config.blocks, config.granularity)
     named = dict(model.named_parameters())
-    split = split_param_groups(groups, {named[name]: b.index for b in blocks for name in b.parameter_names})
+    carrier_of = {target.weight: target.carrier for target in targets}
+    block_of = {named[name]: block.index for block in blocks for name in block.parameter_names}
+    split = split_param_groups(with_partners(groups, carrier_of), block_of, apart=frozenset(carrier_of.values()))
     if not split.groups:
         raise ConfigError("adagrad_select: the optimizer was given no trainable parameter. Give it model.parameters().")
     lottery = build_lottery(blocks, config, optimized=frozenset(split.blocks))
     policy = _policy(blocks, lottery, config, steps_per_epoch, find_steps_per_epoch)
-    return Preparation(config, blocks, named, optimizer, groups, split, lottery, policy, steps_per_epoch)
+    return Preparation(config, blocks, named, optimizer, groups, split, lottery, policy, steps_per_epoch, targets)
 
 
 def _policy(

@@ -33,7 +33,8 @@ from ds_agsel.errors import CheckpointError
 from ds_agsel.files import write_atomically
 from ds_agsel.selection import Selection
 from ds_agsel.tag_owner import Run
-from ds_agsel.zero import compat
+from ds_agsel.zero import compat, frozen_fragments
+from ds_agsel.zero.carriers import sparse_state
 from ds_agsel.zero.collective import Errors, Place, gather, of_rank_0
 from ds_agsel.zero.repartition import SavedStates, UniversalFolder, ZeroFiles, model_states
 from ds_agsel.zero.tag_files import TagFiles, restricted_unpickling
@@ -147,11 +148,15 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         """Write all files, then the manifest; return the first error of any rank. Collective."""
         errors = self._saving
         all_of_it = {**universal_info(), **(client_state or {})}
+        carriers = self.optimizer.carriers
+        sparse = None if carriers is None else carriers.state_dict(whole=place.leads)  # collective: not an `attempt`
         if dist.get_rank() == 0:
             all_of_it[SELECTION_KEY] = json.loads(state[1])
         self.optimizer.window.lift()  # DeepSpeed records frozen parameters as frozen by the user (engine.py:5433)
         with compat.writes_through(self, errors.attempt) as written:
             super().save_checkpoint(os.fspath(folder.parent), folder.name, all_of_it, False, exclude_frozen_parameters)
+        if carriers is not None:
+            written += errors.attempt(carriers.save, folder, sparse if place.leads else None) or []
         if place.leads:
             errors.attempt(write_atomically, folder / checkpoints.STATE_FILE, state[0])
             written.append(folder / checkpoints.STATE_FILE)
@@ -240,8 +245,13 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         if failure is not None:
             raise CheckpointError(f"{failure}.")
         files, state, self._saved_states = prepared
+        carriers = self.optimizer.carriers
+        sparse = None if carriers is None or not with_states else sparse_state(files)
         try:
-            reads = partial(files.load, lazily=self.optimizer.states_are_on_disk)
+            load = partial(files.load, lazily=self.optimizer.states_are_on_disk)
+            reads = frozen_fragments.reader(
+                files, load, self.module, dist.get_rank(group=self.optimizer.dp_process_group)
+            )
             self.optimizer.window.lift()
             with restricted_unpickling(), compat.loads_through(self, reads), compat.fp32_weights_of(tag):
                 result = super().load_checkpoint(os.fspath(load_dir), tag, **options)
@@ -250,6 +260,8 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         if state is not None and result[0] is not None:
             self.selection.load_state_dict(state)
             self._run.go_on_from({} if files.manifest is None else files.manifest.facts)
+        if carriers is not None and result[0] is not None:
+            carriers.restart() if sparse is None else carriers.load(sparse, files)
         path, client_state = result
         ours = (SELECTION_KEY, *universal_info())
         return path, client_state and {key: value for key, value in client_state.items() if key not in ours}
@@ -267,6 +279,8 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
         self._check_form(files)
         self.selection.check_compatible(state, f"checkpoint {folder}")
         self._check_shapes(files)
+        if self.optimizer.carriers is not None:
+            self.optimizer.carriers.check_compatible(sparse_state(files), f"checkpoint {folder}")
         saved = self._states_to_cut(files)
         if saved is None:
             files.load(self._get_zero_ckpt_name(os.fspath(folder.parent), folder.name))

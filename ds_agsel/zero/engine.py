@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_agsel.blocks import repeated_layers
 from ds_agsel.errors import ConfigError, TrainingError
 from ds_agsel.report import metrics
+from ds_agsel.sparse.targets import is_carrier
 from ds_agsel.zero import compat
 from ds_agsel.zero.checkpointing import CheckpointingEngine
 
@@ -119,6 +120,11 @@ class SelectiveEngine(CheckpointingEngine):
             )
         if self.is_compiled:
             return
+        if self.selection.sparse is not None:
+            raise ConfigError(
+                "engine.compile() can't be used with adagrad_select.sparse_grad: the gradient of the trained entries "
+                "is computed outside of torch's graphs. Leave compile() out, or sparse_grad."
+            )
         layers = repeated_layers(self.module)
         if not layers:
             raise ConfigError(
@@ -130,6 +136,12 @@ class SelectiveEngine(CheckpointingEngine):
             layer.compile(**options)
         compat.mark_compiled(self, options)
         logger.info("adagrad_select: compiled %d layers one by one, not the whole model.", len(layers))
+
+    @compat.overrides
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+        """`DeepSpeedEngine`'s, the model's own weights alone: those of sparse_grad's carriers are in the matrices."""
+        state = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        return state and {name: value for name, value in state.items() if not is_carrier(name)}
 
     @compat.overrides
     def offload_states(self, *args: Any, **kwargs: Any) -> None:

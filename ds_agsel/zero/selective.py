@@ -20,6 +20,7 @@ from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
 from ds_agsel.zero import block_scores, compat
 from ds_agsel.zero.arrival_times import ArrivalTimes
+from ds_agsel.zero.carriers import Carriers
 from ds_agsel.zero.explore_stream import ExploreStream
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.reentry import Reentry
@@ -64,6 +65,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self.window = StepWindow(selection, self)
         self._reentry = Reentry(self, selection, home, self._unlink_states)
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
+        self.carriers: Carriers | None = None  # with `sparse_grad`
         self._entered: tuple[int, int] | None = None  # index in DeepSpeed's lists, group; whose state is being updated
 
     def _steps_with_hidden_state(self) -> bool:
@@ -75,6 +77,14 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def _groups_of(self, blocks: Sequence[int]) -> list[int]:
         wanted = set(blocks)
         return [group for group, block in enumerate(self._block_of_group) if block in wanted]
+
+    @property
+    def _is_calibrating(self) -> bool:
+        return self.carriers is not None and self.carriers.is_calibrating
+
+    def blocks_in_backward(self) -> Sequence[int]:
+        """Return the blocks that this window's backward goes through: while entries are chosen, all of the lottery."""
+        return self.selection.lottery.active if self._is_calibrating else self.selection.active_blocks
 
     # -------------------------------------------------- what each stage does its way
 
@@ -99,6 +109,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._blocks_with_gradient.clear()
         times_it = self.selection.policy.measures_times and self.selection.plan.blocks is None
         self._arrivals = ArrivalTimes(len(self.selection.blocks)) if times_it else None
+        if self.carriers is not None:
+            self.carriers.begin_window()
         self._stream = self._new_stream() if self._can_stream() else None
         self._hold_gradient_buffers()
         self._prefetch()
@@ -144,6 +156,9 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def _step(self) -> None:
         self._link.push(self.optimizer.param_groups)
         selection = self.selection
+        if self.carriers is not None and self.carriers.is_calibrating:
+            self.carriers.end_calibration_window()
+            return
         active = selection.active_blocks
         if selection.has_chosen:
             self._leave_out_what_did_not_run()
@@ -167,7 +182,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._reentry.begin()
         self._before_update(groups)
         self._shown_groups = groups
-        with self._only(groups):
+        scaled = nullcontext() if self.carriers is None else self.carriers.stepping()
+        with scaled, self._only(groups):
             try:
                 super().step()
             finally:
@@ -176,6 +192,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             selection.skip()
             return
         self._after_update(groups)
+        if self.carriers is not None:
+            self.carriers.after_update(selection.selected_blocks)
         selection.commit()
         self._prefetch()
 
@@ -270,6 +288,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     def _can_stream(self) -> bool:
         """Return whether this step can free gradients in backward: it explores, and one backward gives all scores."""
+        if self._is_calibrating:
+            return False
         one_backward = self.gradient_accumulation_steps == 1 or self._explores_on_first_micro_batch()
         return self.selection.plan.blocks is None and one_backward
 
@@ -282,12 +302,14 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     def _blocks_to_keep(self) -> set[int]:
         """Return the blocks whose gradients are kept for the step, as far as that is known."""
+        if self._is_calibrating:
+            return set()
         return set(self.selection.active_blocks) if self._stream is None else self._stream.kept
 
     def _wanted_blocks(self) -> Collection[int]:
         """Return the blocks whose gradients are not dropped on arrival."""
         is_over = self._stream is not None and self._stream.is_over
-        return self._blocks_to_keep() if is_over else self.selection.active_blocks
+        return self._blocks_to_keep() if is_over or self._is_calibrating else self.selection.active_blocks
 
     def _choose_on_first_micro_batch(self) -> None:
         """Choose now: the rest of the window is an exploit step's. Not if the scores make the step be skipped."""
@@ -362,6 +384,10 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     def _unlink_states(self, groups: Sequence[int]) -> None:
         """Let go of the moments of ``groups``, which their home has released."""
+
+    def group_of(self, param: nn.Parameter) -> int:
+        """Return the group of ``param``."""
+        raise NotImplementedError
 
     def layouts(self) -> list[Layout]:
         """Return the layout of this rank's partition of each group."""

@@ -284,6 +284,10 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         """Return the bytes of the host buffer through which CPU offload writes updated weights back, on this rank."""
         return self._gradients.staging_bytes()
 
+    def group_of(self, param: nn.Parameter) -> int:
+        """Return the param group of ``param``."""
+        return self._group_of_param[self.get_param_id(param)]
+
     # --------------------------------------------------------------- states: checkpoints
 
     @compat.overrides

@@ -55,6 +55,10 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         self._gradients = Zero3GradientBuffers(self)
         self._free_buckets()
 
+    def group_of(self, param: Any) -> int:
+        """Return the sub-group of ``param``."""
+        return self._group_of_param[self._number_of_param[param.ds_id]]
+
     # ------------------------------------------------------------------ window
 
     def _begin_window(self) -> None:

@@ -266,6 +266,11 @@ _RULES: tuple[_Rule, ...] = (
         "data_types.grad_accum_dtype='fp32' with bf16 and zero_optimization.stage=1",
         "DeepSpeed then uses its BF16_Optimizer (engine.py:2310)", "Use stage 2",
     ),
+    _refused(
+        lambda ds, config: config.sparse_grad is not None and ds.offload_param.device == "nvme",
+        "adagrad_select.sparse_grad with zero_optimization.offload_param.device='nvme'",
+        "its matrices are written after each update", "Set offload_param.device to 'cpu' or 'none'",
+    ),
     _above("tensor_parallel.autotp_size", 1, _OTHER_RANKS, "Set it to 1"),
     _above("sequence_parallel_size", 1, _OTHER_RANKS, "Set it to 1"),
 )  # fmt: skip

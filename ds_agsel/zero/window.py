@@ -120,7 +120,7 @@ class StepWindow:
         self.open()
         if self._input_gradients is not None:
             self._input_gradients.take_over()  # a framework may switch checkpointing on at any time
-        wanted = set(self._selection.active_blocks)
+        wanted = set(self._stage.blocks_in_backward())
         for block, parameters in enumerate(self._parameters):
             if block not in wanted:
                 self._mask.put(parameters)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trainers
 import transformers
 from support import assert_identical
@@ -207,3 +208,19 @@ def test_blocks_learn_from_some_rows_without_user_code(workers, tmp_path, ranks)
     choices = read_run(tmp_path).choices
     assert choices and all(len(choice.taken) == (choice.rows + 1) // 2 for choice in choices)
     assert max(choice.rows for choice in choices) == 4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trains_a_few_entries_of_the_mlps(workers, tmp_path, stage):
+    from safetensors.torch import load_file
+
+    section = {"policy": "all", "sparse_grad": {"entries_percent": 5, "calibration_steps": 2, "refresh_steps": 3}}
+    config = ds_config(stage, section=section)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    runs = workers(2).run(trainers.train, tmp_path, config, num_train_epochs=3, save_strategy="epoch")
+    assert len(runs[0]["history"]) == runs[0]["global_step"] - 2  # the first two calibrate
+    [*_, last] = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    saved = load_file(last / "model.safetensors")
+    assert not [name for name in saved if "sparse_grad" in name]
+    moved = {name: not torch.equal(saved[name], START[name]) for name in saved if name in START}
+    assert all(moved.values()) and any("up_proj" in name for name in moved)

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from support import SELECT, Case, assert_identical, build, partitions, run_steps, weights
+from support import SELECT, Case, assert_identical, build, partitions, run_steps, tiny_model, weights
 
 from ds_agsel import checkpoints, policies
 from ds_agsel.errors import CheckpointError
@@ -378,3 +378,30 @@ def test_a_run_gives_its_lock_back_when_its_engine_ends(workers, tmp_path):
     heir = Run()
     heir.go_on_from(checkpoints.read_manifest(tmp_path / "global_step1").facts)
     assert heir.may_remove(tmp_path, checkpoints.read_manifest(tmp_path / "global_step1").facts["run"])
+
+
+def with_frozen_layer(seed: int) -> Any:
+    """An engine of a model whose first layer is frozen, and whose persistent parameters are few."""
+    case = Case(stage=3, seed=seed, zero={"stage3_param_persistence_threshold": 0})
+    model = tiny_model(case)
+    model.model.layers[0].requires_grad_(False)
+    return build(case, model)
+
+
+def save_with_frozen(directory: Path) -> dict[str, torch.Tensor]:
+    engine = with_frozen_layer(0)
+    engine.save_checkpoint(str(directory))
+    return weights(engine)
+
+
+def load_with_frozen(directory: Path) -> dict[str, torch.Tensor]:
+    engine = with_frozen_layer(99)
+    engine.load_checkpoint(str(directory))
+    return weights(engine)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_frozen_parameters_of_zero_3_load_on_another_rank_count(workers, tmp_path, before, after):
+    saved = workers(before).run(save_with_frozen, tmp_path)[0]
+    for loaded in workers(after).run(load_with_frozen, tmp_path):
+        assert_identical(saved, loaded)

@@ -101,6 +101,7 @@ def test_the_empty_section_is_the_documented_default() -> None:
         "fixed_blocks": None,
         "replay_file": None,
         "gast": None,
+        "sparse_grad": None,
     }
 
 
@@ -421,3 +422,19 @@ def test_the_policies_of_this_package_are_known_by_name() -> None:
 
     ours = {name for name, cls in _POLICIES.items() if cls.__module__.startswith("ds_agsel.")}
     assert ours == set(OWN_POLICIES)
+
+
+def test_the_sub_section_sparse_grad() -> None:
+    read = parse_section({"sparse_grad": {"entries_percent": 2, "modules": ["a"], "refresh_steps": None}}).sparse_grad
+    assert read is not None and (read.entries_percent, read.modules, read.refresh_steps) == (2.0, ("a",), None)
+    assert parse_section({"sparse_grad": {"refresh_steps": "auto"}}).sparse_grad.refresh_steps == 50
+    path = "adagrad_select.sparse_grad"
+    assert refusal(sparse_grad={"entries": 1}).startswith(f'{path} has no field "entries".')
+    assert refusal(sparse_grad={"entries_percent": 0}).startswith(f"{path}.entries_percent=0 is outside (0, 100].")
+    assert refusal(sparse_grad={"rotation": "left"}).startswith(f'{path}.rotation="left" is not "model", "both" or')
+    assert refusal(sparse_grad={"modules": "a"}).startswith(f'{path}.modules="a" is not a list of regular expressions')
+    assert "not a regular expression" in refusal(sparse_grad={"modules": ["("]})
+    assert "Set refresh_steps to null" in refusal(sparse_grad={"basis": "kind"})
+    assert refusal(sparse_grad=True).startswith("adagrad_select.sparse_grad=true is not an object")
+    assert "exclude each other" in refusal(sparse_grad={}, granularity="module")
+    assert "exclude each other" in refusal(sparse_grad={}, gast={})

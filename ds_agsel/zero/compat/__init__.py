@@ -54,7 +54,14 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.settings import ds_config_problems, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
-    from ds_agsel.zero.compat.weights import has_leaf_modules, is_gathered, read_weights, write_weights
+    from ds_agsel.zero.compat.weights import (
+        gather_again,
+        has_leaf_modules,
+        is_gathered,
+        read_weights,
+        write_weights,
+        zero_weights,
+    )
 
 __all__ = [
     "KNOWN_VERSIONS",
@@ -75,6 +82,7 @@ __all__ = [
     "ds_config_problems",
     "forget_backward",
     "fp32_weights_of",
+    "gather_again",
     "gradient_partitions",
     "has_fused_adam",
     "has_leaf_modules",
@@ -117,4 +125,5 @@ __all__ = [
     "write_weights",
     "writes_through",
     "zero_section_problems",
+    "zero_weights",
 ]

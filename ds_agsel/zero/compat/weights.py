@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ def has_leaf_modules(model: torch.nn.Module) -> bool:
     return bool(get_z3_leaf_modules(model))
 
 
+def gather_again(parameters: Sequence[Any]) -> None:
+    """Let those of ``parameters`` that are whole here now show their partitions as they are. Collective."""
+    whole = [parameter for parameter in parameters if is_gathered(parameter)]
+    if whole:
+        whole[0].partition(whole)
+        whole[0].all_gather(whole)
+
+
 def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat: torch.Tensor) -> None:
     """Copy the sub-group's partition of the model weights, wherever it is, to ``flat``."""
     held = optimizer.fp16_partitioned_groups_flat[sub_group]
@@ -36,3 +45,10 @@ def write_weights(parameter: Any, value: torch.Tensor) -> None:
         parameter.nvme_swapper.swap_out_partitioned_params([parameter], [value.flatten()])
     else:
         parameter.ds_tensor.data.copy_(value.view(parameter.ds_tensor.shape))
+
+
+def zero_weights(parameter: Any) -> None:
+    """Set a model weight to 0, wherever it is: whole, or with ZeRO-3 this rank's partition of it, and what is whole."""
+    if hasattr(parameter, "ds_tensor"):
+        parameter.ds_tensor.data.zero_()
+    parameter.data.zero_()
