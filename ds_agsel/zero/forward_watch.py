@@ -53,10 +53,14 @@ class ForwardWatch:
         self._depth = 0
         self._error_before: BaseException | None = None
         self._modules: dict[int, list[nn.Module]] = {}
+        self._watched: list[
+            tuple[nn.Module, Collection[int]]
+        ] = []  # and the blocks of each, of which there may be many
         self._ran: set[int] = set()
         self._handles: list[RemovableHandle] = []
         self._trunk: set[int] = set()  # ids of the modules with `_enter` and `_leave`; a copy has other ids
-        for module, blocks in _owners(root, block_of):
+        self._watched += _owners(root, block_of)
+        for module, blocks in self._watched:
             for block in blocks:
                 self._modules.setdefault(block, []).append(module)
             setattr(module, RAN, False)
@@ -88,9 +92,8 @@ class ForwardWatch:
         return modules is None or block in self._ran or any(_flag(module) for module in modules)
 
     def _clear_flags(self) -> None:
-        for modules in self._modules.values():
-            for module in modules:
-                module.__dict__[RAN] = False
+        for module, _ in self._watched:
+            module.__dict__[RAN] = False
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling() or id(module) not in self._trunk:
@@ -114,7 +117,9 @@ class ForwardWatch:
         if (
             with_grad and not is_in_backward() and _error() is self._error_before
         ):  # a forward that failed does not count
-            self._ran.update(block for block in self._modules if self.has_run(block))
+            for module, blocks in self._watched:
+                if _flag(module):
+                    self._ran.update(blocks)
         self._clear_flags()
 
 
