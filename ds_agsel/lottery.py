@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from ds_agsel.blocks import Block, resolve_names, shown_names
 from ds_agsel.config import SECTION, SelectionConfig, contradiction
@@ -38,12 +39,12 @@ class Lottery:
         """B, the number of blocks that the policy chooses from."""
         return len(self.drawn)
 
-    @property
+    @cached_property
     def active(self) -> tuple[int, ...]:
         """The blocks that some step may update, ascending."""
         return tuple(sorted(self.drawn + self.always))
 
-    @property
+    @cached_property
     def quota(self) -> Quota:
         """What one step may update of ``drawn``, by their places in it."""
         return self.share or Quota.of_blocks(self.num_drawn, self.num_selected)

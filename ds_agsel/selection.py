@@ -192,6 +192,8 @@ class Selection:
         """Blocks that this step updates, ascending. Raises TrainingError before an explore step's choice."""
         if self._chosen is None:
             raise TrainingError(f"step {self.plan.step} explores: its blocks are chosen after backward.")
+        if not self._left_out:  # asked for at every gradient
+            return self._chosen
         return tuple(block for block in self._chosen if block not in self._left_out)
 
     def choose(self, scores: Sequence[float]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ds_agsel.config import SECTION, SelectionConfig, fraction_hint
@@ -57,7 +58,7 @@ class PolicyContext:
                 f" blocks that admits {self.share.max_selected} do not fit."
             )
 
-    @property
+    @cached_property
     def quota(self) -> Quota:
         """What one step may update."""
         return self.share or Quota.of_blocks(self.num_blocks, self.num_selected)

@@ -64,9 +64,10 @@ def count_entropy(counts: tuple[int, ...]) -> float:
 
 
 def _gradient_bytes_outside(selection: Selection, blocks: tuple[int, ...]) -> int:
+    updated = set(blocks)
     return sum(
         parameter.numel() * parameter.element_size()
         for block in selection.blocks
-        if block.index not in blocks
+        if block.index not in updated
         for parameter in (selection.parameters[name] for name in block.parameter_names)
     )

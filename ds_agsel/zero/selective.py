@@ -57,6 +57,9 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self.home = home
         self._link = link
         self._block_of_group = tuple(block_of_group)
+        self._groups_of_block: dict[int, list[int]] = {}
+        for group, block in enumerate(block_of_group):
+            self._groups_of_block.setdefault(block, []).append(group)
         self._shown_groups: Sequence[int] = range(len(block_of_group))
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
@@ -75,8 +78,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         )
 
     def _groups_of(self, blocks: Sequence[int]) -> list[int]:
-        wanted = set(blocks)
-        return [group for group, block in enumerate(self._block_of_group) if block in wanted]
+        return sorted(group for block in set(blocks) for group in self._groups_of_block.get(block, ()))
 
     @property
     def _is_calibrating(self) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -121,9 +122,8 @@ class StepWindow:
         if self._input_gradients is not None:
             self._input_gradients.take_over()  # a framework may switch checkpointing on at any time
         wanted = set(self._stage.blocks_in_backward())
-        for block, parameters in enumerate(self._parameters):
-            if block not in wanted:
-                self._mask.put(parameters)
+        unwanted = [parameters for block, parameters in enumerate(self._parameters) if block not in wanted]
+        self._mask.put(chain.from_iterable(unwanted))
 
     def begin_backward(self) -> None:
         """Note that DeepSpeed's backward begins."""

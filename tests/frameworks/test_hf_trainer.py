@@ -224,3 +224,18 @@ def test_trains_a_few_entries_of_the_mlps(workers, tmp_path, stage):
     assert not [name for name in saved if "sparse_grad" in name]
     moved = {name: not torch.equal(saved[name], START[name]) for name in saved if name in START}
     assert all(moved.values()) and any("up_proj" in name for name in moved)
+
+
+def test_single_matrices_are_selected_and_logged(workers, tmp_path):
+    section = {"granularity": "module", "select_percent": 15, "explore_decay": 0.2}
+    [run] = workers(1).run(trainers.train, tmp_path, ds_config(section=section))
+    blocks = run["blocks"]
+    moved = {name for name, weight in run["weights"].items() if not torch.equal(weight, START[name])}
+    chosen = {index for record in run["history"] for index in record.blocks}
+    assert moved == {name for index, names in enumerate(blocks.values()) if index in chosen for name in names}
+    assert chosen and all("_proj" in name for name in moved), "embedding and norms are not trained"
+    matrices = sum(START[name].numel() for name in START if "_proj" in name)
+    sizes = [sum(START[name].numel() for name in names) for names in blocks.values()]
+    for record in run["history"]:
+        assert sum(sizes[index] for index in record.blocks) <= 0.15 * matrices
+    assert read_run(tmp_path).problems == []

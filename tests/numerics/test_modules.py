@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -156,6 +157,39 @@ def test_policy_all_is_plain_deepspeed_on_the_matrices(workers, stage, offload, 
 def by_name(partitions: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Partitions of groups of one parameter each, by its name."""
     return {next(iter(piece["shapes"])): piece for piece in partitions if len(piece["shapes"]) == 1}
+
+
+def calls_of_a_step(section: Mapping[str, Any], layers: int, stage: int) -> int:
+    """How many calls of ds_agsel's own functions a step makes that updates the matrices of one layer."""
+    tiny = tiny_model(Case())
+    config = type(tiny.config)(**{**tiny.config.to_dict(), "num_hidden_layers": layers})
+    case = Case(section=section, stage=stage)
+    engine = build(case, type(tiny)(config))
+    run_steps(engine, case, 0, 3)
+    calls = 0
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and "/ds_agsel/" in frame.f_code.co_filename
+
+    sys.setprofile(note)
+    run_steps(engine, case, 3, 4)
+    sys.setprofile(None)
+    engine.destroy()
+    return calls
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_not_selected_costs_no_more_calls_in_many_units_than_in_few(workers, stage):
+    """A layer more is eight units more, and not one call more than the block that it is otherwise."""
+    block = {"policy": "fixed", "fixed_blocks": ["model.layers.1"], "never_select": ["embedding", "final_norm"]}
+    matrices = [unit for unit in model_units(tiny_model(Case())) if "layers.1." in unit and is_matrix(unit)]
+    module = {"policy": "fixed", "granularity": "module", "fixed_blocks": matrices}
+    grown = []
+    for section in (block, module):
+        few, many = (workers(1).run(calls_of_a_step, section, layers, stage)[0] for layers in (4, 12))
+        grown.append((many - few) / 8)
+    assert grown[1] <= grown[0] + 1, grown
 
 
 def save(case: Case, folder: Path) -> dict[str, Any]:
