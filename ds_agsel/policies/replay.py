@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ds_agsel.config import SECTION
@@ -20,6 +21,7 @@ class Replay(Policy):
         super().__init__(context)
         self._path = str(context.config.replay_file)  # which the section requires of this policy
         indices = range(context.num_blocks) if context.block_indices is None else context.block_indices
+        _refuse_other_blocks(self._path, dict(zip(indices, context.block_names, strict=True)))
         self._selections = _read(self._path, {block: place for place, block in enumerate(indices)})
 
     @property
@@ -33,6 +35,24 @@ class Replay(Policy):
                 f"{max(self._selections)}. Train no further than the run that wrote it."
             )
         return self._selections[step]
+
+
+def _refuse_other_blocks(path: str, names: Mapping[int, str]) -> None:
+    """Raise ConfigError if the blocks.json beside ``path`` has other blocks than ``names``, by index; none is no error.
+
+    The file's indices would mean other blocks here, as those of a run of another granularity do.
+    """
+    try:
+        listed = json.loads(Path(path).with_name("blocks.json").read_text(encoding="utf-8"))["blocks"]
+        there = {block["index"]: block["name"] for block in listed}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for index, name in names.items():
+        if there.get(index, name) != name:
+            raise ConfigError(
+                f'{_setting(path)} was written with other blocks: {index} is "{there[index]}" there and "{name}" here. '
+                f"Use the model, {SECTION}.granularity and {SECTION}.blocks of that run."
+            )
 
 
 def _read(path: str, places: Mapping[int, int]) -> dict[int, tuple[int, ...]]:

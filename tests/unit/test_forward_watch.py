@@ -121,3 +121,15 @@ def test_removed_hooks_leave_the_model_as_it_was(model: Model, watch: ForwardWat
     watch.remove()
     model(ONES)
     assert begun == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_parts_of_one_layer_are_told_apart_and_its_modules_are_not_ways_in(model: Model) -> None:
+    """With granularity "module" a layer has many units: hooks at each of its modules would be a cost of every step."""
+    parts = [model.body[0].weight, model.body[0].bias, *model.body[1].parameters(), *model.part.parameters()]
+    block_of = {id(parameter): block for block, parameter in enumerate(parts)}
+    wholes = ["0", "0", "1", "1", "1", "part", "part"]
+    begun: list[str] = []
+    watch = ForwardWatch(model, block_of, lambda: begun.append("forward"), wholes)
+    assert watch._trunk == {id(model), id(model.body)}
+    model(torch.ones(2))
+    assert begun == ["forward"] and [watch.has_run(block) for block in range(7)] == [True] * 5 + [False] * 2

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_contexts import context, make
 
+from ds_agsel import policies
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import TrainingError
 from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.policies import Policy, PolicyContext, Quota, checked_plan
 from ds_agsel.policies.quota import RunningAdmission
-from ds_agsel.policies.sampling import descending
+from ds_agsel.policies.sampling import descending, generator, gumbel_order
 
 # Few values, so that ties are the rule, and a block without a gradient (0) and one that overflowed among them.
 KEYS = st.lists(st.sampled_from([0.0, 1.0, 1.0 + 2**-52, 2.0, math.inf]), min_size=1, max_size=9)
@@ -107,8 +110,6 @@ def test_a_share_that_does_not_fit_the_context_is_refused(num_selected: int, cos
 @pytest.mark.parametrize("policy", ["adagrad_select", "gradient_topk", "random", "cyclic"])
 @given(costs=st.lists(st.integers(1, 9), min_size=2, max_size=8), seed=st.integers(0, 99), data=st.data())
 def test_every_policy_keeps_to_the_share(policy: str, costs: list[int], seed: int, data: st.DataObject) -> None:
-    from ds_agsel import policies
-
     run = of_share(tuple(costs), data.draw(st.integers(1, sum(costs))), policy=policy, seed=seed)
     chooser = policies.create(run)
     for step in range(12):
@@ -124,8 +125,6 @@ def test_every_policy_keeps_to_the_share(policy: str, costs: list[int], seed: in
 def test_cyclic_goes_through_all_blocks_in_order_without_leaving_one_out(data: st.DataObject) -> None:
     costs = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=7)))
     run = of_share(costs, data.draw(st.integers(1, sum(costs))), policy="cyclic")
-    from ds_agsel import policies
-
     chooser, n, place = policies.create(run), len(costs), 0
     for step in range(30):
         blocks = chooser.plan(step, [0] * n)
@@ -181,3 +180,43 @@ def test_memory_is_sized_by_the_share_where_the_policy_keeps_to_it() -> None:
 def test_a_context_without_a_share_counts_blocks() -> None:
     assert context(6, 2).quota == Quota.of_blocks(6, 2)
     assert context(6, 2).admit([5, 4, 3, 2, 1, 0]) == (4, 5)
+
+
+def within(count: int, probability: float, draws: int) -> bool:
+    """Whether the count lies within 4.5 standard errors: a false alarm in 150 000 of them."""
+    return abs(count / draws - probability) <= 4.5 * math.sqrt(probability * (1 - probability) / draws)
+
+
+def chances(costs: tuple[int, ...], limit: int, p: tuple[float, ...]) -> dict[tuple[int, ...], float]:
+    """Each selection's probability, where units are drawn one by one in proportion to ``p`` until one doesn't fit."""
+    found: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(len(costs))):
+        probability, left, taken, used = 1.0, 1.0, list[int](), 0
+        for unit in order:
+            probability, left = probability * p[unit] / left, left - p[unit]
+        for unit in order:
+            used += costs[unit]
+            if used > limit and taken:
+                break
+            taken.append(unit)
+        key = tuple(sorted(taken))
+        found[key] = found.get(key, 0.0) + probability
+    return found
+
+
+@pytest.mark.parametrize("p", [(0.25, 0.25, 0.25, 0.25), (0.4, 0.1, 0.3, 0.2)])
+def test_draws_of_a_share_are_draws_without_replacement_up_to_the_first_that_does_not_fit(p: tuple[float, ...]) -> None:
+    costs, limit, draws = (3, 5, 2, 4), 8, 6000
+    quota, rng = Quota(costs, limit), generator(7, 0)
+    counts = Counter(quota.admit(gumbel_order(np.log(p), rng)) for _ in range(draws))
+    expected = chances(costs, limit, p)
+    assert counts.keys() <= expected.keys() and sum(expected.values()) == pytest.approx(1)
+    assert all(within(counts[blocks], chance, draws) for blocks, chance in expected.items())
+
+
+def test_random_over_a_share_is_uniform_over_the_orders() -> None:
+    costs, draws = (3, 5, 2, 4), 4000
+    random = policies.create(of_share(costs, 8, policy="random", seed=3))
+    counts = Counter(random.plan(step, [0] * 4) for step in range(draws))
+    expected = chances(costs, 8, (0.25,) * 4)
+    assert all(within(counts[blocks], chance, draws) for blocks, chance in expected.items())

@@ -74,3 +74,16 @@ def test_replay_refuses_a_missing_a_binary_and_an_empty_file(tmp_path: Path) -> 
         make(policy="replay", replay_file=str(tmp_path / "binary"))
     with pytest.raises(ConfigError, match=r"selection.jsonl\" is empty. Use the selection.jsonl of a run that took"):
         make(policy="replay", replay_file=selection_file(tmp_path, ""))
+
+
+def test_a_file_of_a_run_with_other_blocks_is_refused(tmp_path: Path) -> None:
+    """The same indices, as of a run of another granularity, would update other parameters."""
+    path = selection_file(tmp_path, {"step": 0, "blocks": [2]})
+    config = SelectionConfig(policy="replay", replay_file=path)
+    here = PolicyContext(config, 3, 1, ("b", "c", "f"), None, block_indices=(1, 2, 5))
+    for text in ("not JSON", "{}", json.dumps({"blocks": [{"index": 2, "name": "c"}]})):
+        (tmp_path / "blocks.json").write_text(text)
+        assert policies.create(here).plan(0, [0, 0, 0]) == (1,)
+    (tmp_path / "blocks.json").write_text(json.dumps({"blocks": [{"index": 2, "name": "c.norms"}]}))
+    with pytest.raises(ConfigError, match=r'was written with other blocks: 2 is "c.norms" there and "c" here. Use'):
+        policies.create(here)

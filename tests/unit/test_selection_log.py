@@ -100,7 +100,8 @@ def test_the_replay_policy_reads_it(tmp_path: Path) -> None:
     _train(optimizer, 4, log)
     log.close()
     config = SelectionConfig(policy="replay", replay_file=str(tmp_path / "selection.jsonl"))
-    replay = Replay(policies.PolicyContext(config, 4, 2, ("a", "b", "c", "d"), steps_per_epoch=None))
+    names = tuple(block.name for block in optimizer.selection.blocks)
+    replay = Replay(policies.PolicyContext(config, 4, 2, names, steps_per_epoch=None))
     assert [tuple(replay.plan(step, [0] * 4)) for step in range(4)] == [r.blocks for r in optimizer.selection.history]
 
 
