@@ -1,4 +1,4 @@
-"""The command ``ds-agsel``: write and check a config, train, evaluate, estimate memory, report and watch runs.
+"""The command ``ds-agsel``: find, write and check a config, train, evaluate, estimate, report and watch runs.
 
 `report` and `watch` import neither torch nor deepspeed.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_agsel import launching, presets, starting_config
+from ds_agsel import fit_command, launching, presets, starting_config
 from ds_agsel.config import find_section, parse_section
 from ds_agsel.ds_config import read_ds_config
 from ds_agsel.errors import AgselError, DataError
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_launching(commands)
     _add_check(commands.add_parser("check", help="whether a ds_config is sound, one line for each problem"))
     _add_estimate(commands.add_parser("estimate", help="bytes per rank and traffic, from the model's config alone"))
+    _add_fit(
+        commands.add_parser("fit", help="settings for a model on a card, predicted; writes the best one's ds_config")
+    )
     _add_report(commands.add_parser("report", help="a page of one or several runs"))
     _add_watch(commands.add_parser("watch", help="a run in the terminal, as it goes"))
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -152,6 +155,18 @@ def _estimate(options: argparse.Namespace) -> None:
         model = read_shape(options.model, config.blocks, config.granularity)
         result = estimate(model, setup, config, options.select_percent or given)
     print(json.dumps(as_json(result), indent=2) if options.json else as_text(result))
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    fit_command.add_options(parser, _MODEL_HELP)
+    parser.set_defaults(command=_fit)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    with _stdout_is_ours():
+        text, status = fit_command.answer(options)
+    print(text)
+    return status
 
 
 @contextlib.contextmanager

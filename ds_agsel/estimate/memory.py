@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
@@ -66,11 +67,24 @@ class Memory:
 def partitions_of(groups: Sequence[Numels], setup: Setup, rank: int) -> tuple[Partition, ...]:
     """Return this rank's share of each param group."""
     if setup.stage == 3:
-        return tuple(parameter_partition(group, setup.ranks, rank) for group in groups)
+        return _parameter_partitions(tuple(groups), setup.ranks, rank)
+    return _flat_partitions(
+        tuple(groups), setup.ranks, rank, setup.item_bytes, setup.parameter_alignment, setup.round_robin_gradients
+    )
+
+
+@lru_cache
+def _parameter_partitions(groups: tuple[Numels, ...], ranks: int, rank: int) -> tuple[Partition, ...]:
+    return tuple(parameter_partition(group, ranks, rank) for group in groups)
+
+
+@lru_cache
+def _flat_partitions(
+    groups: tuple[Numels, ...], ranks: int, rank: int, item_bytes: int, aligned: bool, round_robin: bool
+) -> tuple[Partition, ...]:
     return tuple(
         flat_partition(
-            group, setup.ranks, rank, item_bytes=setup.item_bytes, align_parameters=setup.parameter_alignment,
-            round_robin=setup.round_robin_gradients,
+            group, ranks, rank, item_bytes=item_bytes, align_parameters=aligned, round_robin=round_robin
         )
         for group in groups
     )  # fmt: skip

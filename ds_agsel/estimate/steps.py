@@ -120,4 +120,8 @@ def full_step(num_groups: int) -> Step:
 
 def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
     """Return Σ share · value."""
-    return sum((share * value for share, value in zip(shares, values, strict=True)), Fraction(0))
+    sums: dict[tuple[int, int], int] = {}  # of the values with one share: there are few shares, and fractions are slow
+    for share, value in zip(shares, values, strict=True):
+        key = (share.numerator, share.denominator)
+        sums[key] = sums.get(key, 0) + value
+    return sum((Fraction(*share) * value for share, value in sums.items()), Fraction(0))

@@ -76,12 +76,7 @@ def estimate(
     for percent in percentages:
         if not 0 < percent <= 100:
             raise ConfigError(f"--select-percent {percent:g} is outside (0, 100]. Use 100 to train every block.")
-    setup = setup.but(
-        keep_master=config.keep_master,
-        state_budget_bytes=config.state_budget_bytes,
-        on_reentry=config.on_reentry,
-        state_dtype=config.state_dtype,
-    )
+    setup = with_section(setup, config)
     rows = [_full_row(model, setup)]
     for percent in percentages:
         lottery = build_lottery(model.blocks, config.model_copy(update={"select_percent": percent}))
@@ -89,6 +84,16 @@ def estimate(
             rows += _selective_rows(model, setup, lottery, percent, stepping, features, config)
     rows += [_lora_row(model, setup, rank) for rank in LORA_RANKS if model.linears]
     return Estimate(model, setup, tuple(rows))
+
+
+def with_section(setup: Setup, config: SelectionConfig) -> Setup:
+    """Return ``setup`` with what the section says of states."""
+    return setup.but(
+        keep_master=config.keep_master,
+        state_budget_bytes=config.state_budget_bytes,
+        on_reentry=config.on_reentry,
+        state_dtype=config.state_dtype,
+    )
 
 
 def steppings(setup: Setup) -> tuple[Stepping, ...]:
@@ -130,7 +135,7 @@ def _plain_row(
         which=None,
         trained_numel=trained,
         paper_bytes=_paper_bytes(trained, setup),
-        memory=_of_fullest(setup, partial(full_memory, groups, frozen, setup)),
+        memory=fullest_memory(setup, partial(full_memory, groups, frozen, setup)),
         traffic=_of_busiest(setup, partial(full_traffic, groups, frozen, setup)),
     )
 
@@ -165,12 +170,12 @@ def _selective_rows(
             which=which,
             trained_numel=trained,
             paper_bytes=_paper_bytes(trained, setup),
-            memory=_of_fullest(setup, partial(selective_memory, model, setup, stepping, step, features=features)),
+            memory=fullest_memory(setup, partial(selective_memory, model, setup, stepping, step, features=features)),
             traffic=_of_busiest(setup, partial(selective_traffic, model, setup, stepping, step)),
         )
 
 
-def _of_fullest(setup: Setup, on: Callable[[int], Memory]) -> Memory:
+def fullest_memory(setup: Setup, on: Callable[[int], Memory]) -> Memory:
     """Return the memory of the rank with most on its accelerator and, among equals, on its host.
 
     Ranks differ at the ends of partitions.

@@ -93,6 +93,10 @@ class Method:
         """Return the dtype it computes in, and that of the kept weights if it differs from ZeRO's."""
         return DsConfig.of(config).arithmetic
 
+    def loading_dtype(self, config: Mapping[str, Any]) -> str:
+        """Return the dtype in which the model's weights are read."""
+        return "float32"
+
     def faults(self) -> list[str]:
         """Return sentences on settings that this method did not follow."""
         return []

@@ -27,6 +27,10 @@ class Lora(Full):
             raise ConfigError("--method lora merges its adapters, which ZeRO stage=3 has in parts. Use stage 1 or 2.")
         return super().edit(config)
 
+    def loading_dtype(self, config: Mapping[str, Any]) -> str:
+        """Return fp32, in which adapters are drawn."""
+        return "float32"
+
     def start(self, model: Any, context: RunContext) -> Any:
         peft = package("peft")
         adapters = peft.LoraConfig(

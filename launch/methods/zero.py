@@ -26,6 +26,13 @@ class Zero(Method):
         self._wanted_accumulation = DsConfig.of(context.config).accumulation_steps
         return self.engine
 
+    def loading_dtype(self, config: Mapping[str, Any]) -> str:
+        """Return bf16 where the engine makes it of the weights anyway: master weights are copies of those.
+
+        Read in fp32 they would take 4 bytes a parameter and rank for a moment, more than anything later on the host.
+        """
+        return "bfloat16" if DsConfig.of(config).precision == "bf16" else "float32"
+
     def _initialize(self, model: Any, config: dict[str, Any], **more: Any) -> Any:
         trained = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = ds_agsel.initialize(model=model, model_parameters=trained, config=config, **more)

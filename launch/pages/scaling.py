@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig, read_ds_config
-from ds_agsel.estimate.activations import checkpointed_activation_bytes
+from ds_agsel.estimate.activations import activations_of
 from ds_agsel.estimate.cards import H100, NETWORK_BYTES_PER_SECOND, NVME_BYTES_PER_SECOND
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
+from ds_agsel.estimate.models import build_on_meta
 from ds_agsel.estimate.setup import Device, Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, read_shape
 from ds_agsel.estimate.steps import Step, full_step, typical_step, weighted
@@ -240,7 +241,7 @@ def seven_b() -> tuple[Estimate, int]:
     model = _shape(SEVEN_B_MODEL)
     tokens = (DsConfig.of(ds_config).micro_batch_size or 1) * SEVEN_B_SEQUENCE
     result = estimate(model, read_setup(ds_config), SelectionConfig(**ds_config["adagrad_select"]), [20])
-    return result, checkpointed_activation_bytes(model, tokens)
+    return result, activations_of(build_on_meta(SEVEN_B_MODEL)).peak_bytes(tokens, checkpointing=True)
 
 
 def _seven_b_section() -> Iterator[str]:

@@ -16,8 +16,9 @@ from typing import Any
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig, read_ds_config
 from ds_agsel.errors import ConfigError
-from ds_agsel.estimate.activations import checkpointed_activation_bytes
+from ds_agsel.estimate.activations import Activations, activations_of
 from ds_agsel.estimate.cards import CARDS, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Card
+from ds_agsel.estimate.models import build_on_meta
 from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, read_shape
 from ds_agsel.estimate.table import Estimate, Row, estimate
@@ -32,6 +33,11 @@ _ADAM_BYTES = 28  # that AdamW reads and writes for each element
 _HOST_BYTES_PER_SECOND = 100e9  # assumed for CPU Adam, as in docs/scaling.md
 _EXPLORES, _EXPLOITS = "explore", "exploit"
 _shape = cache(read_shape)
+
+
+@cache
+def _activations(model: str) -> Activations:
+    return activations_of(build_on_meta(model))
 
 
 @dataclass(frozen=True)
@@ -203,12 +209,8 @@ def _is_ours(row: Row, work: _Work, section: dict[str, Any], method: MethodEntry
 
 
 def _activation_bytes(work: _Work) -> int:
-    """Estimate activations: with recomputation as the estimator does, else with each linear layer's in- and output."""
     tokens = work.tokens // work.setup.accumulation_steps
-    held = checkpointed_activation_bytes(work.shape, tokens)
-    if not work.checkpointed:
-        held += 2 * tokens * sum(inputs + outputs for inputs, outputs in work.shape.linears)
-    return held
+    return _activations(work.shape.name).peak_bytes(tokens, checkpointing=work.checkpointed)
 
 
 # -- the page
@@ -219,9 +221,9 @@ _HOW = (
     "otherwise models and data come from the hub."
 )
 _WHAT = (
-    "Bytes: `ds_agsel/estimate`, the largest step, with activations by a rule of thumb. Hours: training steps alone, "
-    "without evaluation, validation and start. *By measured ratio*: full fine-tuning's counted hours times the step "
-    "ratios to plain DeepSpeed that the README's benchmark measured, on a CPU, at 20 %."
+    "Bytes: `ds_agsel/estimate`, the largest step, with activations as counted by `activations.py`. Hours: training "
+    "steps alone, without evaluation, validation and start. *By measured ratio*: full fine-tuning's counted hours "
+    "times the step ratios to plain DeepSpeed that the README's benchmark measured, on a CPU, at 20 %."
 )
 
 

@@ -105,15 +105,16 @@ def assemble(wanted: argparse.Namespace) -> Assembly:
     ranks.main_first(lambda: folder.prepare(wanted))
     _seed_everything(wanted.seed)
     data = _load_data(wanted, raw_config)
+    config = _complete(raw_config, wanted, data)
     model = ranks.main_first(
         lambda: models.load_model(
             wanted.model,
+            dtype=method.loading_dtype(config),
             trust_remote_code=wanted.trust_remote_code,
             gradient_checkpointing=wanted.gradient_checkpointing,
         )
     )
     _check_model(model, wanted, data)
-    config = _complete(raw_config, wanted, data)
     context = RunContext(config, data.epochs.steps_per_epoch, wanted.seed, _support(config, wanted, data))
     _warn_of_slow_arithmetic(context.config)
     watch = FaultWatch(model) if wanted.method else None

@@ -54,8 +54,6 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the causal language model ``name`` on the CPU, in ``dtype``; "auto" is the dtype it was saved in.
 
-    To be trained it is fp32: DeepSpeed makes its precision the ds_config's.
-
     Raises ConfigError for a name that is not a hub model, a folder with a model or ``smollm2``.
     """
     model: PreTrainedModel = _from_pretrained(

@@ -1,0 +1,364 @@
+"""The search for settings that fit a card and a host: pure, by the estimator's bytes and the predicted seconds.
+
+[Note: Order] Of the settings that fit, those come first that take at most `SLOWER` times as long as the fastest; among
+them more percent comes first, then fewer `LOSSY` fields, then less time. The others follow by time. Times are compared
+in steps of a hundredth of that bound; settings that are equal then are in the order of `AXES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from typing import Any, Literal, get_args
+
+from ds_agsel.config import SECTION, SelectionConfig
+from ds_agsel.ds_config import DsConfig
+from ds_agsel.errors import ConfigError
+from ds_agsel.estimate.activations import Activations
+from ds_agsel.estimate.fit_config import ds_config_of
+from ds_agsel.estimate.memory import BUILT, Memory, Stepping, partitions_of, selective_memory
+from ds_agsel.estimate.prediction import Rates, Seconds, Work, full_seconds, selective_seconds
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup, read_setup
+from ds_agsel.estimate.shapes import ModelShape
+from ds_agsel.estimate.sizes import GIB
+from ds_agsel.estimate.steps import Step, Which, typical_step
+from ds_agsel.estimate.table import fullest_memory, with_section
+from ds_agsel.lottery import build_lottery
+from ds_agsel.selection import Phase
+
+SLOWER = 1.5
+_NOISE = 0.01  # of the bound: predictions that differ by less are equal
+# Where states are and AdamW runs: on the host by ZeRO-Offload, on the accelerator with states that visit, in files.
+Home = Literal["host", "visit", "nvme"]
+HOME_WORDS: Mapping[Home, str] = {
+    "host": "AdamW on the host",
+    "visit": "states visit the card",
+    "nvme": "states on NVMe",
+}
+
+# What is tried of each setting; the first is what a tie goes to. One more axis is one more line here and one field of
+# `Setting`. `fit_config` writes it, and `read_setup` reads it back.
+AXES: Mapping[str, Sequence[Any]] = {
+    "select_percent": (100.0, 75.0, 50.0, 40.0, 30.0, 20.0, 10.0),
+    "home": get_args(Home),
+    "stage": (2, 3, 1),
+    "offload_param": ("none", "cpu", "nvme"),
+    "pin_memory": (True, False),
+    "keep_master": ("host", "accelerator"),
+    "state_dtype": ("fp32", "bf16"),
+    "select_every": (1, 20),
+    "explore_on": ("batch", "first_micro_batch"),
+    "checkpointing": (False, True),
+    "micro_batch_size": (64, 32, 16, 8, 4, 2, 1),
+}
+# Fields by which a run learns otherwise, with the value by which it doesn't.
+LOSSY: Mapping[str, Any] = {"state_dtype": "fp32", "select_every": 1, "explore_on": "batch"}
+
+CARD_RESERVE_BYTES, CARD_RESERVE_SHARE = GIB, 0.04  # the driver's context; gaps between the allocator's blocks
+HOST_RESERVE_BYTES, PROCESS_BYTES = 2 * GIB, 2 * GIB  # the system; a rank's process without arrays
+# ε₀·exp(−λt) with the default λ, as a share of the steps of epoch 1.
+EXPLORE_SHARE = (1 - 0.01) / math.log(100)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the search; see `AXES`."""
+
+    select_percent: float
+    home: Home
+    stage: int
+    offload_param: str
+    pin_memory: bool
+    keep_master: str
+    state_dtype: str
+    select_every: int
+    explore_on: str
+    checkpointing: bool
+    micro_batch_size: int
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the fields go together. A field that means nothing in this company has its first value."""
+        return (
+            (self.offload_param == "none" or self.stage == 3)
+            and (self.home != "nvme" or self.stage == 3)
+            and (self.home == "host" or self.state_dtype == "fp32")
+            and (self.explore_on == "batch" or self.stage > 1)
+            and (self.home == "host" or self.pin_memory)
+            and (self.home == "visit" or (self.keep_master, self.select_every) == ("host", 1))
+        )
+
+    @property
+    def stepping(self) -> Stepping:
+        """The estimator's word for the home."""
+        return "accelerator" if self.home == "visit" else "host"
+
+    @property
+    def lossy(self) -> int:
+        """How many fields make the run learn otherwise."""
+        return sum(getattr(self, field) != exact for field, exact in LOSSY.items())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: ``ranks`` cards in one machine, and the memory that they share. ``nvme_bytes`` None: enough."""
+
+    rates: Rates
+    ranks: int
+    host_bytes: int
+    nvme_bytes: int | None = None
+    nvme_path: str = "/local_nvme"
+
+    def spare(self, card_bytes: int, host_bytes: int, nvme_bytes: int = 0) -> dict[str, int]:
+        """Return what is left of each place beside the reserve; negative where it is too little."""
+        capacity = self.rates.card.capacity_bytes
+        return {
+            "card": round(capacity * (1 - CARD_RESERVE_SHARE)) - CARD_RESERVE_BYTES - card_bytes,
+            "host": self.host_bytes - HOST_RESERVE_BYTES - host_bytes,
+            "nvme": 0 if self.nvme_bytes is None else self.nvme_bytes - nvme_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step's tokens on all ranks together, in rows of ``sequence_length``; a micro-batch of None is searched."""
+
+    sequence_length: int
+    tokens_per_step: int
+    micro_batch_size: int | None = None
+
+    def rows_per_rank(self, ranks: int) -> int:
+        """Return a step's rows on each rank. Raises ConfigError if they don't come out even."""
+        unit = self.sequence_length * ranks
+        rows, left = divmod(self.tokens_per_step, unit)
+        if left or not rows:
+            near = sorted({max(1, rows) * unit, (rows + 1) * unit})
+            raise ConfigError(
+                f"--tokens-per-step={self.tokens_per_step} is not a multiple of --sequence-length x --ranks "
+                f"({self.sequence_length} x {ranks}). Use {' or '.join(map(str, near))}."
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting with what it needs and takes. Bytes of the host and of NVMe are of all ranks together.
+
+    Attributes:
+        explained: the needed bytes of card and host by their parts, of one rank.
+        seconds, full_seconds: of ds_agsel, and of plain DeepSpeed with the same ds_config; None if it doesn't fit.
+        over: by how many bytes each place is too small; empty for a setting that fits.
+    """
+
+    setting: Setting
+    ds_config: Mapping[str, Any]
+    card_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+    explained: Mapping[str, int]
+    seconds: Seconds | None
+    full_seconds: Seconds | None
+    over: Mapping[str, int]
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits."""
+        return not self.over
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-steps of a step."""
+        return DsConfig.of(self.ds_config).accumulation_steps or 1
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean step of epoch 1; infinite for a setting that doesn't fit."""
+        return self.seconds.total if self.seconds else math.inf
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer: settings that fit, in the order of [Note: Order], and those that don't, the nearest miss first."""
+
+    model: ModelShape
+    machine: Machine
+    job: Job
+    fitting: tuple[Candidate, ...]
+    failing: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The first that fits."""
+        return self.fitting[0] if self.fitting else None
+
+
+def search(
+    model: ModelShape, activations: Activations, machine: Machine, job: Job, axes: Mapping[str, Sequence[Any]] = AXES
+) -> Found:
+    """Return all possible settings of ``axes``, those that fit in their order.
+
+    Raises ConfigError if the job's tokens can't be dealt out to the ranks.
+    """
+    rows = job.rows_per_rank(machine.ranks)
+    axes = {**axes, "micro_batch_size": _micro_batches(axes["micro_batch_size"], job, rows)}
+    known: dict[Any, Any] = {}
+    candidates = [
+        _Evaluation(setting, model, activations, machine, job, known).candidate() for setting in settings(axes)
+    ]
+    return Found(model, machine, job, ordered(candidates), _failing(candidates))
+
+
+def settings(axes: Mapping[str, Sequence[Any]] = AXES) -> Iterator[Setting]:
+    """Yield the possible settings of ``axes``, in their order."""
+    for values in product(*axes.values()):
+        setting = Setting(**dict(zip(axes, values, strict=True)))
+        if setting.is_possible:
+            yield setting
+
+
+def ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return those that fit, best first: [Note: Order]."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    bound = SLOWER * min((candidate.step_seconds for candidate in fitting), default=0.0)
+
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        setting, seconds = candidate.setting, candidate.step_seconds
+        is_slow = seconds > bound
+        preferred = (0.0, 0) if is_slow else (-setting.select_percent, setting.lossy)
+        return (is_slow, *preferred, seconds // (_NOISE * bound))
+
+    return tuple(sorted(fitting, key=key))
+
+
+def _failing(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    failing = [candidate for candidate in candidates if not candidate.fits]
+    return tuple(
+        sorted(failing, key=lambda candidate: (sum(candidate.over.values()), -candidate.setting.select_percent))
+    )
+
+
+def _micro_batches(wanted: Sequence[int], job: Job, rows: int) -> Sequence[int]:
+    if job.micro_batch_size is None:
+        return [size for size in wanted if rows % size == 0]
+    if rows % job.micro_batch_size:
+        raise ConfigError(
+            f"--micro-batch-size={job.micro_batch_size} doesn't divide the {rows} rows of a step and rank. Use auto, "
+            "or change --tokens-per-step."
+        )
+    return [job.micro_batch_size]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What one setting needs and takes. ``known`` keeps what several settings have in common."""
+
+    setting: Setting
+    model: ModelShape
+    activations: Activations
+    machine: Machine
+    job: Job
+    known: dict[Any, Any]
+
+    def candidate(self) -> Candidate:
+        activations = self.activations.peak_bytes(
+            self.setting.micro_batch_size * self.job.sequence_length, checkpointing=self.setting.checkpointing
+        )
+        memory, rounding = self._once("memory", self._memory), self._once("rounding", self._rounding)
+        loading = self._setup.item_bytes * self.model.numel  # each rank reads the whole model into host memory
+        card = memory.accelerator.total + activations
+        arrays = max(memory.host.total + rounding, loading)
+        ranks = self.machine.ranks
+        host, nvme = ranks * (arrays + PROCESS_BYTES), ranks * memory.nvme.total
+        explained = {
+            "weights": memory.accelerator.weights, "gradients": memory.accelerator.gradients,
+            "states": memory.accelerator.states + memory.accelerator.master_weights,
+            "staging": memory.accelerator.staging, "activations": activations, "host": memory.host.total,
+            "rounding": rounding, "loading": loading,
+        }  # fmt: skip
+        over = self._over(card, host, nvme)
+        seconds, full = (None, None) if over else self._seconds()
+        return Candidate(self.setting, self._ds_config, card, host, nvme, explained, seconds, full, over)
+
+    def _over(self, card: int, host: int, nvme: int) -> dict[str, int]:
+        spare = self.machine.spare(card, host, nvme)
+        return {place: -amount for place, amount in spare.items() if amount < 0}
+
+    @cached_property
+    def _ds_config(self) -> dict[str, Any]:
+        rows = self.job.rows_per_rank(self.machine.ranks)
+        return ds_config_of(self.setting, rows // self.setting.micro_batch_size, self.machine.nvme_path)
+
+    @cached_property
+    def _config(self) -> SelectionConfig:
+        return SelectionConfig(**self._ds_config[SECTION])
+
+    @cached_property
+    def _setup(self) -> Setup:
+        return with_section(read_setup(self._ds_config, self.machine.ranks), self._config)
+
+    def _once(self, what: str, make: Any, *more: Any) -> Any:
+        setup = self._setup.but(accumulation_steps=min(2, self._setup.accumulation_steps)) if not more else self._setup
+        key = (what, setup, repr(self._ds_config[SECTION]), *more)
+        if key not in self.known:
+            self.known[key] = make(*more)
+        return self.known[key]
+
+    def _step(self, phase: Phase, which: Which) -> Step:
+        config = self._config
+        one_backward = self._setup.accumulation_steps == 1 or config.explore_on == "first_micro_batch"
+        streaming = BUILT.streaming_top_k and self._setup.stage > 1 and one_backward
+        numels = [block.numel for block in self.model.blocks]
+        lottery = build_lottery(self.model.blocks, config)
+        return typical_step(numels, lottery, phase, which, streaming, config.select_every)
+
+    def _memory(self) -> Memory:
+        """Return the larger of both phases' worst, place by place: which phase it is differs."""
+        model, setup, stepping = self.model, self._setup, self.setting.stepping
+        steps = (self._step("exploit", "worst"), self._step("explore", "worst"))
+        both = [fullest_memory(setup, partial(selective_memory, model, setup, stepping, step)) for step in steps]
+        return Memory(
+            *(
+                max((getattr(m, place) for m in both), key=lambda b: b.total)
+                for place in ("accelerator", "host", "nvme")
+            )
+        )
+
+    def _rounding(self) -> int:
+        """Return what torch adds to page-locked buffers, which it makes as large as a power of 2."""
+        if not self.setting.pin_memory or self.setting.home == "nvme":
+            return 0
+        sizes = [MASTER_BYTES] if self.setting.keep_master == "host" else []
+        sizes += [MOMENT_BYTES // 2] * 2 if self.setting.home == "visit" else []
+        shares = [partition.numel for partition in partitions_of(self.model.groups, self._setup, 0)]
+        return sum(_power_of_2(share * size) - share * size for share in shares if share for size in sizes)
+
+    def _seconds(self) -> tuple[Seconds, Seconds]:
+        setting, job = self.setting, self.job
+        work = Work(
+            tokens=job.rows_per_rank(self.machine.ranks) * job.sequence_length,
+            sequence_length=job.sequence_length,
+            checkpointing=setting.checkpointing,
+            hidden=self.activations.input_bytes // self._setup.item_bytes,
+            layers=self.activations.layers,
+        )
+        return self._once("seconds", self._predicted, work, setting.pin_memory)
+
+    def _predicted(self, work: Work, pin_memory: bool) -> tuple[Seconds, Seconds]:
+        rates = Rates(
+            self.machine.rates.card, self.machine.rates.host_bytes, self.machine.rates.nvme_bytes, pin_memory
+        )  # fmt: skip
+        exploit, explore = (
+            selective_seconds(
+                self.model, self._setup, self.setting.stepping, self._step(phase, "expected"), work, rates
+            )
+            for phase in ("exploit", "explore")
+        )
+        mean = exploit.mixed(explore, EXPLORE_SHARE / self.setting.select_every)
+        return mean, full_seconds(self.model, self._setup, work, rates)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
