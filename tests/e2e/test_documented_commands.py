@@ -37,6 +37,7 @@ ELSEWHERE = {
     "ds_to_universal": "tests/numerics/test_travel.py",
     "zero_to_fp32.py": "tests/numerics/test_travel.py",
     "ds-agsel train": "tests/e2e/test_wheel.py",
+    "ds-agsel fit": "tests/unit/test_fit_command.py",
     "ds-agsel init": "tests/e2e/test_wheel.py",
     "ds-agsel evaluate": "tests/e2e/test_evaluate.py",
     "ds-agsel report": "tests/unit/test_report.py",

@@ -13,7 +13,7 @@ from ds_agsel.estimate.fit import AXES, settings
 from ds_agsel.estimate.fit_config import ds_config_of
 from ds_agsel.estimate.models import known_models
 
-SMALL = ["--sequence-length", "512", "--tokens-per-step", "2048"]
+SMALL = ["--sequence-length", "512", "--tokens-per-step", "1024", "--micro-batch-size", "1"]
 
 
 @pytest.fixture(scope="module")
