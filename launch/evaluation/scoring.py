@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.batches import collate
 from ..data.encoding import Encoded
 from ..training import ranks
-from ..training.objective import completion_loss_sum
+from ..training.objective import completion_loss_of_rows
 from ..training.stopping import StopRequest
 from .generation import greedy
 
@@ -105,26 +106,34 @@ def _batches_of_this_rank(lengths: np.ndarray, batch_size: int) -> list[tuple[np
     return batches[dist.get_rank() :: dist.get_world_size()]
 
 
-def validation_loss(
-    engine: Any, encoded: Encoded, *, batch_size: int, pad_token_id: int, keeps_last_logits: bool
-) -> float | None:
-    """Return the mean cross-entropy over the completion tokens of the whole split; None for an empty one.
+@dataclass(frozen=True)
+class HeldOut:
+    """Cross-entropy over completion tokens of a split, row by row in its order: sums, and numbers of tokens."""
 
-    Collective.
-    """
+    row_sums: tuple[float, ...]
+    row_tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """The mean over all tokens."""
+        return math.fsum(self.row_sums) / sum(self.row_tokens)
+
+
+def held_out_losses(
+    engine: Any, encoded: Encoded, *, batch_size: int, pad_token_id: int, keeps_last_logits: bool
+) -> HeldOut | None:
+    """Return the losses of the whole split; None for an empty one. Collective."""
     if len(encoded.rows) == 0:
         return None
-    loss_sum, label_numel = 0.0, 0
+    row_sums = np.zeros(len(encoded.rows))
     with _evaluating(engine):
         for indices, counts in _batches_of_this_rank(encoded.lengths, batch_size):
             rows = [[encoded.rows[int(index)]] for index in indices]
             batch = to_device(collate(rows, pad_token_id), engine.device)
-            loss = completion_loss_sum(engine, batch, keeps_last_logits=keeps_last_logits).item()
+            losses = completion_loss_of_rows(engine, batch, keeps_last_logits=keeps_last_logits)
             if counts:
-                loss_sum += loss
-                label_numel += int(encoded.label_numel[indices].sum())
-    loss_sum, total = ranks.add_up(loss_sum, label_numel)
-    return loss_sum / total
+                row_sums[indices] = losses.numpy()
+    return HeldOut(tuple(ranks.add_up(*row_sums)), tuple(int(numel) for numel in encoded.label_numel))
 
 
 def exact_match(

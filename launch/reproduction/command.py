@@ -1,6 +1,7 @@
 """The paper's experiments (arXiv:2512.15764), and its neighbours beside it, as one list of runs.
 
     python launch/reproduce.py --scale tiny             # all of it, small: SmolLM2-135M, built-in data, a CPU
+    python launch/reproduce.py --scale small            # evidence: three seeds, differences with intervals, hours
     python launch/reproduce.py --scale full --cost      # what the paper's own scale would take on one GPU
     python launch/reproduce.py --scale full             # and that
 
@@ -30,14 +31,14 @@ from ds_agsel import processor
 from ds_agsel.errors import ConfigError
 from ds_agsel.files import write_atomically
 
-from . import figures, results, running, tables
+from . import comparisons, figures, results, running, tables
 from . import plan as plans
 from .plan import Cell, SweepPlan
 from .running import ROOT, Stopped, Sweep
 
 CONFIGS = ROOT / "configs" / "paper"
 PUBLISHED = CONFIGS / "published.yaml"
-SCALES = ("smoke", "tiny", "full")
+SCALES = ("smoke", "tiny", "small", "full")
 CELLS_FAILED, REFUSED, STOPPED = 1, 2, 130
 
 
@@ -160,6 +161,7 @@ def _report(sweep: Sweep, output: Path) -> None:
             for model, family, losses, chosen in rates
         ],
         "cells": [m.as_dict() for m in measured],
+        "comparisons": [c.as_dict() for c in comparisons.compare(plan, measured)],
     }
     write_atomically(output / "results.json", json.dumps(everything, indent=1) + "\n")
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))

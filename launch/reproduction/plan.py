@@ -102,7 +102,10 @@ class Cost(_Strict):
 
 
 class SweepPlan(_Strict):
-    """All runs of a scale. ``options`` go to every run; a model's, a method's, then a variation's override them."""
+    """All runs of a scale. ``options`` go to every run; a model's, a method's, then a variation's override them.
+
+    ``compare_with``: methods to which the others' differences are tabled, by seed and held-out row.
+    """
 
     name: str
     about: str = ""
@@ -114,6 +117,7 @@ class SweepPlan(_Strict):
     families: dict[str, Family]
     methods: dict[str, MethodEntry] = Field(min_length=1)
     reference: str
+    compare_with: tuple[str, ...] = ()
     search: Search | None = None
     evaluations: tuple[Evaluation, ...] = ()
     time_limit_seconds: float = Field(gt=0)
@@ -143,6 +147,9 @@ class SweepPlan(_Strict):
                 raise ValueError(f"families.{name} has learning rates to choose from, and there is no search. Add one.")
         if self.reference not in self.methods:
             raise ValueError(f"reference={self.reference!r} is none of the methods.")
+        for name in self.compare_with:
+            if name not in self.methods:
+                raise ValueError(f"compare_with has {name!r}, which is none of the methods.")
         for name, model in self.models.items():
             for method_name in model.methods:
                 if method_name not in self.methods:

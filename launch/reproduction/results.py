@@ -6,13 +6,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..intervals import wilson_interval
 from . import plan as plans
+from .differences import Rows
 from .plan import Cell, SweepPlan
 from .running import EVALUATIONS, RUN, Sweep
 
@@ -21,12 +22,16 @@ TEST = "the run's own test problems"
 
 @dataclass(frozen=True)
 class Point:
-    """Held-out loss after ``step`` steps; seconds are of training alone, up to there. None: not measured."""
+    """Held-out loss after ``step`` steps; seconds are of training alone, up to there. None: not measured.
+
+    ``rows``: the same loss, row by row.
+    """
 
     step: int
     loss: float
     wall_seconds: float | None
     processor_seconds: float | None
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class CellResult:
     gradient_bytes: int | None = None
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
+    answers: tuple[float, ...] = ()  # 1 for each of the run's test problems that was solved, else 0
 
     @property
     def is_whole(self) -> bool:
@@ -88,7 +94,9 @@ class CellResult:
     def as_dict(self) -> dict[str, Any]:
         """Return the cell in JSON's types."""
         accuracy = {name: {**asdict(a), "interval_percent": a.interval} for name, a in self.accuracy.items()}
-        rest = {**asdict(self), "accuracy": accuracy}
+        points = [{name: value for name, value in vars(point).items() if name != "rows"} for point in self.points]
+        rest = {**asdict(replace(self, points=(), answers=())), "accuracy": accuracy, "points": points}
+        del rest["answers"]
         return {**rest, "step_median_seconds": self.step_median, "step_p90_seconds": self.step_p90}
 
 
@@ -138,6 +146,7 @@ def read_cell(
         optimizer_state_bytes=summary.get("optimizer_state_bytes"),
         gradient_bytes=summary.get("gradient_bytes"),
         accuracy=_accuracy(folder),
+        answers=_answers(folder),
         faults=tuple(summary.get("faults") or ()),
     )
 
@@ -152,8 +161,24 @@ def points_of(records: Iterable[Mapping[str, Any]]) -> tuple[Point, ...]:
             processor = record.get("processor_seconds", math.nan)
         elif record["event"] == "validation" and record["loss"] is not None:
             known = None if math.isnan(processor) else processor
-            found.append(Point(record["step"], record["loss"], wall, known))
+            found.append(Point(record["step"], record["loss"], wall, known, _rows(record)))
     return tuple(found)
+
+
+def _rows(record: Mapping[str, Any]) -> Rows | None:
+    sums = record.get("row_sums")
+    if not sums or not all(map(math.isfinite, sums)):
+        return None
+    return Rows(tuple(sums), tuple(map(float, record["row_tokens"])))
+
+
+def _answers(folder: Path) -> tuple[float, ...]:
+    answers = folder / RUN / "answers_after.jsonl"
+    if not answers.exists():
+        return ()
+    return tuple(
+        float(json.loads(line)["correct"]) for line in answers.read_text(encoding="utf-8").splitlines() if line
+    )
 
 
 def _accuracy(folder: Path) -> dict[str, Accuracy]:
@@ -161,9 +186,8 @@ def _accuracy(folder: Path) -> dict[str, Accuracy]:
     for file in sorted((folder / EVALUATIONS).glob("*/accuracy.json")):
         read = json.loads(file.read_text(encoding="utf-8"))
         found[file.parent.name] = Accuracy(read["correct"], read["rows"])
-    answers = folder / RUN / "answers_after.jsonl"
-    if not found and answers.exists():
-        right = [json.loads(line)["correct"] for line in answers.read_text(encoding="utf-8").splitlines() if line]
+    right = _answers(folder)
+    if not found and right:
         found[TEST] = Accuracy(sum(right), len(right))
     return found
 

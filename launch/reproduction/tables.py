@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..texts import MIB, NONE, markdown_cell, markdown_head, markdown_row, number_text
-from . import results
+from . import comparisons, results
 from .plan import SweepPlan
 from .results import Accuracy, CellResult, Spread
 
@@ -18,13 +18,14 @@ MEAN = "Mean over seeds ± half of the range; no ± where there is one seed."
 
 def page(plan: SweepPlan, cells: Sequence[CellResult], rates: Rates, published: Mapping[str, Any], machine: str) -> str:
     """Return all tables, by model."""
+    compared = comparisons.compare(plan, cells)
     lines = [f"# {plan.name}: results", "", *filter(None, [plan.about.strip(), ""]), machine, ""]
     for model in plan.models:
         own = [m for m in cells if m.model == model]
         lines += [f"## {model}", ""]
         lines += [*_accuracy(plan, model, own, published), *_losses(plan, model, own), *_costs(plan, model, own)]
-        lines += _troubles(plan, own)
-    lines += [*_rates(rates), *_published(published)]
+        lines += [*comparisons.lines(plan, model, compared), *_troubles(plan, own)]
+    lines += [*_rates(rates), *_published(published), *comparisons.published_lines(published)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -205,7 +205,7 @@ def _complete(raw_config: Mapping[str, Any], wanted: argparse.Namespace, data: R
         total_steps=data.total_steps,
         lr=wanted.lr,
         seed=wanted.seed,
-        section={name: value for name, value in overrides.items() if value is not None},
+        section={**wanted.section, **{name: value for name, value in overrides.items() if value is not None}},
     )
 
 

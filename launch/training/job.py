@@ -93,17 +93,19 @@ class Job:
 
     def _evaluate_loss(self) -> None:
         run, progress = self._run, self._progress
-        loss = scoring.validation_loss(
+        held_out = scoring.held_out_losses(
             run.engine,
             run.data.validation,
             batch_size=run.options.evaluation_batch_size,
             pad_token_id=run.data.tokenizer.pad_token_id,
             keeps_last_logits=run.keeps_last_logits,
         )
-        if loss is None:
+        if held_out is None:
             return
+        loss = held_out.loss
         progress.validation.append((progress.step, loss))
-        self._log({"event": "validation", "step": progress.step, "loss": loss})
+        rows = {"row_sums": held_out.row_sums, "row_tokens": held_out.row_tokens}
+        self._log({"event": "validation", "step": progress.step, "loss": loss, **rows})
         say(f"validation loss after {progress.step} steps: {loss:.4f}")
         if ranks.is_main() and run.engine.monitor.enabled:
             run.engine.monitor.write_events([("Validation/loss", loss, run.engine.global_samples)])

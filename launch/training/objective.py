@@ -20,6 +20,26 @@ def completion_loss_sum(
     micro-steps. With ``keeps_last_logits`` the head is not applied to the positions before every row's
     completion: with a large vocabulary it costs a small model a good part of its forward.
     """
+    logits, targets = _wanted_logits(forward, batch, keeps_last_logits)
+    wanted = targets != IGNORED
+    return F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")
+
+
+def completion_loss_of_rows(
+    forward: Callable[..., Any], batch: dict[str, torch.Tensor], *, keeps_last_logits: bool
+) -> torch.Tensor:
+    """`completion_loss_sum` of each row; float64, (rows,), on the host."""
+    logits, targets = _wanted_logits(forward, batch, keeps_last_logits)
+    wanted = targets != IGNORED
+    losses = F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none").cpu().double()
+    rows = wanted.nonzero()[:, 0].cpu()
+    return torch.zeros(len(targets), dtype=torch.float64).index_add_(0, rows, losses)
+
+
+def _wanted_logits(
+    forward: Callable[..., Any], batch: dict[str, torch.Tensor], keeps_last_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the positions from the first that any row's loss is on, and their targets."""
     labels = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # Position t predicts token t + 1, so no label is at position 0.
@@ -33,6 +53,4 @@ def completion_loss_sum(
     else:
         first = 1
     logits = forward(**inputs, use_cache=False).logits[:, :-1]
-    targets = labels[:, first:]
-    wanted = targets != IGNORED
-    return F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")
+    return logits, labels[:, first:]

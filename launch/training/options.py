@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ds_agsel.errors import ConfigError
 
@@ -116,6 +118,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--support", choices=("train", "validation"), default="train",
         help='split whose rows score the rows of a batch, with adagrad_select.gast.support "data"',
     )  # fmt: skip
+    section = "fields of adagrad_select as a JSON object, over the ds_config's; null: the default, or the preset's"
+    group.add_argument("--section", type=_section, default={}, metavar="JSON", help=section)
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--max-nonfinite", type=int, default=5, help="non-finite losses in a row to put up with")
     group.add_argument("--evaluate-every", type=int, default=50, help="steps between validation losses, 0: only ends")
@@ -131,6 +135,17 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     group.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints, 0: none")
     group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints that are kept")
+
+
+def _section(text: str) -> dict[str, Any]:
+    """Return the JSON object in ``text``; its fields are checked with the ds_config."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object. Write '{{\"select_every\": 5}}'")
+    return found
 
 
 _AT_LEAST = {

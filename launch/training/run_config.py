@@ -73,7 +73,9 @@ def complete(
                 ours[name] = value
         filled[SECTION] = ours
     elif section:
-        raise ConfigError(f"--select-percent and --policy need the section {SECTION!r} in the ds_config. Add it: {{}}.")
+        raise ConfigError(
+            f"--select-percent, --policy and --section need the section {SECTION!r} in the ds_config. Add it: {{}}."
+        )
     open_settings = [path for path in DsConfig.of(filled).autos if not path.startswith(f"{SECTION}.")]
     if open_settings:
         raise ConfigError(f'{open_settings[0]}="auto" is not known to launch/train.py. Set its value.')

@@ -314,6 +314,19 @@ def test_the_loss_is_the_sum_over_completions_that_transformers_computes(
     torch.testing.assert_close(ours.double(), model(**batch).loss.double() * label_numel, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("keeps_last_logits", [True, False])
+def test_the_loss_of_each_row_is_that_of_the_row_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, keeps_last_logits: bool
+) -> None:
+    rows = examples(tokenizer)
+    together = batches.collate([[example] for example in rows], tokenizer.pad_token_id)
+    found = objective.completion_loss_of_rows(model, together, keeps_last_logits=keeps_last_logits)
+    for loss, example in zip(found, rows, strict=True):
+        alone = batches.collate([[example]], tokenizer.pad_token_id)
+        expected = objective.completion_loss_sum(model, alone, keeps_last_logits=keeps_last_logits)
+        torch.testing.assert_close(loss, expected.double(), rtol=1e-5, atol=0)
+
+
 def test_the_head_is_applied_once_to_all_rows_and_not_to_each(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
