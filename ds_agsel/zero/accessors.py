@@ -163,6 +163,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         if self._block_of_group[group] not in self._blocks_to_keep():
             self._refuse_gradient_of(self._block_of_group[group])
         stock(value)
+        self._gradients_were_set()
 
 
 class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
@@ -282,6 +283,7 @@ class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
         if self._gradient_is_gone(param):
             self._refuse_gradient_of(self._block_of(param))
         super().set_local_grad_for_param(value, param)
+        self._gradients_were_set()
         self._received.add(param.ds_id)  # otherwise the step would zero it, as if this window had not produced it
 
     @compat.overrides

@@ -5,11 +5,20 @@ that k others have beaten, or as many as the share of the parameters takes, can'
 block's gradients are reduced, and its norms added up, when its last one has come; all ranks see gradients in one order,
 as ZeRO's buckets need anyway.
 A block some of whose parameters get no gradient stays to the end, and is scored there with the rest.
+
+[Note: Late scores] A score is computed on the accelerator and copied to the host, which does not wait for it: it goes
+on to queue backward, and looks at the score when the next ones are under way. Up to `LATE_BATCHES` batches of blocks
+are held beyond the k best; only then does the host wait, for work that lies that far back, so that the accelerator
+never runs dry. With more than `SCORED_AT_ONCE` blocks, several of them are scored at once, so that the number of
+reductions and copies does not grow with the number of blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from torch import nn
 
@@ -17,13 +26,26 @@ from ds_agsel.errors import TrainingError
 from ds_agsel.policies.quota import Quota, RunningAdmission
 from ds_agsel.selection import Selection
 
+LATE_BATCHES = 2
+SCORED_AT_ONCE = 64  # with up to as many blocks, each is scored alone
+
+
+class Scores(Protocol):
+    """Scores of blocks on their way to the host."""
+
+    def has_arrived(self) -> bool:
+        """Return whether `get` would not wait."""
+
+    def get(self) -> dict[int, float]:
+        """Return them by block. The host waits for what was queued up to their copy, and for no more."""
+
 
 class ExploreStream:
     """The blocks that an explore step has seen so far. It acts on gradients through three functions of the optimizer.
 
     Args:
         numbers_of_params: block -> how many parameters it has.
-        score: the score of a block all of whose gradients are there. Collective.
+        score: start to compute the scores of blocks all of whose gradients are there. Collective.
         keep: put the block's gradients, which these parameters hold, where the step will look for them.
         forget: drop the block's gradients, kept before or not.
     """
@@ -32,7 +54,7 @@ class ExploreStream:
         self,
         selection: Selection,
         numbers_of_params: Mapping[int, int],
-        score: Callable[[int], float],
+        score: Callable[[Sequence[int]], Scores],
         keep: Callable[[int, list[nn.Parameter]], None],
         forget: Callable[[int], None],
     ) -> None:
@@ -44,9 +66,12 @@ class ExploreStream:
         self._best = RunningAdmission(context.quota if selection.policy.chooses_highest_scores else everything)
         self._takes_none = selection.policy.selects_nothing(selection.plan.step)
         self._place_in_lottery = {block: place for place, block in enumerate(drawn)}
-        self._waiting: dict[int, list[nn.Parameter]] = {}
+        self._batch_size = math.ceil(len(selection.active_blocks) / SCORED_AT_ONCE)
+        self._waiting: dict[int, list[nn.Parameter]] = {}  # blocks without a score, with what they have
+        self._whole: list[int] = []  # those of them that have all their gradients, and are scored next
+        self._pending: deque[Scores] = deque()
         self._unscored: set[int] = set()
-        self.scores: dict[int, float] = {}
+        self.scored: set[int] = set()  # also those whose score is on its way
         self.kept: set[int] = set(selection.lottery.always)
         self.dropped: set[int] = set()
         self.is_over = False  # all scores have been taken; later gradients add to the kept ones
@@ -56,7 +81,7 @@ class ExploreStream:
 
         Raises TrainingError for a block that has been scored: what was dropped can't be added to.
         """
-        if block in self.scores:
+        if block in self.scored or block in self._whole:
             raise TrainingError(
                 f"step {self._selection.plan.step} explores, and block {self._selection.blocks[block].name} got a "
                 "second gradient after it had been scored. Call backward once a step, on the sum of the losses, or set "
@@ -69,44 +94,59 @@ class ExploreStream:
         waiting = self._waiting.setdefault(block, [])
         waiting.append(param)
         if len(waiting) == self._numbers_of_params[block]:
-            self._finish(block)
+            self._whole.append(block)
+            if len(self._whole) >= self._batch_size:
+                self._start()
 
-    def _finish(self, block: int) -> None:
-        self.scores[block] = self._score(block)
-        params = self._waiting.pop(block)
-        self.kept.add(block)
-        out = self._ruled_out(block)
-        for gone in out:
-            self.kept.discard(gone)
-            self.dropped.add(gone)
-            self._forget(gone)
-        if block not in out:
-            self._keep(block, params)
+    def _start(self) -> None:
+        """Start to score the whole blocks, and decide on those whose scores are there."""
+        if self._whole:
+            blocks, self._whole = self._whole, []
+            self.scored.update(blocks)
+            self._pending.append(self._score(blocks))
+        while self._pending and (len(self._pending) > LATE_BATCHES or self._pending[0].has_arrived()):
+            self._decide(self._pending.popleft().get())
 
-    def _ruled_out(self, block: int) -> tuple[int, ...]:
-        """Return the blocks that ``block``'s score rules out, which may be ``block`` itself."""
+    def _decide(self, scores: Mapping[int, float]) -> None:
+        """Keep the blocks of ``scores`` that are among the best so far, and drop those that they beat."""
+        for block, score in scores.items():
+            params = self._waiting.pop(block)
+            self.kept.add(block)
+            out = self._ruled_out(block, score)
+            for gone in out:
+                self.kept.discard(gone)
+                self.dropped.add(gone)
+                self._forget(gone)
+            if block not in out:
+                self._keep(block, params)
+
+    def _ruled_out(self, block: int, score: float) -> tuple[int, ...]:
+        """Return the blocks that ``block``, with its ``score``, rules out, which may be ``block`` itself."""
         place = self._place_in_lottery.get(block)
         if place is None:
             return ()  # always selected
         if self._takes_none:
             return (block,)
         drawn = self._selection.lottery.drawn
-        return tuple(drawn[gone] for gone in self._best.add(place, self.scores[block]))
+        return tuple(drawn[gone] for gone in self._best.add(place, score))
 
     @property
     def held(self) -> set[int]:
-        """The blocks that have gradients now: those kept, and those that backward is at."""
+        """The blocks that have gradients now: those kept, those without a score, and those that backward is at."""
         return self.kept.union(self._waiting)
 
     def flush(self, and_score: bool) -> None:
         """End backward: keep the blocks that are not whole, scored now (the last scores) or left to the step."""
-        for block in sorted(self._waiting):
-            if and_score:
-                self._finish(block)
-            else:
-                self.kept.add(block)
-                self._unscored.add(block)
-                self._keep(block, self._waiting.pop(block))
+        parts = sorted(set(self._waiting) - self.scored - set(self._whole))
+        if and_score:
+            self._whole += parts
+        self._start()
+        while self._pending:
+            self._decide(self._pending.popleft().get())
+        for block in [] if and_score else parts:
+            self.kept.add(block)
+            self._unscored.add(block)
+            self._keep(block, self._waiting.pop(block))
         silent = set(self._selection.active_blocks) - self.kept - self.dropped
         self.kept |= silent  # their score is 0, which is the highest where few blocks have gradients
         for block in sorted(silent):

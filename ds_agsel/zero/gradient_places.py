@@ -76,13 +76,9 @@ class AcceleratorGradients:
     def complete(self, groups: Sequence[int]) -> None:
         """Leave only this window's numbers in the gradients of ``groups``; see [Note: Old numbers]."""
 
-    def norms(self, group: int) -> list[tuple[int, Tensor]] | None:
-        """Return (param id, L2 norm) of ``group``'s slices with a known norm; None if no norm is ever taken early."""
-        return None
-
-    def overflowed(self) -> bool:
-        """Return whether a gradient that was copied away is not finite."""
-        return False
+    def norms(self, group: int) -> list[tuple[int, Tensor]]:
+        """Return (param id, L2 norm) of ``group``'s slices that were copied away, taken on the accelerator before."""
+        return []
 
     def stage(self, groups: Sequence[int]) -> None:
         """Allocate staging for the updated weights of ``groups`` on their way to the accelerator."""
@@ -214,14 +210,9 @@ class HostGradients(AcceleratorGradients):
             if len(written) < len(zero.params_in_partition[group]):
                 self._zero_gradient(group, keep=written)
 
-    def norms(self, group: int) -> list[tuple[int, Tensor]] | None:
+    def norms(self, group: int) -> list[tuple[int, Tensor]]:
         known = self._zero.norm_for_param_grads
         return [(param_id, known[param_id]) for param_id in self._param_ids(group) if param_id in known]
-
-    def overflowed(self) -> bool:
-        # A norm in fp64 (fp32 on some accelerators) is finite exactly if the gradient is: no second pass over it.
-        norms = [norm.to(self._zero.device) for norm in self._zero.norm_for_param_grads.values()]
-        return bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
 
     def stage(self, groups: Sequence[int]) -> None:
         for group, buffer in self._staging.slices(groups).items():

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from ds_agsel.param_groups import HyperparameterLink, ParamGroup
 from ds_agsel.selection import Selection
-from ds_agsel.zero import block_scores, compat
+from ds_agsel.zero import compat
 from ds_agsel.zero.arrival_times import ArrivalTimes
 from ds_agsel.zero.carriers import Carriers
 from ds_agsel.zero.explore_stream import ExploreStream
+from ds_agsel.zero.gradient_norms import BlockScores, GradientNorms
 from ds_agsel.zero.host_adam import HostAdam
 from ds_agsel.zero.reentry import Reentry
 from ds_agsel.zero.repartition import (
@@ -38,7 +39,7 @@ from ds_agsel.zero.window import StepWindow
 HOST_ADAM_KEY = "ds_agsel_host_adam"  # in DeepSpeed's state dict: [Note: Hidden Adam state] in host_adam
 
 
-class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
+class SelectiveStep(GradientNorms, compat.ChecksOverrides):
     """Base of a restricted optimizer class, before DeepSpeed's own in the order of bases.
 
     Attributes:
@@ -63,6 +64,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._shown_groups: Sequence[int] = range(len(block_of_group))
         self._blocks_with_gradient: set[int] = set()
         self._overflow_is_known = False
+        self._attach_norms()
         self._stream: ExploreStream | None = None
         self._arrivals: ArrivalTimes | None = None
         self.window = StepWindow(selection, self)
@@ -98,10 +100,6 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         """Leave only this window's numbers in the gradients of ``blocks``, before they are read."""
         raise NotImplementedError
 
-    def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
-        """Return (number, L2 norm of this rank's slice of its gradient) of each parameter with a slice here."""
-        raise NotImplementedError
-
     def _drop_gradients(self, blocks: set[int]) -> None:
         """Forget the gradients of ``blocks``, which the choice has left out."""
         raise NotImplementedError
@@ -113,6 +111,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._arrivals = ArrivalTimes(len(self.selection.blocks)) if times_it else None
         if self.carriers is not None:
             self.carriers.begin_window()
+        self._forget_norms()
         self._stream = self._new_stream() if self._can_stream() else None
         self._hold_gradient_buffers()
         self._prefetch()
@@ -120,6 +119,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def _forget_gradients(self) -> None:
         """Drop every gradient of the window, and DeepSpeed's record of them."""
         self._blocks_with_gradient.clear()
+        self._forget_norms()
         self._stream = None
         compat.forget_backward(self)
         self._drop_gradients(set(self._block_of_group))
@@ -131,8 +131,8 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         """Make the blocks whose gradients are needed now the only ones that buffers are held for."""
         raise NotImplementedError
 
-    def _streamed_score(self, block: int) -> float:
-        """Return the score of ``block``, all of whose gradients have come, in the middle of backward. Collective."""
+    def _streamed_scores(self, blocks: Sequence[int]) -> BlockScores:
+        """Start to score ``blocks``, all of whose gradients have come, in the middle of backward. Collective."""
         raise NotImplementedError
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
@@ -166,7 +166,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             self._leave_out_what_did_not_run()
         self._complete_gradients(sorted(self._blocks_to_keep()))
         if not selection.has_chosen:
-            scores = self._explore_scores()
+            scores = self._scores()
             if not torch.isfinite(scores).all():
                 self._skip_step()
                 return
@@ -179,11 +179,12 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
             self._step_on_nothing()
             return
         if selection.wants_scores:
-            selection.take_scores(selection.selected_blocks, self._block_scores(selection.selected_blocks).tolist())
+            selection.take_scores(selection.selected_blocks, self._scores().tolist())
         groups = self.home.begin(selection.selected_blocks)
         self._reentry.begin()
         self._before_update(groups)
         self._shown_groups = groups
+        self._take_norms(groups)
         scaled = nullcontext() if self.carriers is None else self.carriers.stepping()
         with scaled, self._only(groups):
             try:
@@ -221,39 +222,6 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
         self._forget_gradients()
         self.selection.commit()
         self._prefetch()
-
-    def _explore_scores(self) -> Tensor:
-        """`_block_scores` of all blocks that this step may choose. Collective."""
-        streamed = {} if self._stream is None else self._stream.scores
-        scores = self._block_scores([block for block in self.selection.active_blocks if block not in streamed])
-        for block, score in streamed.items():
-            scores[block] = score
-        return scores
-
-    def _block_scores(self, blocks: Sequence[int]) -> Tensor:
-        """Return each block's score, as the field `score` says, of the whole batch's gradient, loss scale removed.
-
-        Returns: (num_blocks,), on the host, equal on all ranks; 0 for blocks that are not among ``blocks``.
-        Collective over the data-parallel group.
-        """
-        groups = set(self._groups_of(blocks))
-        param_ids = [param_id for param_id in sorted(self._group_of_param) if self._group_of_param[param_id] in groups]
-        place = {param_id: index for index, param_id in enumerate(param_ids)}
-        device = get_accelerator().current_device_name()
-        squares = torch.zeros(len(param_ids), dtype=compat.norm_dtype(), device=device)
-        places, norms = [], []
-        for group in sorted(groups):
-            for param_id, norm in self._slice_norms(group):
-                places.append(place[param_id])
-                norms.append(norm.to(device, squares.dtype))
-        if norms:
-            squares[torch.tensor(places, device=device)] = torch.stack(norms).square()
-        if dist.get_world_size(group=self.dp_process_group) > 1:
-            dist.all_reduce(squares, group=self.dp_process_group)
-        norms_of_params = squares.cpu().sqrt() / self.loss_scale
-        owners = [self._block_of_group[self._group_of_param[param_id]] for param_id in param_ids]
-        numels = [block.numel for block in self.selection.blocks]
-        return block_scores.combine(norms_of_params, owners, numels, self.selection.config.score)
 
     def _skip_step(self) -> None:
         """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""
@@ -300,7 +268,7 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     def _new_stream(self) -> ExploreStream:
         numbers = Counter(self._block_of_group[group] for group in self._group_of_param.values())
-        return ExploreStream(self.selection, numbers, self._streamed_score, self._keep_gradients, self._forget_block)
+        return ExploreStream(self.selection, numbers, self._streamed_scores, self._keep_gradients, self._forget_block)
 
     def _blocks_to_keep(self) -> set[int]:
         """Return the blocks whose gradients are kept for the step, as far as that is known."""
@@ -315,10 +283,11 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
 
     def _choose_on_first_micro_batch(self) -> None:
         """Choose now: the rest of the window is an exploit step's. Not if the scores make the step be skipped."""
-        scores = self._explore_scores()
+        scores = self._scores()
         stream = self._stream
         if stream is not None and torch.isfinite(scores).all():
             self._stream = None
+            self._forget_norms()  # the other micro-batches change the gradients
             for block in stream.kept.difference(self.selection.choose(scores.tolist())):
                 self._forget_block(block)
             self._hold_gradient_buffers()
@@ -439,11 +408,3 @@ class SelectiveStep(compat.ZeROOptimizer, compat.ChecksOverrides):
     def held_gradient_bytes(self) -> tuple[int, int]:
         """Return the bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         raise NotImplementedError
-
-
-def l2_norm(gradient: Tensor) -> Tensor:
-    """Return the L2 norm of ``gradient``, of no dimension, in the dtype that DeepSpeed takes norms in.
-
-    The sum is in that dtype without a copy of the gradient in it, which would take 8 bytes an element in mid-backward.
-    """
-    return torch.linalg.vector_norm(gradient, dtype=compat.norm_dtype())

@@ -23,9 +23,9 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero12Accessors
+from ds_agsel.zero.gradient_norms import BlockScores, l2_norms
 from ds_agsel.zero.gradient_places import AcceleratorGradients, HostGradients
 from ds_agsel.zero.one_rank import OneRankReduction
-from ds_agsel.zero.selective import l2_norm
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
 from ds_agsel.zero.traffic import Zero12Traffic
@@ -149,12 +149,12 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
-    def _streamed_score(self, block: int) -> float:
+    def _streamed_scores(self, blocks: Sequence[int]) -> BlockScores:
         self.reduce_ipg_grads()
         if self.overlap_comm and self.reduction_stream is not None:
             get_accelerator().current_stream().wait_stream(self.reduction_stream)
         with compat.attribute(self, _holds_gradients=True):
-            return float(self._block_scores((block,))[block])
+            return self._start_scores(blocks)
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
         self._hold_gradient_buffers()
@@ -182,8 +182,14 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     # ----------------------------------------------------------------- offload
 
     @compat.overrides
-    def update_offload_overflow_tracker_for_param_grad(self, param: nn.Parameter) -> None:
-        """Do nothing: the norm, taken for every gradient, is finite exactly if the gradient is; see `has_overflow`."""
+    def update_offload_overflow_tracker(self, grad: Tensor | None) -> None:
+        """Do nothing: [Note: One norm] in gradient_norms."""
+
+    @compat.overrides
+    def set_norm_for_param_grad_in_gpu(self, param: nn.Parameter) -> None:
+        param_id, gradient = self.get_param_id(param), self.get_param_gradient_attribute(param)
+        _, source, _, numel = self.grad_position[param_id]
+        [self.norm_for_param_grads[param_id]] = l2_norms([gradient.view(-1).narrow(0, source, numel)])
 
     @compat.overrides
     def async_inplace_copy_grad_to_fp32_buffer_from_gpu(self, param: nn.Parameter) -> None:
@@ -196,11 +202,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     @compat.overrides
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        if self._overflow_is_known:
-            return True
-        if self._gradients.overflowed():
-            self.local_overflow = True
-        return super().has_overflow(partition_gradients)
+        return self._overflow_is_known or self._is_overflow()
 
     def _complete_gradients(self, blocks: Sequence[int]) -> None:
         self._gradients.complete(self._groups_of(blocks))
@@ -213,11 +215,24 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     def _before_update(self, groups: Sequence[int]) -> None:
         self._gradients.stage(groups)
 
+    def _needs_norm(self) -> bool:
+        return self.compute_grad_norm or self.check_grad_overflow
+
+    def _roots(self, sums: Tensor) -> Tensor:
+        # With offload in fp64 and rounded (stage_1_and_2.py:1948): MKL's fp32 root is not always the nearest.
+        return sums.double().sqrt().float() if self.cpu_offload else sums.sqrt()
+
     @compat.overrides
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """Return the norm of all shown gradients, added up in the groups' order, not in that of the update."""
-        with compat.only_groups(self, sorted(range(len(self._shown_groups)), key=self._shown_groups.__getitem__)):
-            return super().scaled_global_norm(norm_type)
+        norm = self._global_norm()
+        return norm.cpu() if self.cpu_offload else norm  # with offload the update waits for it on the host
+
+    @compat.overrides
+    def unscale_and_clip_grads(self, grad_groups_flat: Sequence[Tensor], total_norm: Tensor | None) -> None:
+        factor = self._clip_factor(total_norm)
+        if factor is not None:
+            for gradient in grad_groups_flat:
+                gradient.data.mul_(factor)
 
     @compat.overrides
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
@@ -225,16 +240,16 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         self._enter(group_idx)
         return super()._get_preflattened_grad_partition(group_idx)
 
-    def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
+    def _known_norms(self, group: int) -> list[tuple[int, Tensor]]:
+        return [] if self._holds_gradients else self._gradients.norms(group)
+
+    def _slices(self, group: int) -> list[tuple[int, Tensor]]:
         if self._holds_gradients and not self._use_compact_grad_partition_buffer(group):
-            return [(param_id, l2_norm(piece)) for param_id, piece in self._held_slices(group)]
-        known = None if self._holds_gradients else self._gradients.norms(group)
-        if known is not None:
-            return known
+            return self._held_slices(group)
+        if self._gradients.copies_each and not self._holds_gradients:
+            return []  # their norms are known
         slices = [g for g in self.averaged_gradients.get(group) or () if not getattr(g, "_zero_padding", False)]
-        return [
-            (self.get_param_id(param), l2_norm(piece)) for param, piece in zip(self.params_in_partition[group], slices)
-        ]
+        return [(self.get_param_id(param), piece) for param, piece in zip(self.params_in_partition[group], slices)]
 
     def _skip_step(self) -> None:
         with compat.attribute(self, check_grad_overflow=True):

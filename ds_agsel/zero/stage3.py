@@ -27,8 +27,8 @@ from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero3Accessors, ZeroParameter
 from ds_agsel.zero.gradient_buffers import Zero3GradientBuffers
+from ds_agsel.zero.gradient_norms import BlockScores, l2_norms
 from ds_agsel.zero.repartition import Layout, Slice
-from ds_agsel.zero.selective import l2_norm
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
 from ds_agsel.zero.traffic import Zero3Traffic
@@ -138,11 +138,11 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 
-    def _streamed_score(self, block: int) -> float:
+    def _streamed_scores(self, blocks: Sequence[int]) -> BlockScores:
         compat.reduce_buckets(self)
         if self.reduce_and_partition_stream is not None:
             get_accelerator().current_stream().wait_stream(self.reduce_and_partition_stream)
-        return float(self._block_scores((block,))[block])
+        return self._start_scores(blocks)
 
     def _keep_gradients(self, block: int, params: list[ZeroParameter]) -> None:
         self._hold_gradient_buffers()  # for a block that got none; the others have buffers already
@@ -176,17 +176,29 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
                     # It had a gradient in an earlier micro-step but none in the last one.
                     self._offload_grad_partition_at_boundary(param, partitions[param.ds_id], {}, {})
 
-    def _slice_norms(self, group: int) -> list[tuple[int, Tensor]]:
-        partitions, device = compat.gradient_partitions(self), get_accelerator().current_device_name()
+    def _known_norms(self, group: int) -> list[tuple[int, Tensor]]:
         known = self.norm_for_param_grads if self.offload_optimizer else {}  # at a boundary, by DeepSpeed
-        norms = []
-        for param in self.fp16_groups[group]:
-            norm = known.get(self.get_param_id(param))
-            if norm is None and param.ds_id in self._received:
-                norm = l2_norm(partitions[param.ds_id].to(device))
-            if norm is not None:
-                norms.append((self._number_of_param[param.ds_id], norm))
-        return norms
+        return [
+            (self._number_of_param[param.ds_id], known[self.get_param_id(param)])
+            for param in self.fp16_groups[group]
+            if self.get_param_id(param) in known
+        ]
+
+    def _slices(self, group: int) -> list[tuple[int, Tensor]]:
+        partitions, device = compat.gradient_partitions(self), get_accelerator().current_device_name()
+        known = self.norm_for_param_grads if self.offload_optimizer else {}
+        return [
+            (self._number_of_param[param.ds_id], partitions[param.ds_id].to(device))
+            for param in self.fp16_groups[group]
+            if param.ds_id in self._received and self.get_param_id(param) not in known
+        ]
+
+    def _norm_sum_dtype(self) -> torch.dtype:
+        return torch.float32 if self.offload_optimizer else compat.norm_dtype()
+
+    @compat.overrides
+    def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 250000000) -> Tensor:
+        return l2_norms([input])[0]
 
     def _drop_gradients(self, blocks: set[int]) -> None:
         for group in self._groups_of(tuple(blocks)):
@@ -223,7 +235,14 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         """Return the shown sub-groups' norms in sub-group order, the order of summation, not that of the update."""
         if self._overflow_is_known:
             return [torch.tensor(float("inf"))]
-        return [norm for _, norm in sorted(zip(self._shown_groups, super()._get_norm_groups(), strict=True))]
+        norms = self._group_norms()
+        return list((norms.cpu() if self.offload_optimizer else norms).unbind())
+
+    @compat.overrides
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        factor = self._clip_factor(total_norm)
+        if factor is not None:
+            self.fp32_partitioned_groups_flat[sub_group_id].grad.mul_(factor)
 
     @compat.overrides
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
