@@ -141,8 +141,8 @@ class ExploreStream:
         if and_score:
             self._whole += parts
         self._start()
-        while self._pending:
-            self._decide(self._pending.popleft().get())
+        while self._pending:  # the newest first: once it is there, all are
+            self._decide(self._pending.pop().get())
         for block in [] if and_score else parts:
             self.kept.add(block)
             self._unscored.add(block)

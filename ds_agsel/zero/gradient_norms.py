@@ -52,12 +52,15 @@ class Squares:
 
     def has_arrived(self) -> bool:
         """Return whether `get` would not wait."""
-        return self._event is None or self._event.query()
+        if self._event is not None and self._event.query():
+            self._event = None
+        return self._event is None
 
     def get(self) -> dict[int, float]:
         """Return the squares by parameter. The host waits for what was queued up to their copy, and for no more."""
-        if self._event is not None:
+        if not self.has_arrived() and self._event is not None:
             self._event.synchronize()
+            self._event = None
         return dict(zip(self._numbers, self._squares.tolist(), strict=True))
 
 
@@ -112,6 +115,10 @@ class GradientNorms(compat.ZeROOptimizer):
 
     def _slices(self, group: int) -> list[tuple[int, Tensor]]:
         """Return (number, slice) of each other gradient of ``group`` that this rank holds a part of."""
+        raise NotImplementedError
+
+    def _updates_on_host(self) -> bool:
+        """Return whether ZeRO-Offload keeps the gradients that the step reads on the host."""
         raise NotImplementedError
 
     def _norm_sum_dtype(self) -> torch.dtype:
@@ -225,8 +232,10 @@ class GradientNorms(compat.ZeROOptimizer):
         return self._roots(sums)
 
     def _roots(self, sums: Tensor) -> Tensor:
-        """Return the square roots, rounded as DeepSpeed's are."""
-        return sums.sqrt()
+        """Return the square roots of ``sums``, (groups,), rounded as DeepSpeed's are."""
+        if sums.device.type != "cpu":
+            return sums.sqrt()
+        return torch.stack([total.sqrt() for total in sums])  # MKL rounds a lone number and one in a row differently
 
     def _sums(self, norms: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the sums of squares of each list of ``norms``: (len(norms),), on the accelerator."""
@@ -257,6 +266,7 @@ class GradientNorms(compat.ZeROOptimizer):
             return 1.0 / self.loss_scale if self.loss_scale != 1.0 else None
         clip = torch.clamp(((total_norm / self.loss_scale) + 1e-6) / self.clip_grad, min=1.0)
         factor = 1.0 / (clip * self.loss_scale)
-        if factor.device.type != "cpu":
+        if not self._updates_on_host():
             return factor
-        return None if float(factor) == 1.0 else float(factor)
+        known = float(factor)
+        return None if known == 1.0 else known

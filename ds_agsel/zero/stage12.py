@@ -215,12 +215,14 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
     def _before_update(self, groups: Sequence[int]) -> None:
         self._gradients.stage(groups)
 
+    def _updates_on_host(self) -> bool:
+        return bool(self.cpu_offload)
+
     def _needs_norm(self) -> bool:
         return self.compute_grad_norm or self.check_grad_overflow
 
     def _roots(self, sums: Tensor) -> Tensor:
-        # With offload in fp64 and rounded (stage_1_and_2.py:1948): MKL's fp32 root is not always the nearest.
-        return sums.double().sqrt().float() if self.cpu_offload else sums.sqrt()
+        return sums.double().sqrt().float() if self.cpu_offload else super()._roots(sums)  # stage_1_and_2.py:1949
 
     @compat.overrides
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:

@@ -193,6 +193,9 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             if param.ds_id in self._received and self.get_param_id(param) not in known
         ]
 
+    def _updates_on_host(self) -> bool:
+        return bool(self.offload_optimizer)
+
     def _norm_sum_dtype(self) -> torch.dtype:
         return torch.float32 if self.offload_optimizer else compat.norm_dtype()
 

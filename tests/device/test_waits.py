@@ -1,0 +1,95 @@
+"""What a step asks of the device, counted on the simulated accelerator: host waits and operations, against plain's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise, product
+from typing import Any
+from unittest import mock
+
+import pytest
+from simulator import Counts, simulated
+from simulator.counters import table
+from support import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Case, case_id, train
+from workers import Workers
+
+UNTIMED = {"timers": {"throughput": {"enabled": False}}}  # the timer synchronizes the device at every step
+PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
+PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+CASES = [
+    Case(
+        stage=stage, offload=offload, dtype="bf16", clip=0.5, steps=6,
+        config=UNTIMED if offload == "cpu" else {**UNTIMED, **ADAM},
+        zero=PINNED if offload == "cpu" else {},
+    )
+    for stage, offload in product((1, 2, 3), ("none", "cpu"))
+]  # fmt: skip
+
+
+def count(case: Case) -> list[tuple[str, Counts, Counts]]:
+    """Of each step: phase, what forward and backward asked of the device, and what ``step`` did.
+
+    Copies whose event the host asks for are there: the device keeps up with the host, and nothing throttles it.
+    """
+    accelerator = simulated(seed=1)
+    queue = accelerator.queue
+    seen: list[Counts] = []
+
+    def observe(event: str, engine: Any, step: int) -> None:
+        if event == "start":
+            queue.finish()
+        seen.append(accelerator.counts())
+
+    def keeps_up(event: Any) -> bool:
+        queue._finish(event)
+        return True
+
+    with mock.patch.object(queue, "query_event", keeps_up):
+        run = train(case, observe)
+    queue.finish()
+    spans = [later.since(earlier) for earlier, later in pairwise(seen)]
+    phases = [phase for _, phase, _ in run["history"]] if "history" in run else ["plain"] * case.steps
+    return [(phase, spans[3 * step], spans[3 * step + 1]) for step, phase in enumerate(phases)]
+
+
+@pytest.fixture(scope="module")
+def counted(simulated_workers: Callable[[int], Workers]) -> Callable[[Case], list[Any]]:
+    """``counted(case)``: `count` on one rank; made once."""
+    runs: dict[str, list[Any]] = {}
+
+    def run(case: Case) -> list[Any]:
+        key = repr(case)
+        if key not in runs:
+            [runs[key]] = simulated_workers(1).run(count, case)
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_host_waits_once_in_a_step_whatever_it_updates(counted, case):
+    """For the norm, which DeepSpeed's overflow check needs; of an explore step for its scores, which have it."""
+    for phase, backward, step in counted(case)[1:]:
+        ours = backward.waits_at("ds_agsel/zero").total()
+        assert ours <= (phase == "explore" and case.stage > 1), table(backward.waits)
+        norm = 0 if phase == "explore" and case.stage > 1 else 1
+        mine = step.waits_at("ds_agsel/zero") + step.waits_at("deepspeed/runtime/utils.py")
+        assert mine.total() <= norm, table(step.waits)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_no_step_waits_much_more_than_a_plain_one(counted, case):
+    """A plain one with as many param groups; its explore steps may wait twice more."""
+    of_plain = min(step.num_waits for _, _, step in counted(case.but(section=None)))
+    for phase, backward, step in counted(case)[1:]:
+        waits = step.num_waits + backward.waits_at("ds_agsel/zero").total()
+        assert waits <= of_plain + (2 if phase == "explore" else 0), table(step.waits)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_a_steps_operations_follow_its_share(counted, case):
+    """Two blocks of six are updated: a third of the groups."""
+    of_plain = max(step.num_operations for _, _, step in counted(case.but(section=None)))
+    for _, _, step in counted(case)[1:]:
+        assert step.num_operations <= 0.4 * of_plain, table(step.operations)
