@@ -32,16 +32,16 @@ def l2_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Squares:
-    """Squared norms of parameters' gradients, of the whole batch, on their way to the host.
+    """Squared norms of the whole batch's gradients on their way to the host.
 
     Args:
-        numbers: the parameters.
-        squares: (len(numbers),), in fp64, on the accelerator, added up over the ranks.
+        keys: what each belongs to: a parameter's number, or `key_of_group` of a group.
+        squares: (len(keys),), in fp64, on the accelerator, added up over the ranks.
         buffer: page-locked memory of the same form that nothing else uses until `get`; None to wait for the copy.
     """
 
-    def __init__(self, numbers: Sequence[int], squares: Tensor, buffer: Tensor | None) -> None:
-        self._numbers = numbers
+    def __init__(self, keys: Sequence[int], squares: Tensor, buffer: Tensor | None) -> None:
+        self._keys = keys
         self._event = None
         if squares.device.type != "cpu" and buffer is not None:
             buffer.copy_(squares, non_blocking=True)
@@ -57,11 +57,16 @@ class Squares:
         return self._event is None
 
     def get(self) -> dict[int, float]:
-        """Return the squares by parameter. The host waits for what was queued up to their copy, and for no more."""
+        """Return the squares by key. The host waits for what was queued up to their copy, and for no more."""
         if not self.has_arrived() and self._event is not None:
             self._event.synchronize()
             self._event = None
-        return dict(zip(self._numbers, self._squares.tolist(), strict=True))
+        return dict(zip(self._keys, self._squares.tolist(), strict=True))
+
+
+def key_of_group(group: int) -> int:
+    """Return the key of the sum of a group's squares, another than any parameter's, which are 0 or more."""
+    return ~group
 
 
 class BlockScores:
@@ -98,7 +103,7 @@ class GradientNorms(compat.ZeROOptimizer):
     def _forget_norms(self) -> None:
         """Forget all norms: gradients have changed, or are gone."""
         self._taken = 0  # numbers of `_host_squares` that this window uses
-        self._squares: dict[int, float] = {}  # what an explore step has been scored by, by parameter
+        self._squares: dict[int, float] = {}  # what an explore step has been scored by, by the keys of `Squares`
         self._gradients_were_set()
 
     def _gradients_were_set(self) -> None:
@@ -136,35 +141,40 @@ class GradientNorms(compat.ZeROOptimizer):
         return norms
 
     def _squares_of(self, groups: Sequence[int], buffered: bool = False) -> Squares:
-        """Return the squared norms of the whole batch's gradients of ``groups``, 0 without one. Collective.
+        """Return the squared norms of ``groups`` and of their parameters, 0 without a gradient. Collective.
 
         One all-reduce. With ``buffered`` the host does not wait, and each group may be asked for once a window.
         """
         numbers = [number for group in groups for number in self._numbers_of_group.get(group, ())]
         device, dtype = get_accelerator().current_device_name(), compat.norm_dtype()
-        found = {number: norm for norms in self._slice_norms(groups).values() for number, norm in norms}
+        taken = self._slice_norms(groups)
+        found = {number: norm for norms in taken.values() for number, norm in norms}
         nothing = torch.zeros((), dtype=dtype, device=device) if len(found) < len(numbers) else None
         norms = [found.get(number, nothing) for number in numbers]
         squares = torch.stack([norm.to(device, dtype) for norm in norms if norm is not None]).square()
+        # A rank's sum is rounded as it is without scores; with two ranks so is the sum of both.
+        squares = torch.cat([squares, self._sums(list(taken.values())).to(dtype)])
         if dist.get_world_size(group=self.dp_process_group) > 1:
             dist.all_reduce(squares, group=self.dp_process_group)
-        return Squares(numbers, squares, self._buffer(len(numbers)) if buffered else None)
+        keys = [*numbers, *map(key_of_group, groups)]
+        return Squares(keys, squares, self._buffer(len(keys)) if buffered else None)
 
     def _buffer(self, count: int) -> Tensor | None:
-        """Return page-locked memory for ``count`` squares that no other call in this window gets; None on a CPU."""
+        """Return page-locked memory for ``count`` numbers that no other call in this window gets; None on a CPU."""
         if get_accelerator().device_name() == "cpu":
             return None
         if self._host_squares is None:
-            numbers = torch.empty(len(self._group_of_param), dtype=compat.norm_dtype())
+            count_of_all = len(self._group_of_param) + len(self._block_of_group)
+            numbers = torch.empty(count_of_all, dtype=compat.norm_dtype())
             self._host_squares = get_accelerator().pin_memory(numbers)
         start, self._taken = self._taken, self._taken + count
         return self._host_squares.narrow(0, start, count)
 
     def _scores(self) -> Tensor:
         """Return the score of each block whose gradients are there, (num_blocks,), fp64, on the host. Collective."""
-        found = {self._group_of_param[number] for number in self._squares}
-        blocks = set(self.selection.active_blocks)
-        missing = [g for g, block in enumerate(self._block_of_group) if block in blocks and g not in found]
+        blocks, known = set(self.selection.active_blocks), self._squares
+        of_blocks = [group for group, block in enumerate(self._block_of_group) if block in blocks]
+        missing = [group for group in of_blocks if key_of_group(group) not in known]
         if missing:
             self._note_squares(self._squares_of(missing).get())
         return self._scores_of(self._squares)
@@ -186,7 +196,7 @@ class GradientNorms(compat.ZeROOptimizer):
 
     def _scores_of(self, squares: Mapping[int, float]) -> Tensor:
         """Return `block_scores.combine` of ``squares``, the loss scale removed: (num_blocks,), fp64, on the host."""
-        numbers = sorted(squares)
+        numbers = sorted(key for key in squares if key >= 0)
         norms = torch.tensor([squares[number] for number in numbers], dtype=torch.float64).sqrt() / self.loss_scale
         owners = [self._block_of_group[self._group_of_param[number]] for number in numbers]
         numels = [block.numel for block in self.selection.blocks]
@@ -209,8 +219,8 @@ class GradientNorms(compat.ZeROOptimizer):
         """Take the norms of the gradients that the step will apply, before DeepSpeed is shown ``groups`` alone."""
         self._norm = self._scale = None
         self._local_norms = None
-        numbers = [number for group in groups for number in self._numbers_of_group.get(group, ())]
-        if self._needs_norm() and not (self._squares_hold and all(number in self._squares for number in numbers)):
+        is_known = self._squares_hold and all(key_of_group(group) in self._squares for group in groups)
+        if self._needs_norm() and not is_known:
             self._local_norms = self._slice_norms(sorted(groups))
 
     def _needs_norm(self) -> bool:
@@ -223,24 +233,21 @@ class GradientNorms(compat.ZeROOptimizer):
         One all-reduce; none where an explore step's scores have told all.
         """
         if self._local_norms is None:
-            members = [self._numbers_of_group.get(group, ()) for group in sorted(self._shown_groups)]
-            known = [sum(self._squares[number] for number in numbers) for numbers in members]
-            return torch.tensor(known, dtype=torch.float64).to(self._norm_sum_dtype()).sqrt()
-        sums = self._sums([[norm for _, norm in found] for found in self._local_norms.values()])
+            known = [self._squares[key_of_group(group)] for group in sorted(self._shown_groups)]
+            return self._roots(torch.tensor(known, dtype=torch.float64).to(self._norm_sum_dtype()))
+        sums = self._sums(list(self._local_norms.values()))
         if dist.get_world_size(group=self.dp_process_group) > 1:
             dist.all_reduce(sums, group=self.dp_process_group)
         return self._roots(sums)
 
     def _roots(self, sums: Tensor) -> Tensor:
         """Return the square roots of ``sums``, (groups,), rounded as DeepSpeed's are."""
-        if sums.device.type != "cpu":
-            return sums.sqrt()
-        return torch.stack([total.sqrt() for total in sums])  # MKL rounds a lone number and one in a row differently
+        return sums.sqrt()
 
-    def _sums(self, norms: Sequence[Sequence[Tensor]]) -> Tensor:
+    def _sums(self, norms: Sequence[Sequence[tuple[int, Tensor]]]) -> Tensor:
         """Return the sums of squares of each list of ``norms``: (len(norms),), on the accelerator."""
         device, dtype = get_accelerator().current_device_name(), compat.norm_dtype()
-        every = [norm.to(device, dtype) for of_group in norms for norm in of_group]
+        every = [norm.to(device, dtype) for of_group in norms for _, norm in of_group]
         if not every:
             return torch.zeros(len(norms), dtype=self._norm_sum_dtype(), device=device)
         parts = torch.stack(every).square().split([len(of_group) for of_group in norms])

@@ -182,7 +182,8 @@ class HostGradients(AcceleratorGradients):
             for param in params:
                 param_id = zero.get_param_id(param)
                 if zero.is_param_in_current_partition[param_id]:
-                    zero.copy_grads_in_partition(param, zero._group_of_param[param_id])
+                    with zero._copying(param):
+                        zero.copy_grads_in_partition(param, zero._group_of_param[param_id])
 
     def forget(self, param_id: int) -> None:
         compat.offloaded_param_ids(self._zero).discard(param_id)

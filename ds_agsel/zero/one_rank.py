@@ -6,8 +6,12 @@ a division by 1, a collective of one, a copy out) changes no bit and is left out
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_agsel.zero import compat
@@ -51,6 +55,22 @@ class OneRankReduction(SelectiveStep, compat.DeepSpeedZeroOptimizer):
         if compact is not None:
             compact.add_(gradient.view(-1).to(compact.dtype))
         if self._gradients.copies_each and not self._holds_gradients:
-            self.copy_grads_in_partition(param, group)
+            with self._copying(param):
+                self.copy_grads_in_partition(param, group)
         elif compact is not None:
             self.clear_grad_attribute(param)
+
+    @contextmanager
+    def _copying(self, param: nn.Parameter) -> Iterator[None]:
+        """Inside, the current stream is the one on which plain DeepSpeed copies a gradient to the host.
+
+        With `overlap_comm` that is beside the backward pass, which goes on.
+        """
+        accelerator = get_accelerator()
+        if not self.overlap_comm or accelerator.resolves_data_dependency():
+            yield
+            return
+        self.reduction_stream.wait_stream(accelerator.current_stream())
+        self.get_param_gradient_attribute(param).record_stream(self.reduction_stream)
+        with accelerator.stream(self.reduction_stream):
+            yield

@@ -10,8 +10,8 @@ Each group's state is where the update runs when DeepSpeed's loop comes to it: s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -142,10 +142,25 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         self.reduce_ipg_grads()  # before the view: its buckets name groups by their original index
         if self._stream is not None:
             self._stream.flush(and_score=self._explores_on_first_micro_batch())
-        with compat.only_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
+        groups = self._groups_of(sorted(self._blocks_to_keep()))
+        with compat.only_groups(self, groups), self._waiting_for_reductions_alone():
             super().independent_gradient_partition_epilogue()
         if self._stream is not None and not self.is_gradient_accumulation_boundary():
             self._choose_on_first_micro_batch()
+
+    @contextmanager
+    def _waiting_for_reductions_alone(self) -> Iterator[None]:
+        """Inside, the epilogue does not synchronize the device for `overlap_comm` (stage_1_and_2.py:1026).
+
+        Whatever reads or frees gradients from here on runs on the current stream, which waits for the reductions.
+        """
+        if not self.overlap_comm or get_accelerator().resolves_data_dependency():
+            yield
+            return
+        get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        self._clear_previous_reduced_grads()
+        with compat.attribute(self, overlap_comm=False):
+            yield
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]
 

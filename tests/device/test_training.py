@@ -184,10 +184,31 @@ def test_waits_left_out_of_zero3_are_noticed(simulated_workers: Callable[[int], 
     case = ON_DEVICE.but(stage=3, section={**TOPK, **VISIT}, zero={"overlap_comm": True}, steps=2)
     ((_, hazards, sites),) = simulated_workers(1).run(train_simulated, case, 0)
     assert not hazards
-    for function in ("__add_grad_to_ipg_bucket", "_streamed_score"):
+    for function in ("__add_grad_to_ipg_bucket", "_streamed_scores"):
         waits = [site for site in sites if site.function == function]
         ((_, hazards, _),) = simulated_workers(1).run(train_simulated, case, 0, waits)
         assert waits and hazards, function
+
+
+@pytest.mark.parametrize(
+    "case, function",
+    [
+        (ON_DEVICE.but(zero={"overlap_comm": True}), "_waiting_for_reductions_alone"),
+        (ON_DEVICE.but(section=TOPK), "get"),
+        (ON_HOST.but(zero={**PINNED, "overlap_comm": True}), "_copying"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_waits_left_out_of_norms_and_copies_are_noticed(
+    case: Case, function: str, simulated_workers: Callable[[int], Workers]
+) -> None:
+    ranks = simulated_workers(2 if function == "_waiting_for_reductions_alone" else 1)
+    ((expected, hazards, sites), *_) = ranks.run(train_simulated, case.but(steps=3), 0)
+    assert not hazards
+    waits = [site for site in sites if site.function == function]
+    runs = [ranks.run(train_simulated, case.but(steps=3), seed, waits)[0] for seed in range(4)]
+    assert waits
+    assert any(hazards or differences(expected["weights"], result["weights"]) for result, hazards, _ in runs)
 
 
 # ZeRO-3's own synchronization (partition_parameters.py:2128) stands in for the wait before states leave.

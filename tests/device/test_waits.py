@@ -93,3 +93,41 @@ def test_a_steps_operations_follow_its_share(counted, case):
     of_plain = max(step.num_operations for _, _, step in counted(case.but(section=None)))
     for _, _, step in counted(case)[1:]:
         assert step.num_operations <= 0.4 * of_plain, table(step.operations)
+
+
+def test_nothing_synchronizes_the_device_after_backward(counted):
+    """`overlap_comm` of plain DeepSpeed does, at every backward."""
+    case = CASES[2].but(zero={"overlap_comm": True}, steps=3)
+    assert case.stage == 2
+    for _, backward, step in counted(case):
+        assert not (backward.waits_by_name() + step.waits_by_name())["synchronize"]
+    assert counted(case.but(section=None))[1][1].waits_by_name()["synchronize"]
+
+
+def test_offload_on_one_rank_copies_gradients_beside_backward(simulated_workers):
+    case = CASES[3].but(zero={**PINNED, "overlap_comm": True}, steps=3)
+    assert case.offload == "cpu"
+    streams = simulated_workers(1).run(streams_of_copies, case)[0]
+    assert len(streams) == 1 and 0 not in streams
+
+
+def streams_of_copies(case: Case) -> set[int]:
+    """The streams on which copies to the host of gradients, not scores, were queued in backward."""
+    accelerator = simulated(seed=1)
+    streams: set[int] = set()
+    original = accelerator.queue.submit
+    in_backward = False
+
+    def submit(name: str, run: Any, accesses: Any, stream: int | None = None) -> None:
+        if in_backward and name == "copy D2H" and any(access.last - access.first > 200 for access in accesses):
+            streams.add(accelerator.queue.current() if stream is None else stream)
+        original(name, run, accesses, stream)
+
+    def observe(event: str, engine: Any, step: int) -> None:
+        nonlocal in_backward
+        in_backward = event == "start"
+
+    with mock.patch.object(accelerator.queue, "submit", submit):
+        train(case, observe)
+    accelerator.queue.finish()
+    return streams

@@ -24,6 +24,7 @@ class StockNames:
 
 ZERO12 = StockNames(
     methods={
+        "_clear_previous_reduced_grads": "",
         "_create_param_mapping": "",
         "_get_compact_grad_partition_slice": "group_idx, partition_id, param_id, num_elements",
         "_get_offload_gradient_dict": "",
