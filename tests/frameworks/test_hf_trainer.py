@@ -202,7 +202,7 @@ def test_the_logs_reach_what_the_trainer_reports_to(workers, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_blocks_learn_from_some_rows_without_user_code(workers, tmp_path, ranks):
     config = ds_config(2, "none")
-    config["adagrad_select"] = {**config["adagrad_select"], "gast": {}}
+    config["adagrad_select"] = {**config["adagrad_select"], "select_percent": 100, "gast": {}}
     [run, *_] = workers(ranks).run(trainers.train, tmp_path, config, per_device_train_batch_size=4)
     assert_engaged(run, START)
     choices = read_run(tmp_path).choices
