@@ -30,7 +30,7 @@ import ds_agsel
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # by the number of pairs
 FIFTH = {"policy": "random", "select_percent": 20}
-COSTS = {
+COSTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = {
     "all blocks": ({"policy": "all"}, {"random": "random rows", "sample": "alignment"}),
     "20 % of the blocks": (FIFTH, {"random": "random rows", "sample": "alignment"}),
 }

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "--hostfile": "make test-nodes",
     "ds_agsel.run train.py": "tests/frameworks/test_run.py",
     "launch/reproduce.py": "tests/e2e/test_reproduce.py",
+    "launch.pages.gast": "tests/e2e/test_gast_job.py",
     "launch/peers.py": "tests/e2e/test_peers.py",
     "launch/evaluate.py": "tests/e2e/test_evaluate.py",
     "launch/benchmark.py": "tests/e2e/test_benchmark.py",

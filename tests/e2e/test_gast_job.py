@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_peers import assert_measured, peer, summary_of
-from test_train import ROOT, tiny_model, train  # noqa: F401
+from test_train import ROOT, environment, tiny_model, train  # noqa: F401
 
 from ds_agsel import cli
 from ds_agsel.report.runs import read_run
@@ -50,3 +52,16 @@ def test_wrong_answers_are_the_built_in_datas_alone(tmp_path: Path) -> None:
     result = train("nothing", tmp_path, dataset="gsm8k", builtin_wrong_percent="10")
     assert result.returncode != 0
     assert "--builtin-wrong-percent=10 is only for --dataset builtin" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [(["cost", "--rounds", "4", "--layers", "2", "--length", "8", "--rows", "4"], 6),
+     (["task", "--seeds", "2", "--steps", "3"], 17)],
+)  # fmt: skip
+def test_the_tables_of_the_page_are_printed(options: list[str], lines: int) -> None:
+    words = [sys.executable, "-m", "launch.pages.gast", *options]
+    result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len([line for line in result.stdout.splitlines() if line.startswith("|")]) == lines

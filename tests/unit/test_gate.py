@@ -21,6 +21,7 @@ from ds_agsel.gast_section import GastConfig
 from ds_agsel.samples import rows as rows_module
 from ds_agsel.samples import scores as scores_module
 from ds_agsel.samples.choice import DrawKey, take
+from ds_agsel.samples.gate import Gate
 from ds_agsel.samples.record import Samples
 from ds_agsel.samples.rows import RowChoice
 from ds_agsel.samples.scores import Use, against, of_halves, support_of
@@ -272,3 +273,27 @@ def test_evaluation_and_closed_windows_are_not_gated() -> None:
     assert rows.record.history[0].blocks == {}
     rows.choice.remove()
     assert all("forward" not in module.__dict__ for module in rows.model.modules())
+
+
+def test_what_backward_holds_is_x_and_dy_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most tokens times the sum of D_in + D_out of the largest block; inputs that Linears share count once."""
+    rows, held = Rows(tiny_model(Case())), []
+
+    def of_all_gates() -> int:
+        uses = [use for gate in rows.choice._open for of in gate._uses.values() for use in of]
+        tensors = [tensor for use in uses for tensor in (use.x, use.dy)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    keep = Gate.keep
+
+    def counting(self: Gate, number: int, use: Use) -> None:
+        keep(self, number, use)
+        held.append(of_all_gates())
+
+    monkeypatch.setattr(Gate, "keep", counting)
+    data = batch()
+    rows.gradients(data)
+    layer = rows.model.model.layers[0]
+    sides = sum(sum(m.weight.shape) for m in layer.modules() if isinstance(m, nn.Linear))
+    assert 0 < max(held) <= data["input_ids"].numel() * sides * 8
+    assert len(held) == 4 * 7
