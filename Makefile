@@ -17,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-device test-nodes compat bench reproduce docs mutants deepspeed-suite lint ops ops-nvme clean
+.PHONY: train test test-slow test-device gpu-check test-nodes compat bench reproduce docs mutants deepspeed-suite lint ops ops-nvme clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -31,9 +31,22 @@ test: $(VENV)/.ready ops ops-nvme
 test-slow: $(VENV)/.ready ops ops-nvme
 	$(BIN)/python -m pytest -m "slow and not device" $(ARGS)
 
+# The Python for a machine with a GPU: $(VENV)'s, or the one that is there, if it has all that is needed. Nothing is
+# installed then; the ops are compiled when they are first used.
+NEEDED        := torch, deepspeed, transformers, pydantic, pytest
+DEVICE_PYTHON  = $(shell for p in "$(abspath $(BIN))/python" $(PYTHON); do \
+    "$$p" -c "import $(NEEDED)" >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
+ON_DEVICE      = PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(or $(DEVICE_PYTHON),$(BIN)/python)
+
 # On a machine with a GPU: what is simulated elsewhere.
-test-device: $(VENV)/.ready ops
-	$(BIN)/python -m pytest -m device $(ARGS)
+test-device:
+	$(if $(DEVICE_PYTHON),,$(MAKE) $(VENV)/.ready)
+	$(ON_DEVICE) -m pytest -m device $(ARGS)
+
+# On a machine with a GPU, at most 25 minutes: docs/gpu.md. `DEVICE=cpu` is its dry run.
+gpu-check:
+	$(if $(DEVICE_PYTHON),,$(MAKE) $(VENV)/.ready)
+	$(ON_DEVICE) -m launch.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 # Two "nodes" on this machine, over loopback addresses; the part by ssh needs: apt-get install openssh-server pdsh
 test-nodes: $(VENV)/.ready ops

@@ -34,6 +34,7 @@ from typing import Any
 NVME = os.environ.get("DS_AGSEL_TEST_NVME", os.path.join(tempfile.gettempdir(), "ds_agsel_nvme"))
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_SECONDS = 600  # DeepSpeed's first build of its Adam takes minutes
+JOB_TIMEOUT_SECONDS = {False: 120, True: 900}  # on a CUDA device the first jobs wait for nvcc
 GRACE_SECONDS = 5  # for the other ranks, once one has failed
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "sim": "simccl"}
 # What nearly every job imports; DeepSpeed imports the last three at the first `initialize`, with half of torch.compile.
@@ -49,6 +50,14 @@ class WorkerError(AssertionError):
 
 
 _servers: dict[str, Server] = {}
+
+
+def extensions(accelerator: str) -> dict[str, str]:
+    """Where ops are built: DeepSpeed compiles those of one name otherwise where there is a CUDA device."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder is None or accelerator == "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    return {"TORCH_EXTENSIONS_DIR": f"{folder.rstrip(os.sep)}-cpu"}
 
 
 def free_port() -> int:
@@ -68,6 +77,7 @@ class Server:
             "DS_ACCELERATOR": "cuda" if accelerator == "cuda" else "cpu",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **extensions(accelerator),
             # DeepSpeed's builds call the ninja they find first, and another version's build is not reused.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
@@ -145,11 +155,13 @@ class Workers:
         self._port = 0
         self._connections: list[Connection] = []
 
-    def run(self, function: Callable, *args: Any, timeout_seconds: float = 120, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable, *args: Any, timeout_seconds: float | None = None, **kwargs: Any) -> list[Any]:
         """What ``function(*args, **kwargs)`` returned on each rank, in rank order.
 
         Raises: WorkerError with the traceback and the last output of each rank that failed or did not answer.
         """
+        if timeout_seconds is None:
+            timeout_seconds = JOB_TIMEOUT_SECONDS[self.accelerator == "cuda"]
         if not self._processes:
             self._start()
         offsets = [log.stat().st_size for log in self._logs()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ CASES = [
     Case(section={**SELECT, **VISIT, "keep_master": "accelerator"}, accumulation=2),
     Case(section=TOPK, zero={"overlap_comm": True}),
     Case(offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}, "overlap_comm": True}),
+    Case(stage=3, section={**SELECT, **VISIT}, zero={"stage3_param_persistence_threshold": 50, "sub_group_size": 300}),
+    Case(stage=3, offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+    Case(section={**SELECT, **VISIT, "state_budget_bytes": 10**6}),  # a cache with room for all
 ]
 # The kernels are others than the host's, and add up in another order: fp32's 1e-6 of a gradient, through AdamW's
 # division as in test_reference; bf16 turns single weights to their other neighbour.
@@ -56,10 +60,51 @@ def test_training_follows_the_host(case: Case, device_workers: Workers, workers:
         group.run(train, run)
         for group, run in ((workers(1), case.but(steps=1)), (workers(1), case), (device_workers, case))
     )
+    follows(host, device, start, TOLERANCE[case.dtype])
+
+
+def follows(host: dict[str, Any], device: dict[str, Any], start: dict[str, Any], tolerance: float) -> None:
+    """The run on ``device`` selected what the one on the host did, and its weights are near that one's."""
     assert device["history"] == host["history"]
     for name, weight in host["weights"].items():
         error = relative_error(weight, device["weights"][name].cpu(), start["weights"][name])
-        assert error <= TOLERANCE[case.dtype] or torch.equal(weight, start["weights"][name])
+        assert error <= tolerance or torch.equal(weight, start["weights"][name])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_overflow_of_fp16_is_skipped_and_counted_once(stage: int, device_workers: Workers) -> None:
+    [run] = device_workers.run(train, Case(dtype="fp16", stage=stage, section={**SELECT, **VISIT}))
+    assert run["skipped"] > 0 and len(run["history"]) == Case().steps - run["skipped"]
+    assert sum(run["counts"]) == sum(len(blocks) for _, _, blocks in run["history"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5]], ids=case_id)
+def test_two_ranks_meet_over_nccl_and_follow_the_host(
+    case: Case, workers: Callable[[int], Workers], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ranks = Workers(2, tmp_path_factory.mktemp("nccl"), "cuda")
+    try:
+        found = ranks.run(train, case)
+    finally:
+        ranks.stop()
+    start, host = workers(2).run(train, case.but(steps=1)), workers(2).run(train, case)
+    for rank in range(2):
+        follows(host[rank], found[rank], start[rank], TOLERANCE[case.dtype])
+
+
+def weigh(case: str) -> dict[str, Any]:
+    from launch.gpu_check import memory
+    from launch.gpu_check.parts import CARD
+
+    return memory.run(case, CARD)
+
+
+def test_memory_is_what_the_estimate_says(device_workers: Workers) -> None:
+    """Between steps: weights, and states within their budget; activations and gradients are gone."""
+    [found] = device_workers.run(weigh, "qwen2.5-0.5b/exploit-20")
+    assert 0 < found["states_on_accelerator_bytes"] < found["estimate"]["accelerator"]
+    assert found["allocated_bytes"] <= 1.1 * found["estimate"]["accelerator"]
 
 
 def seconds_of_a_step(overlapping: bool, repeats: int = 7) -> list[float]:

@@ -26,6 +26,7 @@ COMMANDS = ("make", "deepspeed", "python", "ds-agsel", "accelerate", "torchrun",
 ELSEWHERE = {
     "make": "test_makefile_has_the_target",
     "pip install": "the wheel's own test",
+    "python -m venv": "Python's own",
     "--hostfile": "make test-nodes",
     "ds_agsel.run train.py": "tests/frameworks/test_run.py",
     "launch/reproduce.py": "tests/e2e/test_reproduce.py",

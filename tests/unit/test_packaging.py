@@ -18,7 +18,12 @@ else:
 
 ROOT = Path(__file__).parents[2]
 # Parts of launch/ that read files of a clone: configs/, docs/. They stay out of the wheel.
-OF_A_CLONE = {"ds_agsel.launch.examples", "ds_agsel.launch.pages", "ds_agsel.launch.reproduction"}
+OF_A_CLONE = {
+    "ds_agsel.launch.examples",
+    "ds_agsel.launch.gpu_check",
+    "ds_agsel.launch.pages",
+    "ds_agsel.launch.reproduction",
+}
 
 
 def packages_below(folder: Path, name: str) -> set[str]:

@@ -1,0 +1,80 @@
+"""Part `matrix`: a tiny model trains in every configuration, followed by a plain PyTorch loop on the CPU.
+
+The loop updates, at each step, the blocks that the engine has selected. Every weight of the other blocks must keep its
+bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .models import LEARNING_RATE, ds_config, engine_of, random_model, take_step, tokens
+from .parts import Size
+
+LOSS_TOLERANCE = 2e-3  # relative; fp32 on both sides, kernels that add up in another order
+
+
+def run(case: str, size: Size) -> dict[str, Any]:
+    """Train ``case`` in fp32; return what was seen. Raises RuntimeError where a promise is broken."""
+    stage_name, home = case.split("-", 1)
+    model = random_model("tiny", torch.float32)
+    twin = _Twin(model)
+    fields: dict[str, Any] = {"steps_per_epoch": 3, "seed": 2, "select_percent": 40}
+    if home.startswith("visit"):
+        fields["step_device"] = "accelerator"
+    if home == "visit-all":  # a cache with room for all
+        fields["state_budget_bytes"] = 2**30
+    config = ds_config(size, int(stage_name.removeprefix("zero")), "fp32", "cpu" if home == "cpu" else "none")
+    engine = engine_of(model, {**config, "adagrad_select": fields})
+    losses, moved = [], 0
+    for step in range(size.matrix_steps):
+        before = _weights(engine)
+        batch = tokens(engine.module, size, step)
+        loss = float(take_step(engine, batch))
+        record = engine.selection.history[-1]
+        selected = {name for block in record.blocks for name in engine.selection.blocks[block].parameter_names}
+        changed = {name for name, weight in _weights(engine).items() if not torch.equal(weight, before[name])}
+        if changed - selected:
+            raise RuntimeError(f"step {step} ({record.phase}) changed {sorted(changed - selected)}, not selected.")
+        reference = twin.step(batch.cpu(), selected)
+        if abs(loss - reference) > LOSS_TOLERANCE * abs(reference):
+            raise RuntimeError(f"step {step}: loss {loss:.6f}, and {reference:.6f} on the CPU.")
+        losses.append(loss)
+        moved += engine.selection.traffic[-1].h2d_bytes + engine.selection.traffic[-1].d2h_bytes
+    phases = [record.phase for record in engine.selection.history]
+    return {
+        "steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1], "explored": phases.count("explore"),
+        "moved_bytes": moved,
+    }  # fmt: skip
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Return copies of the model weights; with stage 3 of this rank's partitions."""
+    return {
+        name: getattr(parameter, "ds_tensor", parameter).detach().clone()
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+class _Twin:
+    """The same model on the CPU, with torch's AdamW, which steps only parameters that have a gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        import copy
+
+        self._model = copy.deepcopy(model).cpu()
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+
+    def step(self, batch: torch.Tensor, selected: set[str]) -> float:
+        loss: torch.Tensor = self._model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        for name, parameter in self._model.named_parameters():
+            if name not in selected:
+                parameter.grad = None
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(loss.detach())

@@ -1,0 +1,92 @@
+"""Part `transfers`: the link's measured rates, and the time that steps wait for states against the model of it.
+
+A step waits for what does not hide under forward and backward. Measured, that is a step at the default budget less one
+of a budget that holds all states, where nothing moves; both take their steps in turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from ds_agsel.estimate.cards import Card
+from ds_agsel.estimate.setup import read_setup
+from ds_agsel.estimate.shapes import shape_of
+from ds_agsel.estimate.timeline import simulate
+from ds_agsel.residency import page_locked
+
+from .models import Unavailable, ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait
+from .parts import Size
+
+SAMPLE_BYTES = 256 * 2**20
+
+
+def run(case: str, size: Size) -> dict[str, Any]:
+    """Measure the "rates", or the waits of model/percent."""
+    return rates(size) if case == "rates" else _waits(*case.split("/"), size)
+
+
+def rates(size: Size) -> dict[str, float]:
+    """Return bytes a second of page-locked copies each way and of device memory, and bf16 operations a second."""
+    if not has_own_memory():
+        raise Unavailable("the accelerator's memory is the host's: nothing is copied")
+    accelerator = get_accelerator()
+    host = page_locked.empty(SAMPLE_BYTES, torch.uint8, accelerator)
+    device = torch.empty(SAMPLE_BYTES, dtype=torch.uint8, device=accelerator.current_device_name())
+    twin = torch.empty_like(device)
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=accelerator.current_device_name())
+    return {
+        "h2d_bytes": SAMPLE_BYTES / _seconds(lambda: device.copy_(host, non_blocking=True)),
+        "d2h_bytes": SAMPLE_BYTES / _seconds(lambda: host.copy_(device, non_blocking=True)),
+        "memory_bytes": 2 * SAMPLE_BYTES / _seconds(lambda: twin.copy_(device)),
+        "flops": 2 * 8192**3 / _seconds(lambda: torch.mm(square, square)),
+    }
+
+
+def _seconds(action: Any, repeats: int = 10) -> float:
+    action()
+    wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    wait()
+    return (time.perf_counter() - started) / repeats
+
+
+def _waits(name: str, percent: str, size: Size) -> dict[str, Any]:
+    engines = []
+    for budget in (None, 2**50):
+        model = random_model(name, torch.bfloat16)
+        chosen = section(int(percent), "exploit", step_device="accelerator", state_budget_bytes=budget)
+        engines.append(engine_of(model, {**ds_config(size, 2, "bf16"), "adagrad_select": chosen}))
+    shape = shape_of(name, engines[0].module)
+    seconds: list[list[float]] = [[], []]
+    for step in range(2 * size.steps):
+        batch = tokens(engines[0].module, size, step)
+        for which, engine in enumerate(engines):
+            wait()
+            started = time.perf_counter()
+            take_step(engine, batch)
+            wait()
+            seconds[which].append(time.perf_counter() - started)
+    # The first steps of the second are first visits.
+    exposed = statistics.median(seconds[0][size.steps :]) - statistics.median(seconds[1][size.steps :])
+    found: dict[str, Any] = {
+        "seconds_a_step": statistics.median(seconds[0][size.steps :]),
+        "seconds_where_nothing_moves": statistics.median(seconds[1][size.steps :]),
+        "exposed_seconds": exposed,
+    }
+    if has_own_memory():
+        measured = rates(size)
+        link = min(measured["h2d_bytes"], measured["d2h_bytes"])
+        card = Card("here", "measured", measured["flops"], measured["memory_bytes"], link)
+        setup = read_setup(ds_config(size, 2, "bf16"))
+        count = engines[0].selection.lottery.num_selected
+        modelled = simulate(shape, setup, card, count, size.micro_batch * size.sequence_length, "exploit")
+        found["modelled_exposed_seconds"] = modelled.exposed_seconds
+        found["modelled_step_seconds"] = modelled.step_seconds
+    return found
