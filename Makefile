@@ -41,7 +41,7 @@ ON_DEVICE      = PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(or $
 # On a machine with a GPU: what is simulated elsewhere.
 test-device:
 	$(if $(DEVICE_PYTHON),,$(MAKE) $(VENV)/.ready)
-	$(ON_DEVICE) -m pytest -m device $(ARGS)
+	$(ON_DEVICE) -m pytest tests/device -m device $(ARGS)
 
 # On a machine with a GPU, at most 25 minutes: docs/gpu.md. `DEVICE=cpu` is its dry run.
 gpu-check:
