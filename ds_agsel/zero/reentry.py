@@ -57,8 +57,7 @@ class Reentry:
             self._give_back_all_but(self._selection.selected_blocks)
 
     def _give_back_all_but(self, kept: Collection[int]) -> None:
-        blocks = set(range(len(self._selection.blocks))).difference(kept)
-        self._unlink(self._home.release(blocks))
+        self._unlink(self._home.release_all_but(kept))
 
     def entered(self, shown: int, block: int) -> None:
         """Decay the moments of ``block`` for the steps that it missed, where the update will read them."""

@@ -49,10 +49,10 @@ SWEEP = [
     *(pytest.param(case, marks=SLOW) for case in WIDE),
 ]
 MOSTLY_TWO = [pytest.param(1, marks=SLOW), 2]
-# A moment is rounded by up to 2**-7 of an element at each of a few updates, up or down: in L2 some 1e-2, and a lost
+# A moment is rounded by up to 2**-7 of an element at each of a few updates, up or down: in L2 some 2e-2, and a lost
 # moment or a wrong step count is 0.1 and more. Masters drift further from the reference's where gradients are small,
 # for AdamW divides them by their own size: 0.15 was seen after eight steps.
-ROUNDED = {"exp_avg": 2e-2, "exp_avg_sq": 2e-2, "masters": 0.3}
+ROUNDED = {"exp_avg": 4e-2, "exp_avg_sq": 4e-2, "masters": 0.3}
 
 
 @pytest.mark.parametrize("ranks", MOSTLY_TWO)

@@ -16,18 +16,19 @@ home            between steps            during a group's update
 
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
 explore step; `begin` when its blocks are final; then for each group, in the order that `begin` returned, `enter` before
-DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time. `release`
-comes before `prefetch`, or between `begin` and the first `enter`, never for a block of the step. Between
-steps, read and write states only inside `readable` or `writable`. Only `adapters.home_for` chooses a
-home; a new place or form of states is a new subclass there.
+DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time.
+`release_all_but` comes before `prefetch`, or between `begin` and the first `enter`; it keeps the step's blocks. Between
+steps, read and write states only inside `readable` or `writable`. Only `adapters.home_for` chooses a home; a new place
+or form of states is a new subclass there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ds_agsel.residency.states import MOMENTS
@@ -102,16 +103,23 @@ class StateHome(ABC):
     def leave(self, shown: int, group: int) -> None:
         """Return the updated state of ``group``, the last one entered, to its home. Also called after an exception."""
 
-    def release(self, blocks: Iterable[int]) -> list[int]:
-        """Drop the moments and step counts of ``blocks``, and free their memory; return the groups that had any.
+    def release_all_but(self, kept: Collection[int]) -> list[int]:
+        """Drop the moments and step counts of blocks that are not ``kept``; return the groups that had any.
 
-        The next update of such a block is its first again. Local to this rank; no transfer.
+        Their memory is freed, and the next update of such a block is its first again. Local to this rank; no transfer.
+        Costs what the groups with moments cost, which may be few of many.
         """
+        group_of = self._group_of_master
         state = self.optimizer.optimizer.state
-        released = [group for group in self.groups_of(blocks) if state.get(self._masters[group])]
+        held = sorted(group_of[id(master)] for master, moments in state.items() if moments and id(master) in group_of)
+        released = [group for group in held if self.block_of_group[group] not in kept]
         for group in released:
             self._drop_moments(group)
         return released
+
+    @cached_property
+    def _group_of_master(self) -> dict[int, int]:
+        return {id(master): group for group, master in enumerate(self._masters)}
 
     def _drop_moments(self, group: int) -> None:
         """Free the moments of ``group``, which exist, wherever they are."""
