@@ -67,6 +67,7 @@ reproduce: $(VENV)/.reproduce ops
 docs: $(VENV)/.ready
 	$(BIN)/python -m launch.pages.scaling --output docs/scaling.md
 	$(BIN)/python -m launch.pages.transfers --output docs/transfers.md
+	$(BIN)/python -m launch.pages.which_setting --output docs/which-setting.md
 	$(BIN)/python launch/reproduce.py --scale full --cost --output docs/reproduction.md
 
 # Which single changes of the pure code do the fast tests not notice? docs/mutants.md has the answer; outside CI.

@@ -134,6 +134,8 @@ def _add_estimate(parser: argparse.ArgumentParser) -> None:
     unset = "not given: the ds_config's, or 10 20 30"
     parser.add_argument("--select-percent", type=float, nargs="+", metavar="K", help=unset)
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="accelerators (1)")
+    parser.add_argument("--card", help="the card to compare with, as for fit")
+    parser.add_argument("--host-memory", metavar="SIZE", help="of the machine, to compare with: 32GiB")
     parser.add_argument("--json", action="store_true", help="for programs, in bytes")
     parser.set_defaults(command=_estimate)
 
@@ -147,14 +149,19 @@ def _estimate(options: argparse.Namespace) -> None:
         from ds_agsel.estimate.models import require_model
 
         require_model(options.model)
+        from ds_agsel.estimate.cards import find_card
         from ds_agsel.estimate.setup import read_setup
         from ds_agsel.estimate.shapes import read_shape
-        from ds_agsel.estimate.table import as_json, as_text, estimate
+        from ds_agsel.estimate.sizes import read_bytes
+        from ds_agsel.estimate.table import as_json, as_text, estimate, in_short
 
         setup = read_setup(ds_config, options.ranks)
         model = read_shape(options.model, config.blocks, config.granularity)
         result = estimate(model, setup, config, options.select_percent or given)
-    print(json.dumps(as_json(result), indent=2) if options.json else as_text(result))
+        card = None if options.card is None else find_card(options.card).capacity_bytes
+        host = None if options.host_memory is None else read_bytes(options.host_memory, "--host-memory")
+        short = in_short(result, card, host)
+    print(json.dumps(as_json(result), indent=2) if options.json else f"{short}\n\n{as_text(result)}")
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:

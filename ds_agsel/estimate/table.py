@@ -228,6 +228,27 @@ def _row_as_json(row: Row) -> dict[str, Any]:
     }
 
 
+def in_short(result: Estimate, card_bytes: int | None, host_bytes: int | None) -> str:
+    """Return one sentence: what the largest step needs, whether that fits what there is, and what to run next.
+
+    ``card_bytes`` and ``host_bytes`` are of a card and of the machine; None where the user has named none.
+    """
+    ours = [row for row in result.rows if row.method == "ds_agsel"]
+    rows = [row for row in ours if (row.stepping, row.select_percent) == (ours[0].stepping, ours[0].select_percent)]
+    ranks = result.setup.ranks
+    card = max(row.memory.accelerator.total for row in rows)
+    host = ranks * max(row.memory.host.total for row in rows)
+    text = (
+        f"In short: at {ours[0].select_percent:g} %, {_STEPPING_WORDS[ours[0].stepping]}, the largest step needs "
+        f"{card / GIB:.1f} GiB of each card, activations not counted, and {host / GIB:.1f} GiB of host memory"
+    )
+    for needed, there, what in ((card, card_bytes, "of the card"), (host, host_bytes, "of host memory")):
+        if there is not None:
+            spare = (there - needed) / GIB
+            text += f"; {spare:.1f} GiB {what} are left" if spare >= 0 else f"; {-spare:.1f} GiB {what} are missing"
+    return f"{text}; next: ds-agsel fit --model {result.model.name} --card CARD --host-memory SIZE searches what fits."
+
+
 def as_text(result: Estimate) -> str:
     """Return tables in GiB of each place's bytes and of a step's traffic, without rows and tables that are all 0."""
     setup, model = result.setup, result.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.pages import scaling, transfers
+from launch.pages import scaling, transfers, which_setting
 from launch.reproduction import command
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,6 +19,10 @@ def test_transfers_is_what_its_script_writes():
     written = transfers.page(*defaults, transfers.BATCH, transfers.SEQUENCE)
     assert (DOCS / "transfers.md").read_text(encoding="utf-8") == written, "run `make docs`"
     assert all("simulated" in line.lower() for line in written.splitlines()[:3:2])
+
+
+def test_which_setting_is_what_its_script_writes():
+    assert (DOCS / "which-setting.md").read_text(encoding="utf-8") == which_setting.page(), "run `make docs`"
 
 
 def test_the_cost_of_the_paper_s_experiments_is_what_its_script_writes(tmp_path: Path):

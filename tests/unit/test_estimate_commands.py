@@ -33,6 +33,23 @@ def test_the_command_estimate(config_file, capsys):
     assert {row["select_percent"] for row in form["rows"]} == {None, 20.0}  # the file's own
 
 
+def test_estimate_begins_with_what_fits_and_what_to_run_next(config_file, capsys):
+    """By the bytes of its own table: those of the largest step."""
+    command = ["estimate", "--model", str(config_file), "--ds-config", str(CONFIGS / "zero2_offload.json")]
+    assert cli.main([*command, "--json", "--ranks", "2"]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["stepping"] == "host"]
+    rows = [row for row in rows if row["method"] == "ds_agsel"]
+    card, host = (max(row["bytes"][place]["total"] for row in rows) / 2**30 for place in ("accelerator", "host"))
+    machine = ["--card", "8GiB,10,100,4x16", "--host-memory", "1MiB", "--ranks", "2"]
+    assert cli.main([*command, *machine]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"needs {card:.1f} GiB of each card, activations not counted, and {2 * host:.1f} GiB of host" in first
+    assert f"{8 - card:.1f} GiB of the card are left; {2 * host - 2**-10:.1f} GiB of host memory are missing" in first
+    assert first.endswith("searches what fits.")
+    assert cli.main([*command, "--card", "rtx4909"]) == 2
+    assert "--card=rtx4909 is not known here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
