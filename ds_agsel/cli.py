@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> int:
 
         model = None if options.model is None else build_on_meta(options.model)
         problems = problems_of(ds_config, model)
-        section = find_section(ds_config) or {}
+        section = {} if problems else find_section(ds_config) or {}
         units: list[str] = []
         if model is not None and not problems:
             units = listing.lines(model, parse_section(section))

@@ -66,7 +66,7 @@ def test_the_command_estimate_refuses(config_file, capsys, arguments, message):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.name)
 def test_our_own_configs_are_sound(file, capsys):
     assert cli.main(["check", str(file), "--model", "smollm2"]) == 0
-    assert capsys.readouterr().out == f"{file}: sound\n"
+    assert capsys.readouterr().out.startswith(f"{file}: sound\n")
 
 
 UNSOUND: dict[str, Any] = {
