@@ -89,7 +89,8 @@ def situation(
     ranks = dist.get_world_size()
     state_bytes = {index: _STATE_BYTES * blocks[index].numel // ranks for index in selectable}
     needed = _weight_and_gradient_bytes(ds_config, sum(block.numel for block in blocks), ranks)
-    needed += config.state_budget_bytes or default_budget_bytes(state_bytes, bound)
+    budget = config.state_budget_bytes or default_budget_bytes(state_bytes, bound)
+    needed += min(budget, sum(state_bytes.values()))
     accelerator = get_accelerator()
     own_memory = accelerator.device_name() != "cpu"
     return Situation(
