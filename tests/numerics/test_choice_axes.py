@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,12 @@ from test_resume import KINDS, SAVED_AT, check_resume, resume, save_and_go_on
 from test_streaming import train_and_watch
 from test_unselected import check_unselected
 
+
+def last_by_default(cases: Sequence[Any]) -> list[Any]:
+    """``cases`` to be parametrized over, all but the last of them slow."""
+    return [*(pytest.param(case, marks=pytest.mark.slow) for case in cases[:-1]), cases[-1]]
+
+
 SCORED = [
     Case(section={**SELECT, "score": "norm"}, stage=3, offload="cpu", accumulation=2, clip=0.3),
     Case(section={**TOPK, "score": "rms", **VISIT}, stage=1),
@@ -24,7 +31,7 @@ SCORED_WIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", SCORED, ids=case_id)
+@pytest.mark.parametrize("case", last_by_default(SCORED), ids=case_id)
 def test_selections_by_score_follow_the_reference(trained, case):
     assert_follows_reference(case, trained(case, 2), FP32)
 
@@ -36,6 +43,7 @@ def test_selections_by_every_score_follow_the_reference(trained, case, ranks):
     assert_follows_reference(case, trained(case, ranks), FP32)
 
 
+@pytest.mark.slow
 def test_each_score_chooses_other_blocks(trained):
     histories = [trained(Case(section={**TOPK, "score": score}), 2)[0]["history"] for score in ("sum", "norm", "rms")]
     assert histories[0] != histories[1] != histories[2] != histories[0]
@@ -52,7 +60,7 @@ HELD_WIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", HELD, ids=case_id)
+@pytest.mark.parametrize("case", [pytest.param(HELD[0], marks=pytest.mark.slow), *HELD[1:]], ids=case_id)
 def test_held_selections_follow_the_reference(trained, case):
     assert_follows_reference(case, trained(case, 2), FP32)
 
@@ -64,12 +72,12 @@ def test_held_selections_of_every_policy_follow_the_reference(trained, case, ran
     assert_follows_reference(case, trained(case, ranks), FP32)
 
 
-@pytest.mark.parametrize("case", HELD, ids=case_id)
+@pytest.mark.parametrize("case", HELD[1:], ids=case_id)
 def test_what_is_not_held_is_bit_identical(trained, case):
     check_unselected(trained(case, 2))
 
 
-@pytest.mark.parametrize("case", [HELD[0], HELD[1].but(dtype="bf16")], ids=case_id)
+@pytest.mark.parametrize("case", last_by_default([HELD[0], HELD[1].but(dtype="bf16")]), ids=case_id)
 def test_a_resume_in_the_middle_of_a_round_is_bit_identical(workers, other_workers, tmp_path, case):
     assert SAVED_AT % 3 == 1  # the round began a step before
     check_resume(workers, other_workers, tmp_path, case, KINDS[case.stage == 3], ranks=2)
@@ -91,7 +99,7 @@ OBSERVING_WIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", OBSERVING, ids=case_id)
+@pytest.mark.parametrize("case", [pytest.param(OBSERVING[0], marks=pytest.mark.slow), *OBSERVING[1:]], ids=case_id)
 def test_policies_that_observe_follow_the_reference(trained, case):
     runs = trained(case, 2)
     assert_follows_reference(case, runs, FP32)
@@ -107,12 +115,12 @@ def test_policies_that_observe_follow_the_reference_in_every_stage(trained, case
     assert_follows_reference(case, trained(case, ranks), FP32)
 
 
-@pytest.mark.parametrize("case", OBSERVING[1:], ids=case_id)
+@pytest.mark.parametrize("case", last_by_default(OBSERVING[:0:-1]), ids=case_id)
 def test_a_resume_of_what_was_observed_is_bit_identical(workers, other_workers, tmp_path, case):
     check_resume(workers, other_workers, tmp_path, case, KINDS[case.stage == 3], ranks=2)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", last_by_default([2, 3]))
 def test_a_probing_step_holds_the_gradients_of_one_block(workers, stage):
     for run in workers(2).run(train_and_watch, Case(section=GRASS, stage=stage, steps=2)):
         assert [seen["most_blocks"] for seen in run["observed"]] == [1, 1]
@@ -156,7 +164,7 @@ def times_and_choices(case: Case) -> tuple[dict[str, Any], list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", last_by_default([1, 3, 2]))
 def test_ranks_measure_the_same_times_and_choose_alike(workers, stage):
     case = Case(section=COST_AWARE, stage=stage, accumulation=1 + stage % 2)
     (state, choices), (of_other, choices_of_other) = workers(2).run(times_and_choices, case)
@@ -166,7 +174,7 @@ def test_ranks_measure_the_same_times_and_choose_alike(workers, stage):
     assert choices[:2] == [(), ()] and all(choices[2:])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", last_by_default([2, 3]))
 def test_a_resume_goes_on_with_the_measured_times(workers, other_workers, tmp_path, stage):
     case = Case(section=COST_AWARE, stage=stage, offload=("none", "cpu")[stage == 3], steps=10)
     kept = ("weights", "partitions", "history", "counts")
