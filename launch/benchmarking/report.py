@@ -199,7 +199,7 @@ def _optimizer_bar(row: str, samples: Mapping[str, Samples], block_numels: Seque
         optimizer_seconds(by_round[number]) / optimizer_seconds(plain[number]) - share(by_round[number], block_numels)
         for number in rounds
     ]
-    return Bar(f"{row} optimizer / plain optimizer - share", 0.05, statistics.median(excess))
+    return Bar(f"{row} optimizer / plain optimizer - share", 0.03, statistics.median(excess))
 
 
 def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
