@@ -54,8 +54,8 @@ WIDE = [
     Case(section={**RESET, **VISIT, "keep_master": "accelerator"}, stage=1),
     Case(section={**RESET, "policy": "random", "always_select": ["final_norm"]}),
     Case(section={**DECAY, **NARROW}, stage=3, zero={"sub_group_size": 300}),
-    Case(section={**RESET, **VISIT, "select_every": 2}),
-    Case(section={**DECAY, "select_every": 2}, offload="cpu"),
+    Case(section={**RESET, **VISIT, "policy": "cyclic", "select_every": 2}),
+    Case(section={**DECAY, "policy": "cyclic", "select_every": 2}, offload="cpu"),
 ]
 SWEEP = [
     *(pytest.param(case, marks=SLOW if index in (0, 2, 5) else []) for index, case in enumerate(CASES)),
