@@ -78,7 +78,7 @@ def _memory(result: Result) -> Iterator[str]:
 
 
 def _time(result: Result) -> Iterator[str]:
-    modes = (result.data or {}).get("offload", {})
+    modes: dict[str, Any] = (result.data or {}).get("offload", {})
     rows = next(iter(modes.values()), {}).get("rows", {})
     yield "| row | step / plain | tokens a second | step seconds |"
     yield "|---|---|---|---|"

@@ -27,7 +27,10 @@ SAMPLE_BYTES = 256 * 2**20
 
 def run(case: str, size: Size) -> dict[str, Any]:
     """Measure the "rates", or the waits of model/percent."""
-    return rates(size) if case == "rates" else _waits(*case.split("/"), size)
+    if case == "rates":
+        return rates(size)
+    model, percent = case.split("/")
+    return _waits(model, percent, size)
 
 
 def rates(size: Size) -> dict[str, float]:
