@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 import ds_agsel
-from ds_agsel.zero.compat import gradients, guard, views
+from ds_agsel.zero.compat import gradients, guard, versions, views
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES_FILE = ROOT / "ds_agsel" / "zero" / "compat" / "names.py"
@@ -48,6 +48,44 @@ CONDITIONAL: dict[str, dict[str, set[str]]] = {
         },
     },
     "ZERO3": {"offload_optimizer": {"norm_for_param_grads", "subgroup_to_device"}},
+    "ENGINE": {},
+}
+# The release that brought a name, where it is not the oldest known one.
+SINCE: dict[str, dict[str, str]] = {
+    "ZERO12": {
+        "_coalesce_grad_reduction": "0.19.1",
+        "_get_compact_grad_partition_slice": "0.19.8",
+        "_get_preflattened_grad_partition": "0.19.2",
+        "_offload_accumulated_param_ids": "0.19.5",
+        "_restore_cpu_offload_grad_to_gpu": "0.19.5",
+        "_use_compact_grad_partition_buffer": "0.19.8",
+        "_wait_for_offload_copies": "0.19.8",
+        "copy_grads_in_partition": "0.19.8",
+        "is_gradient_accumulation_boundary": "0.19.5",
+        "reduce_ipg_grads": "0.18.5",
+        "round_robin_bit16_offsets": "0.19.7",
+        "round_robin_bit16_padding": "0.19.7",
+        "set_gradient_accumulation_boundary": "0.19.5",
+    },
+    "ZERO3": {
+        "_get_param_partition_rank": "0.19.3",
+        "_get_param_partition_world_size": "0.19.3",
+        "_offload_grad_partition_at_boundary": "0.19.5",
+        "is_gradient_accumulation_boundary": "0.19.5",
+        "set_gradient_accumulation_boundary": "0.19.5",
+        "sub_group_partition_counts": "0.19.3",
+        "sub_group_process_groups": "0.19.3",
+    },
+    "ENGINE": {"_compile_mode": "0.19.8"},
+}
+# What the releases before that have under the same name: a method's parameters, or an attribute.
+BEFORE: dict[str, dict[str, str]] = {
+    "ZERO12": {
+        "copy_grads_in_partition": "param",
+        "is_gradient_accumulation_boundary": guard.ATTRIBUTE,
+        "reduce_ipg_grads": "",
+    },
+    "ZERO3": {"is_gradient_accumulation_boundary": guard.ATTRIBUTE},
     "ENGINE": {},
 }
 
@@ -264,7 +302,7 @@ class Uses:
                 yield keys, node.attr
         elif isinstance(node, ast.Call) and node.args:
             keys = self._resolve(node.args[0], scope)
-            if keys and _last(node.func) == "attribute":
+            if keys and _last(node.func) == guard.ATTRIBUTE:
                 yield from ((keys, keyword.arg) for keyword in node.keywords if keyword.arg)
             elif keys and _last(node.func) in ("getattr", "setattr", "hasattr") and len(node.args) > 1:
                 yield from ((keys, name) for name in _strings(node.args[1], keys))
@@ -332,23 +370,29 @@ def rendered(derived: dict[str, Derived]) -> str:
         "        methods: parameters by name, as `guard.parameters_of` gives them.",
         "        attributes: there once an instance is made.",
         "        conditional: by the name of a flag of the instance, what is there where that is true.",
+        "        since: the release that brought a name, where it is not the oldest known one.",
+        "        before: what releases before that have under a name of `since`: parameters, or `guard.ATTRIBUTE`.",
         '    """',
         "    methods: Mapping[str, str]",
         "    attributes: tuple[str, ...]",
         "    conditional: Mapping[str, tuple[str, ...]]",
+        "    since: Mapping[str, str]",
+        "    before: Mapping[str, str]",
     ]
     for key, names in derived.items():
         conditional = {flag: tuple(sorted(names.attributes & some)) for flag, some in CONDITIONAL[key].items()}
         plain = sorted(names.attributes.difference(*conditional.values()))
         lines.append(
             f"{key} = StockNames(methods={dict(sorted(names.methods.items()))!r}, attributes={tuple(plain)!r}, "
-            f"conditional={conditional!r},)"
+            f"conditional={conditional!r}, since={SINCE[key]!r}, before={BEFORE[key]!r},)"
         )
     command = ["ruff", "format", "--stdin-filename", NAMES_FILE.name, "-"]
     return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
+    if versions.deepspeed_version() != versions.KNOWN_VERSIONS[-1]:
+        sys.exit(f"install deepspeed {versions.KNOWN_VERSIONS[-1]} first: the list is that of the newest known release")
     derived = derive()
     unknown = {key: sorted(names.unknown) for key, names in derived.items() if names.unknown}
     if unknown:

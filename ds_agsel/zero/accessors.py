@@ -55,7 +55,7 @@ class AccessibleStep(SelectiveStep):
         )
 
 
-class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
+class Zero12Accessors(AccessibleStep, compat.Zero12Base):
     """With stages 1 and 2 each parameter carries its accessors, which DeepSpeed links to the flat partitions."""
 
     def _link_accessors(self) -> None:
@@ -154,7 +154,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         block = self._block_of_group[group]
         if block not in self._blocks_to_keep():
             return None
-        if self.is_gradient_accumulation_boundary():
+        if compat.at_boundary(self):
             self._complete_gradients((block,))
         return stock()
 
@@ -166,7 +166,7 @@ class Zero12Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer):
         self._gradients_were_set()
 
 
-class Zero3Accessors(AccessibleStep, compat.DeepSpeedZeroOptimizer_Stage3):
+class Zero3Accessors(AccessibleStep, compat.Zero3Base):
     """With stage 3 the optimizer has the accessors, as methods that parameters are passed to.
 
     Attributes:

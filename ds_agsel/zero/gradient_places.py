@@ -162,7 +162,7 @@ class HostGradients(AcceleratorGradients):
 
     def before_copy(self, param: nn.Parameter, group: int) -> None:
         zero = self._zero
-        if zero.is_gradient_accumulation_boundary() and compat.is_compact(zero, group):
+        if compat.at_boundary(zero) and compat.is_compact(zero, group):
             # Stock code copies it to the host there; gradients on other paths are counted on those.
             numel = zero.grad_position[zero.get_param_id(param)][3]
             zero.selection.current_traffic.d2h_bytes += numel * zero.master_weights_and_grads_dtype.itemsize

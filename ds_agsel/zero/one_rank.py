@@ -19,7 +19,7 @@ from ds_agsel.zero.gradient_places import AcceleratorGradients
 from ds_agsel.zero.selective import SelectiveStep
 
 
-class OneRankReduction(SelectiveStep, compat.DeepSpeedZeroOptimizer):
+class OneRankReduction(SelectiveStep, compat.Zero12Base):
     """Takes a gradient as it is if there is no other rank.
 
     Attributes:

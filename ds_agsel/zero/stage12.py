@@ -145,7 +145,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         groups = self._groups_of(sorted(self._blocks_to_keep()))
         with compat.only_groups(self, groups), self._waiting_for_reductions_alone():
             super().independent_gradient_partition_epilogue()
-        if self._stream is not None and not self.is_gradient_accumulation_boundary():
+        if self._stream is not None and not compat.at_boundary(self):
             self._choose_on_first_micro_batch()
 
     @contextmanager

@@ -132,7 +132,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             self._stream.flush(and_score=self._explores_on_first_micro_batch())
         with compat.only_sub_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
             super().independent_gradient_partition_epilogue()
-        if self._stream is not None and not self.is_gradient_accumulation_boundary():
+        if self._stream is not None and not compat.at_boundary(self):
             self._choose_on_first_micro_batch()
         self._free_buckets()
 

@@ -12,7 +12,7 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.selective import SelectiveStep
 
 
-class Zero12Traffic(SelectiveStep, compat.DeepSpeedZeroOptimizer):
+class Zero12Traffic(SelectiveStep, compat.Zero12Base):
     """Stages 1 and 2."""
 
     @compat.overrides
@@ -44,7 +44,7 @@ class Zero12Traffic(SelectiveStep, compat.DeepSpeedZeroOptimizer):
             )
 
 
-class Zero3Traffic(SelectiveStep, compat.DeepSpeedZeroOptimizer_Stage3):
+class Zero3Traffic(SelectiveStep, compat.Zero3Base):
     """Stage 3."""
 
     @compat.overrides

@@ -24,7 +24,8 @@ from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
 
-LISTS = {"ZERO12": names.ZERO12, "ZERO3": names.ZERO3, "ENGINE": names.ENGINE}
+WRITTEN = {"ZERO12": names.ZERO12, "ZERO3": names.ZERO3, "ENGINE": names.ENGINE}
+LISTS = {key: guard.of_installed(listed) for key, listed in WRITTEN.items()}
 OURS = {"ZERO12": SelectiveZeroOptimizer, "ZERO3": SelectiveZero3Optimizer, "ENGINE": SelectiveEngine}
 METHODS = [(key, name) for key, listed in LISTS.items() for name in listed.methods]
 
@@ -72,12 +73,17 @@ def test_the_lists_are_those_of_the_code() -> None:
     derived = stock_names.derive()
     remedy = "run python tests/stock_names.py"
     for key, used in derived.items():
-        assert not used.unknown, f"{key}: used, and neither DeepSpeed's nor ours: {sorted(used.unknown)}"
         listed = LISTS[key]
+        newer = set(WRITTEN[key].since) - set(listed.methods) - set(attributes_of(listed))
+        unknown = used.unknown - newer
+        assert not unknown, f"{key}: used, and neither DeepSpeed's nor ours: {sorted(unknown)}"
+        assert not newer & stock_names.stock_names(stock_names.STOCKS[key]), "in SINCE, and there already"
         attributes = set(attributes_of(listed))
         assert set(listed.methods) ^ set(used.methods) == set(), remedy
         assert attributes ^ used.attributes == set(), remedy
         assert dict(listed.methods) == used.methods, remedy
+    if versions.deepspeed_version() != compat.KNOWN_VERSIONS[-1]:
+        return  # the file is written with the newest
     assert stock_names.NAMES_FILE.read_text(encoding="utf-8") == stock_names.rendered(derived), remedy
 
 
@@ -300,11 +306,11 @@ def test_parameters_are_read_through_deepspeeds_wrapper() -> None:
 
 # ------------------------------------------------------------------- the sentence first
 
-OLD_DEEPSPEED = """
+OTHER_DEEPSPEED = """
 import sys
 import deepspeed
 {change}
-deepspeed.__version__ = "0.18.4"
+deepspeed.__version__ = "{version}"
 try:
     import {module}
 except Exception as error:
@@ -313,34 +319,70 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("module", "change", "reason"),
+    ("version", "module", "change", "reason"),
     [
         (
+            "0.17.6",
+            "ds_agsel.zero.compat",
+            "import deepspeed.runtime.torch_autocast as m; del m.sort_dtypes",
+            "it is too old. Known to work: 0.18.4 to ",
+        ),
+        (
+            "0.19.9",
             "ds_agsel.zero.compat",
             "import deepspeed.runtime.torch_autocast as m; del m.sort_dtypes",
             "cannot import name 'sort_dtypes' from 'deepspeed.runtime.torch_autocast'",
         ),
         (
+            "0.19.9",
             "ds_agsel.entry.initialize",
             "sys.modules['deepspeed.runtime.tensor_parallel.init_utils'] = None",
             "import of deepspeed.runtime.tensor_parallel.init_utils halted; None in sys.modules",
         ),
         (
+            "0.19.9",
             "ds_agsel.entry.initialize",
             "from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as m; del m.process_gradients",
             "it has no DeepSpeedZeroOptimizer.process_gradients, which SelectiveZeroOptimizer.process_gradients ",
         ),
     ],
-    ids=["name", "module", "method"],
+    ids=["version", "name", "module", "method"],
 )
-def test_an_old_deepspeed_is_met_with_the_sentence(module: str, change: str, reason: str) -> None:
+def test_another_deepspeed_is_met_with_the_sentence(version: str, module: str, change: str, reason: str) -> None:
     """In a fresh interpreter: what is missing there would end in an ImportError of something else."""
-    script = OLD_DEEPSPEED.format(change=change, module=module)
+    script = OTHER_DEEPSPEED.format(version=version, change=change, module=module)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     last = result.stdout.strip().splitlines()[-1]
-    assert last.startswith("ConfigError deepspeed==0.18.4 does not fit ds_agsel: ")
-    assert reason in last
-    assert last.endswith("pip install 'deepspeed==0.19.8'.")
+    assert last.startswith(f"ConfigError deepspeed=={version} does not fit ds_agsel: {reason}")
+    assert last.endswith(f"pip install 'deepspeed=={compat.KNOWN_VERSIONS[-1]}'.")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.17.6", "it is too old"),
+        ("0.18.3", "it is too old"),
+        ("0.20.0", "it is newer than any release that was tried"),
+        ("0.18.9+cu128", None),
+        ("0.19.9", None),
+    ],
+)
+def test_a_release_out_of_bounds_is_refused_before_it_is_imported(
+    version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    missing = ImportError("cannot import name 'x' from 'deepspeed.y' (file)", name="deepspeed.y")
+    expected = reason or "cannot import name 'x' from 'deepspeed.y'"
+    tried = []
+    with pytest.raises(ConfigError) as caught, versions.imports_of_deepspeed():
+        tried.append(version)
+        raise missing
+    assert str(caught.value) == (
+        f"deepspeed=={version} does not fit ds_agsel: {expected}. Known to work: 0.18.4 to "
+        f"{compat.KNOWN_VERSIONS[-1]}; install one of them: pip install 'deepspeed=={compat.KNOWN_VERSIONS[-1]}'."
+    )
+    assert bool(tried) == (reason is None)
+    assert compat.is_known() == (version == "0.18.9+cu128")
 
 
 def test_what_is_missing_besides_deepspeed_is_said_as_it_is() -> None:

@@ -12,7 +12,6 @@ with imports_of_deepspeed():
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -27,6 +26,7 @@ with imports_of_deepspeed():
         writes_through,
     )
     from ds_agsel.zero.compat.gradients import (
+        at_boundary,
         gradient_partitions,
         is_coalescing,
         is_compact,
@@ -44,6 +44,7 @@ with imports_of_deepspeed():
         place_in_partition,
         unlink_adam_state,
     )
+    from ds_agsel.zero.compat.older import Zero3Base, Zero12Base
     from ds_agsel.zero.compat.partitions import (
         masters,
         masters_made_on_host,
@@ -51,7 +52,7 @@ with imports_of_deepspeed():
         replace_masters,
         set_master,
     )
-    from ds_agsel.zero.compat.settings import ds_config_problems, zero_section_problems
+    from ds_agsel.zero.compat.settings import ds_config_problems, load_ds_config, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
     from ds_agsel.zero.compat.weights import (
@@ -74,7 +75,10 @@ __all__ = [
     "ParameterList",
     "SwapSettings",
     "ZeROOptimizer",
+    "Zero3Base",
+    "Zero12Base",
     "adam_step",
+    "at_boundary",
     "attribute",
     "can_swap",
     "cpu_adam_op",

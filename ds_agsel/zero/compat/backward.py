@@ -7,6 +7,8 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
+from ds_agsel.zero.compat.versions import until
+
 
 def forget_backward(optimizer: ZeROOptimizer) -> None:
     """Bring ``optimizer`` into its state after a step: no gradient, full bucket, sum or running backward.
@@ -20,7 +22,10 @@ def forget_backward(optimizer: ZeROOptimizer) -> None:
         _forget_stage12(optimizer)
     optimizer.zero_grad(set_to_none=True)
     optimizer._backward_active_depth = 0
-    ZeROOptimizer.clear_backward_seen_flag(optimizer)
+    if until("0.18.4"):
+        optimizer._remaining_grad_acc_hooks = 0
+    else:
+        ZeROOptimizer.clear_backward_seen_flag(optimizer)
 
 
 def _forget_stage12(optimizer: DeepSpeedZeroOptimizer) -> None:
@@ -45,7 +50,8 @@ def _forget_stage3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
         for param in params:
             param.grad = None  # nothing runs on it; zero_grad would record streams, which fails on a CPU
     for bucket in optimizer.ipg_buckets.values():
-        bucket.clear_params()
+        bucket.params.clear()
+        bucket.elements = 0
     for key in optimizer.params_already_reduced:
         optimizer.params_already_reduced[key] = False
     optimizer.averaged_gradients.clear()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.torch_autocast import sort_dtypes
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import nn
+
+from ds_agsel.zero.compat.versions import until
 
 STAGE3_PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"  # Python's mangling of a class-private name
 
@@ -26,7 +29,7 @@ def reduce_buckets(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 
 
 def is_coalescing(optimizer: DeepSpeedZeroOptimizer) -> bool:
-    """Return whether the caller is inside `engine.coalesce_grad_reduction()` (0.19.6 and newer)."""
+    """Return whether the caller is inside `engine.coalesce_grad_reduction()` (0.19.1 and newer)."""
     return getattr(optimizer, "_coalesce_grad_reduction", False)
 
 
@@ -36,8 +39,14 @@ def is_in_bucket(param: Any) -> bool:
 
 
 def norm_dtype() -> torch.dtype:
-    """Return the dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it."""
-    return get_norm_dtype()
+    """Return the dtype DeepSpeed takes gradient norms in: fp64 where the accelerator has it; until 0.19.5 always."""
+    return torch.float64 if until("0.19.5") else zero_utils.get_norm_dtype()
+
+
+def at_boundary(optimizer: ZeROOptimizer) -> bool:
+    """Return whether the running micro-step is the last one of its window. An attribute until 0.19.4, then a method."""
+    boundary = optimizer.is_gradient_accumulation_boundary
+    return bool(boundary if until("0.19.4") else boundary())
 
 
 def is_compact(optimizer: DeepSpeedZeroOptimizer, group: int) -> bool:

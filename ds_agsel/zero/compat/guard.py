@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -22,13 +23,16 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from packaging.version import Version
 
+from ds_agsel.zero.compat import older
 from ds_agsel.zero.compat.names import ENGINE, ZERO3, ZERO12, StockNames
-from ds_agsel.zero.compat.versions import is_known, refusal
+from ds_agsel.zero.compat.versions import installed, is_known, refusal
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 STOCK_CLASSES = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, DeepSpeedEngine)
 _MARK = "_overrides_deepspeed"
+ATTRIBUTE = "attribute"  # in `StockNames.before`: an older release has the name as an attribute
 
 
 def overrides(method: Method) -> Method:
@@ -95,9 +99,22 @@ def require_known_engine(engine: DeepSpeedEngine) -> None:
         raise refusal(faults)
 
 
+def of_installed(names: StockNames) -> StockNames:
+    """Return those of ``names`` that the installed release has to have, in the form that it had then."""
+    newer = {name for name, release in names.since.items() if installed() < Version(release)}
+    earlier = {name: form for name, form in names.before.items() if name in newer}
+    methods = {name: form for name, form in names.methods.items() if name not in newer}
+    methods.update((name, form) for name, form in earlier.items() if form != ATTRIBUTE)
+    attributes = {*names.attributes} - newer | {name for name, form in earlier.items() if form == ATTRIBUTE}
+    conditional = {flag: tuple(name for name in some if name not in newer) for flag, some in names.conditional.items()}
+    return replace(
+        names, methods=dict(sorted(methods.items())), attributes=tuple(sorted(attributes)), conditional=conditional
+    )
+
+
 def name_faults(instance: Any, stock: type, names: StockNames) -> list[str]:
     """Return which of ``names`` the ``instance`` of ``stock`` lacks or has in another form, in words."""
-    cls, title = type(instance), stock.__name__
+    cls, title, names = type(instance), stock.__name__, of_installed(names)
     faults = []
     for name, recorded in names.methods.items():
         method = getattr(cls, name, None)
@@ -201,7 +218,8 @@ def _function(value: Any) -> Any:
 
 
 def _is_stock(cls: type) -> bool:
-    return cls.__module__.split(".")[0] == "deepspeed"
+    """Return whether ``cls`` is DeepSpeed's, or stands in for what an older release of it lacks."""
+    return cls.__module__.split(".")[0] == "deepspeed" or cls.__module__ == older.__name__
 
 
 def _stock_method(cls: type, name: str) -> tuple[type | None, Any]:

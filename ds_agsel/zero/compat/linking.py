@@ -9,6 +9,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 
+from ds_agsel.zero.compat.versions import until
+
 
 def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
     """Link every parameter to its slice of the flat buffer where `round_robin_gradients` has reordered them.
@@ -17,13 +19,16 @@ def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
     (stage_1_and_2.py:834), so that `deepspeed.utils.safe_get_full_*` answers with other parameters' numbers.
     """
     for group, params in enumerate(optimizer.bit16_groups):
-        offsets = dict(
-            zip(map(id, optimizer.round_robin_bit16_groups[group]), optimizer.round_robin_bit16_offsets[group])
-        )
+        if until("0.19.6"):  # no padding between parameters: their order says where they are
+            order: dict[str, Any] = {"lp_param_list": optimizer.round_robin_bit16_groups[group]}
+        else:
+            reordered = map(id, optimizer.round_robin_bit16_groups[group])
+            offsets = dict(zip(reordered, optimizer.round_robin_bit16_offsets[group]))
+            order = {"lp_param_list": params, "param_offsets": [offsets[id(param)] for param in params]}
         process_group = optimizer.real_dp_process_group[group]
         partition_size = int(optimizer.partition_size[group])
         link_hp_params(
-            lp_param_list=params,
+            **order,
             flat_hp_partition=optimizer.single_partition_of_fp32_groups[group],
             gradient_dict=optimizer.averaged_gradients,
             offload_gradient_dict=optimizer.offload_gradient_dict,
@@ -32,7 +37,6 @@ def link_reordered_params(optimizer: DeepSpeedZeroOptimizer) -> None:
             partition_start=dist.get_rank(group=process_group) * partition_size,
             partition_size=partition_size,
             dp_group=process_group,
-            param_offsets=[offsets[id(param)] for param in params],
         )
 
 

@@ -15,11 +15,15 @@ class StockNames:
         methods: parameters by name, as `guard.parameters_of` gives them.
         attributes: there once an instance is made.
         conditional: by the name of a flag of the instance, what is there where that is true.
+        since: the release that brought a name, where it is not the oldest known one.
+        before: what releases before that have under a name of `since`: parameters, or `guard.ATTRIBUTE`.
     """
 
     methods: Mapping[str, str]
     attributes: tuple[str, ...]
     conditional: Mapping[str, tuple[str, ...]]
+    since: Mapping[str, str]
+    before: Mapping[str, str]
 
 
 ZERO12 = StockNames(
@@ -76,6 +80,7 @@ ZERO12 = StockNames(
         "_global_grad_norm",
         "_grad_acc_hooks",
         "_param_slice_mappings",
+        "_remaining_grad_acc_hooks",
         "all_grad_tensors",
         "averaged_gradients",
         "bit16_groups",
@@ -132,6 +137,26 @@ ZERO12 = StockNames(
             "param_buffer_of_bit16_for_cpu_offload_groups",
         ),
     },
+    since={
+        "_coalesce_grad_reduction": "0.19.1",
+        "_get_compact_grad_partition_slice": "0.19.8",
+        "_get_preflattened_grad_partition": "0.19.2",
+        "_offload_accumulated_param_ids": "0.19.5",
+        "_restore_cpu_offload_grad_to_gpu": "0.19.5",
+        "_use_compact_grad_partition_buffer": "0.19.8",
+        "_wait_for_offload_copies": "0.19.8",
+        "copy_grads_in_partition": "0.19.8",
+        "is_gradient_accumulation_boundary": "0.19.5",
+        "reduce_ipg_grads": "0.18.5",
+        "round_robin_bit16_offsets": "0.19.7",
+        "round_robin_bit16_padding": "0.19.7",
+        "set_gradient_accumulation_boundary": "0.19.5",
+    },
+    before={
+        "copy_grads_in_partition": "param",
+        "is_gradient_accumulation_boundary": "attribute",
+        "reduce_ipg_grads": "",
+    },
 )
 ZERO3 = StockNames(
     methods={
@@ -187,6 +212,7 @@ ZERO3 = StockNames(
         "_global_grad_norm",
         "_grad_acc_hooks",
         "_leaf_module_hooks",
+        "_remaining_grad_acc_hooks",
         "averaged_gradients",
         "clip_grad",
         "contiguous_gradients",
@@ -228,6 +254,16 @@ ZERO3 = StockNames(
         "swap_optimizer",
     ),
     conditional={"offload_optimizer": ("norm_for_param_grads", "subgroup_to_device")},
+    since={
+        "_get_param_partition_rank": "0.19.3",
+        "_get_param_partition_world_size": "0.19.3",
+        "_offload_grad_partition_at_boundary": "0.19.5",
+        "is_gradient_accumulation_boundary": "0.19.5",
+        "set_gradient_accumulation_boundary": "0.19.5",
+        "sub_group_partition_counts": "0.19.3",
+        "sub_group_process_groups": "0.19.3",
+    },
+    before={"is_gradient_accumulation_boundary": "attribute"},
 )
 ENGINE = StockNames(
     methods={
@@ -274,4 +310,6 @@ ENGINE = StockNames(
         "optimizer",
     ),
     conditional={},
+    since={"_compile_mode": "0.19.8"},
+    before={},
 )

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import base64
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import hjson
 import torch
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
+
+from ds_agsel.zero.compat.versions import until
+
+if not until("0.18.5"):
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config as stock_load_ds_config
+
+
+def load_ds_config(config: str | dict[str, Any]) -> dict[str, Any]:
+    """Return the ds_config that DeepSpeed reads in ``config``: a dict, the path of a JSON file, or its text in base64.
+
+    Until 0.18.5 that is code of `DeepSpeedConfig.__init__` (runtime/config.py:731), repeated here. Raises ValueError.
+    """
+    if not until("0.18.5"):
+        return stock_load_ds_config(config)
+    if isinstance(config, dict):
+        return config
+    if os.path.exists(config):
+        with open(config) as file:
+            return hjson.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+    try:
+        return hjson.loads(base64.urlsafe_b64decode(config).decode("utf-8"))
+    except (UnicodeDecodeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            "Expected a string path to an existing deepspeed config, or a dictionary or a valid base64. "
+            f"Received: {config}"
+        ) from error
 
 
 def ds_config_problems(ds_config: Mapping[str, Any]) -> list[str]:

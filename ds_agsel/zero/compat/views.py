@@ -10,9 +10,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ds_agsel.zero.compat.versions import until
+
 # What a ZeRO-1/2 optimizer keeps per param group (stage_1_and_2.py, __init__ and
 # initialize_gradient_partitioning_data_structures): lists indexed by group, dicts keyed by group.
-GROUP_LISTS = (
+GROUP_LISTS: tuple[str, ...] = (
     "bit16_groups",
     "bit16_groups_flat",
     "parallel_partitioned_bit16_groups",
@@ -25,9 +27,9 @@ GROUP_LISTS = (
     "round_robin_bit16_groups",
     "round_robin_bit16_indices",
     "round_robin_bit16_meta",
-    "round_robin_bit16_padding",
-    "round_robin_bit16_offsets",
 )
+if not until("0.19.6"):  # which pads parameters
+    GROUP_LISTS += ("round_robin_bit16_padding", "round_robin_bit16_offsets")
 OFFLOAD_GROUP_LISTS = ("param_buffer_of_bit16_for_cpu_offload_groups",)
 GROUP_DICTS = (
     "averaged_gradients",
@@ -38,7 +40,7 @@ GROUP_DICTS = (
 
 # What a ZeRO-3 optimizer keeps per sub-group (stage3.py, _create_fp16_partitions_with_defragmentation and
 # _create_fp32_partitions): lists indexed by sub-group, dicts keyed by it.
-SUB_GROUP_LISTS = (
+SUB_GROUP_LISTS: tuple[str, ...] = (
     "fp16_groups",
     "fp16_partitioned_groups",
     "fp16_partitioned_groups_flat",
@@ -46,9 +48,9 @@ SUB_GROUP_LISTS = (
     "fp16_partitioned_groups_flat_id",
     "fp32_partitioned_groups_flat",
     "groups_padding",
-    "sub_group_process_groups",
-    "sub_group_partition_counts",
 )
+if not until("0.19.2"):  # which can divide parameters among some of the ranks
+    SUB_GROUP_LISTS += ("sub_group_process_groups", "sub_group_partition_counts")
 SUB_GROUP_DICTS = ("averaged_gradients", "sub_group_to_group_id")
 OFFLOAD_SUB_GROUP_DICTS = ("subgroup_to_device",)
 
