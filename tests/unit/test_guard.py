@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero import compat
-from ds_agsel.zero.compat import guard, names, versions
+from ds_agsel.zero.compat import guard, names, older, versions
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
@@ -34,13 +34,19 @@ def attributes_of(listed: names.StockNames) -> list[str]:
     return [*listed.attributes, *(name for some in listed.conditional.values() for name in some)]
 
 
+def is_stood_in_for(cls: type, name: str) -> bool:
+    """Whether `compat.older` has the method for the installed release: what stands behind is held by the lists."""
+    owner, _ = guard._stock_method(cls, name)
+    return owner is not None and owner.__module__ == older.__name__
+
+
 ATTRIBUTES = [(key, name) for key, listed in LISTS.items() for name in attributes_of(listed)]
 OVERRIDES = sorted(
     {
         (key, name)
         for key, cls in OURS.items()
         for _, name, value in guard._own_methods(cls)
-        if getattr(guard._function(value), guard._MARK, False)
+        if getattr(guard._function(value), guard._MARK, False) and not is_stood_in_for(cls, name)
     }
 )
 REMEDY = re.escape(f"pip install 'deepspeed=={compat.KNOWN_VERSIONS[-1]}'")
@@ -328,19 +334,19 @@ except Exception as error:
             "it is too old. Known to work: 0.18.4 to ",
         ),
         (
-            "0.19.9",
+            deepspeed.__version__,
             "ds_agsel.zero.compat",
             "import deepspeed.runtime.torch_autocast as m; del m.sort_dtypes",
             "cannot import name 'sort_dtypes' from 'deepspeed.runtime.torch_autocast'",
         ),
         (
-            "0.19.9",
+            deepspeed.__version__,
             "ds_agsel.entry.initialize",
             "sys.modules['deepspeed.runtime.tensor_parallel.init_utils'] = None",
             "import of deepspeed.runtime.tensor_parallel.init_utils halted; None in sys.modules",
         ),
         (
-            "0.19.9",
+            deepspeed.__version__,
             "ds_agsel.entry.initialize",
             "from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as m; del m.process_gradients",
             "it has no DeepSpeedZeroOptimizer.process_gradients, which SelectiveZeroOptimizer.process_gradients ",

@@ -10,6 +10,7 @@ release needs; with the newest one they are DeepSpeed's own classes. Differences
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,16 @@ def invalid(norms: Sequence[Any]) -> bool:
 
 
 class Zero12Until0184:
-    """Reduces all buckets at once: in 0.18.5 and newer one can be named."""
+    """Reduces all buckets at once, and ends backward with `zero_grad`, which is not the user's call of it."""
 
     __slots__ = ()
+
+    def independent_gradient_partition_epilogue(self: Any) -> None:
+        self.__dict__["zero_grad"] = partial(DeepSpeedZeroOptimizer.zero_grad, self)
+        try:
+            super().independent_gradient_partition_epilogue()
+        finally:
+            del self.__dict__["zero_grad"]
 
     def reduce_ipg_grads(self: Any, comm_dtype: torch.dtype | None = None) -> None:
         buckets = self.ipg_buckets if comm_dtype is None else {comm_dtype: self.ipg_buckets[comm_dtype]}
