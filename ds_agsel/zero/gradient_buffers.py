@@ -53,7 +53,7 @@ class HostGradientBuffers:
 
     def _release(self, buffer: torch.Tensor) -> None:
         if self._pin_memory:
-            get_accelerator().unpin_memory(buffer)
+            compat.unpin_memory(buffer)
 
     def held_bytes(self) -> int:
         """Return the bytes of the buffers held now, on this rank."""
@@ -85,7 +85,7 @@ class FlatGradients:
         if self._pin_memory:
             for buffers in free.values():
                 for buffer in buffers:
-                    get_accelerator().unpin_memory(buffer)
+                    compat.unpin_memory(buffer)
 
     def _allocate(self, numel: int) -> torch.Tensor:
         if self._pin_memory:
@@ -114,10 +114,10 @@ class Zero3GradientBuffers:
     def _free_stock_buffers(self) -> None:
         zero = self._zero
         if zero.offload_optimizer_pin_memory:
-            get_accelerator().unpin_memory(zero.grad_partitions_flat_buffer)
+            compat.unpin_memory(zero.grad_partitions_flat_buffer)
             for partition in zero.fp32_partitioned_groups_flat:
                 if partition.grad is not None:
-                    get_accelerator().unpin_memory(partition.grad)
+                    compat.unpin_memory(partition.grad)
         zero.grad_partitions_flat_buffer = zero.grad_partitions_flat_buffer.new_empty(0)
         compat.gradient_partitions(zero).clear()
         for partition in zero.fp32_partitioned_groups_flat:

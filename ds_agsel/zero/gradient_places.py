@@ -112,7 +112,7 @@ class HostGradients(AcceleratorGradients):
         buffers = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
         for group, buffer in enumerate(buffers):
             if self._zero.cpu_offload_pin_memory:
-                get_accelerator().unpin_memory(buffer)
+                compat.unpin_memory(buffer)
             buffers[group] = buffer.new_empty(0)
 
     def _param_ids(self, group: int) -> list[int]:

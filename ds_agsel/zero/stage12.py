@@ -189,7 +189,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         for param in self.params_in_partition[group]:
             if param.grad is not None:
                 param_id = self.get_param_id(param)
-                start = self.grad_start_offset[group][rank][param_id]
+                start = int(self.grad_start_offset[group][rank][param_id])  # a float until 0.19.6
                 room = self.partition_size[group] - self.grad_partition_insertion_offset[group][rank][param_id]
                 slices.append((param_id, param.grad.view(-1).narrow(0, start, min(param.numel() - start, int(room)))))
         return slices

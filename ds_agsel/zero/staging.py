@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_agsel.residency import page_locked
+from ds_agsel.zero import compat
 
 
 class HostStaging:
@@ -39,7 +40,7 @@ class HostStaging:
     def release(self) -> None:
         """Free the memory."""
         if self._pin_memory and self._buffer.numel():
-            get_accelerator().unpin_memory(self._buffer)
+            compat.unpin_memory(self._buffer)
         self._buffer = self._buffer.new_empty(0)
 
     def held_bytes(self) -> int:

@@ -44,6 +44,7 @@ with imports_of_deepspeed():
         place_in_partition,
         unlink_adam_state,
     )
+    from ds_agsel.zero.compat.memory import unpin_memory
     from ds_agsel.zero.compat.older import Zero3Base, Zero12Base
     from ds_agsel.zero.compat.partitions import (
         masters,
@@ -124,6 +125,7 @@ __all__ = [
     "swapped_weights_follow",
     "take_swapper",
     "unlink_adam_state",
+    "unpin_memory",
     "wait_for_offload_copies",
     "whole_state_dict",
     "write_weights",
