@@ -12,6 +12,9 @@ A product can't be set, only multiplied up, but it need not be for ever: it is r
 number of calls is bounded by the β and not by the count: at most 18,013 for β2 = 0.999 (15 ms on two CPU cores), and
 1 from there on.
 
+DeepSpeed 0.18 takes powers instead of products (`compat.takes_powers_anew`), from which two calls bring an object to
+any count.
+
 Where βs change on the way (a scheduler that cycles the momentum), an object takes its powers anew at that count, its
 origin, and multiplies on from there. Origins go into checkpoints (`state_dict`), so that a resumed run does the same.
 """
@@ -94,7 +97,10 @@ class HostAdam:
         next_step = done + 1
         if is_spent(beta1, count) and is_spent(beta2, count):
             next_step = max(next_step, count)
-        for step in range(next_step, count + 1):
+        steps: Sequence[int] = range(next_step, count + 1)
+        if compat.takes_powers_anew():
+            steps = (count + 1,) if group > 0 else (count, count)  # the call after the first takes powers
+        for step in steps:
             self._op.adam_update(
                 self._ids[group], step, lr, beta1, beta2, eps, decay, correction, nothing, nothing, nothing, nothing
             )

@@ -15,7 +15,14 @@ with imports_of_deepspeed():
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from ds_agsel.zero.compat.adam import adam_step, cpu_adam_op, has_fused_adam, new_adam_state, new_cpu_adam_id
+    from ds_agsel.zero.compat.adam import (
+        adam_step,
+        cpu_adam_op,
+        has_fused_adam,
+        new_adam_state,
+        new_cpu_adam_id,
+        takes_powers_anew,
+    )
     from ds_agsel.zero.compat.backward import forget_backward, remove_gradient_hooks
     from ds_agsel.zero.compat.engine import (
         fp32_weights_of,
@@ -125,6 +132,7 @@ __all__ = [
     "swapped_weights_follow",
     "take_swapper",
     "unlink_adam_state",
+    "takes_powers_anew",
     "unpin_memory",
     "wait_for_offload_copies",
     "whole_state_dict",

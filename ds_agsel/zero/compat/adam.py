@@ -11,6 +11,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
+from ds_agsel.zero.compat.versions import until
+
 logger = logging.getLogger("ds_agsel")
 
 
@@ -71,3 +73,13 @@ def new_cpu_adam_id() -> int:
     identifier = DeepSpeedCPUAdam.optimizer_id
     DeepSpeedCPUAdam.optimizer_id += 1
     return identifier
+
+
+def takes_powers_anew() -> bool:
+    """Return whether a C++ Adam object that steps several groups takes powers of β anew, for all but the first of them.
+
+    Until 0.18.9 (csrc/includes/cpu_adam.h:57) a call that repeats the last step count does, and the call after it
+    multiplies them by β once: the first group's powers are those of the step before times β. From 0.19.0 on, all
+    groups share a running product.
+    """
+    return until("0.18.9")

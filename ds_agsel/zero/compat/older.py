@@ -153,7 +153,6 @@ class Zero12Until0197:
             self.overflow = invalid([norm])
             self._norm_of_step = norm
         if self.overflow:
-            self._global_grad_norm = float("inf")
             self._norm_of_step = None
 
     def scaled_global_norm(self: Any, norm_type: int = 2) -> torch.Tensor:
@@ -253,10 +252,7 @@ class Zero3Until0197:
     def _overflow_check_and_loss_scale_update(self: Any) -> bool:
         norms = self._get_norm_groups()
         self.overflow = invalid(norms)
-        skipped = super()._overflow_check_and_loss_scale_update()
-        if skipped:
-            self._global_grad_norm = float("inf")
-        return skipped
+        return super()._overflow_check_and_loss_scale_update()
 
     def _get_norm_groups(self: Any) -> list[torch.Tensor]:
         """Return each sub-group's norm; `step` gets what its check has taken."""
