@@ -1,17 +1,24 @@
-"""`make compat`: the oldest and the newest framework versions that we claim, each in an environment of its own.
+"""`make compat`: the DeepSpeed releases and the ends of the framework versions that we claim, in environments of their own.
 
-Prints a table of versions and outcomes; exits with 1 where any failed. Standard library only.
+A DeepSpeed release is tried on the packages of the environment that runs this; only deepspeed itself is installed, so
+that it costs seconds, beside the build of CPU Adam. An end of the framework versions is installed whole. What passed is
+kept in the cache by commit: a run that was stopped goes on where it was. Writes the table of releases into
+docs/frameworks.md, prints both, exits with 1 where any failed. Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +34,25 @@ TESTS = [
     "tests/numerics/test_plain_deepspeed.py",
     "tests/unit/test_blocks.py",
 ]
+PLAIN = "tests/numerics/test_plain_deepspeed.py::test_policy_all_is_plain_deepspeed"
+OTHERS = [f"tests/numerics/test_{name}.py" for name in ("unselected", "overflow", "resume", "accessors", "traffic")]
+# By column of the table: pytest's arguments, few and with --whole. Few: one test of each kind at two ranks.
+PARTS: dict[str, tuple[list[str], list[str]]] = {
+    "unit": (["tests/unit/test_guard.py"], ["tests/unit"]),
+    "ZeRO-1/2": ([PLAIN, "-k", "2] and dtype=bf16 and not cpu and not stage=3"], [PLAIN, *OTHERS, "-k", "not cpu"]),
+    "offload": ([PLAIN, "-k", "2] and dtype=bf16 and cpu and not stage=3"], [PLAIN, *OTHERS, "-k", "cpu"]),
+    "ZeRO-3": ([PLAIN, "-k", "2] and dtype=bf16 and stage=3"], ["tests/numerics/test_zero3.py", PLAIN]),
+    "skipped steps": (
+        ["tests/numerics/test_overflow.py", "-k", "2] and (bad_step and bf16 or fp16)"],
+        ["tests/numerics/test_overflow.py"],
+    ),
+    "NVMe": (["tests/numerics/test_nvme.py", "-k", "2]"], ["tests/numerics/test_nvme.py"]),
+    "HF Trainer": (
+        ["tests/frameworks/test_hf_trainer.py", "-k", "test_selects and 2-cpu-2"],
+        ["tests/frameworks/test_hf_trainer.py"],
+    ),
+}
+BEGIN, END = "<!-- written by tests/compat/run.py -->", "<!-- end of what it writes -->"
 
 
 def pinned() -> dict[str, str]:
@@ -35,8 +61,96 @@ def pinned() -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
+def known_versions() -> tuple[str, ...]:
+    """The releases of DeepSpeed that the guard knows."""
+    tree = ast.parse((ROOT / "ds_agsel" / "zero" / "compat" / "versions.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KNOWN_VERSIONS":
+            return ast.literal_eval(node.value)
+    raise LookupError("KNOWN_VERSIONS")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        # Its own: ops built for another environment are built again for this one, and then again for that one.
+        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+    }
+
+
+def run_tests(folder: Path, name: str, arguments: list[str]) -> str:
+    """Run pytest in the environment ``folder``; its last line, without the time. The log is ``folder``/NAME.log."""
+    command = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    marks = [] if "-m" in arguments else ["-m", "not slow and not device"]
+    found = subprocess.run(
+        [*command, *marks, *arguments], cwd=ROOT, env=environment(folder), capture_output=True, text=True
+    )
+    (folder / f"{name.replace('/', '-').replace(' ', '-')}.log").write_text(found.stdout + found.stderr)
+    last = next((line for line in reversed(found.stdout.splitlines()) if re.search(r"passed|failed|error", line)), "")
+    counts = re.sub(r" in [0-9.]+s.*|, \d+ (deselected|warnings?)", "", last.strip("= "))
+    return counts if found.returncode == 0 else f"FAILED: {counts}"
+
+
+def install_release(version: str, folder: Path) -> None:
+    """An environment with this one's packages and deepspeed ``version``."""
+    if (folder / "installed").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    (packages / "zz_shared.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--ignore-installed"]  # downloads and wheels are in pip's own cache
+    subprocess.run([*pip, *options, f"deepspeed=={version}"], check=True)
+    (folder / "installed").touch()
+
+
+def try_release(version: str, folder: Path, whole: bool, commit: str) -> dict[str, str]:
+    """Each part's outcome with deepspeed ``version``, also in ``folder``/results.json."""
+    install_release(version, folder)
+    file = folder / "results.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    key = f"{commit}{'-whole' if whole else ''}"
+    results = known.get(key, {})
+    if results.get("import") != "yes":
+        code = "import deepspeed, ds_agsel.entry.initialize; print(deepspeed.__version__)"
+        command = [str(folder / "bin" / "python"), "-c", code]
+        found = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True)
+        came = found.returncode == 0 and found.stdout.split()[-1] == version
+        results["import"] = "yes" if came else f"FAILED: {(found.stderr or found.stdout).splitlines()[-1:]}"
+    for part, (few, all_of_it) in PARTS.items():
+        if not results.get(part, "FAILED").startswith("FAILED"):
+            continue
+        results[part] = run_tests(folder, part, all_of_it if whole else few)
+        file.write_text(json.dumps({**known, key: results}, indent=1))
+        print(f"deepspeed {version:7} {part:14} {results[part]}", flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, str]], whole: bool) -> str:
+    """The results as Markdown."""
+    columns = ["import", *PARTS]
+    lines = [f"| deepspeed | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for version in sorted(results, key=lambda text: [int(part) for part in text.split(".")]):
+        lines.append(f"| {version} | {' | '.join(results[version].get(column, '-') for column in columns)} |")
+    command = "`make compat ARGS=--whole`" if whole else "`make compat`"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"{command}, Python {python}, torch {pinned()['torch']}; other Python versions were not tried:\n\n" + (
+        "\n".join(lines)
+    )
+
+
+def write_table(text: str) -> None:
+    """Put ``text`` between its marks in docs/frameworks.md."""
+    page = ROOT / "docs" / "frameworks.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
 def check(end: str, versions: dict[str, str], folder: Path) -> tuple[bool, str]:
-    """Whether the tests pass with ``versions``, and pytest's last line."""
+    """Whether the tests pass with an end's ``versions``, and pytest's last line."""
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -47,34 +161,40 @@ def check(end: str, versions: dict[str, str], folder: Path) -> tuple[bool, str]:
     tools = ["ninja", "pytest", "pytest-timeout", "hypothesis", "psutil", "tensorboard", "py-cpuinfo", "datasets"]
     subprocess.run([*pip, *packages, *tools], check=True)
     subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
-    environment = {
-        **os.environ,
-        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        # Its own: ops built for another environment are built again for this one, and then again for that one.
-        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
-    }
-    subprocess.run([str(python), "-m", "ds_agsel.zero.build_ops"], cwd=ROOT, env=environment, check=True)
-    found = subprocess.run(
-        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not device", *TESTS],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    (folder / "pytest.log").write_text(found.stdout + found.stderr)
-    last = next((line for line in reversed(found.stdout.splitlines()) if re.search(r"passed|failed|error", line)), "")
+    subprocess.run([str(python), "-m", "ds_agsel.zero.build_ops"], cwd=ROOT, env=environment(folder), check=True)
+    last = run_tests(folder, "pytest", TESTS)
     frozen = subprocess.run([str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     wanted = ("torch", "deepspeed", *versions)
     have = [line for line in frozen.splitlines() if line.split("==")[0].lower() in wanted]
-    print(f"{end:7} {'passed' if found.returncode == 0 else 'FAILED'}  {last.strip('= ')}\n        {', '.join(have)}")
-    return found.returncode == 0, last
+    print(f"{end:7} {last}\n        {', '.join(have)}")
+    return not last.startswith("FAILED"), last
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ds_agsel" / "compat")
-    parser.add_argument("--ends", nargs="+", default=list(ENDS), choices=list(ENDS))
+    parser.add_argument("--ends", nargs="*", default=list(ENDS), choices=list(ENDS))
+    parser.add_argument("--versions", nargs="*", default=list(known_versions()), metavar="RELEASE")
+    parser.add_argument("--whole", action="store_true", help="all unit and numerics tests, not one of each kind")
+    parser.add_argument("--jobs", type=int, default=2, help="releases tried at once")
     options = parser.parse_args()
     began = time.monotonic()
-    passed = [check(end, ENDS[end], options.cache / end)[0] for end in options.ends]
-    print(f"{time.monotonic() - began:.0f} s; logs: {options.cache}/*/pytest.log")
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+    def one(version: str) -> tuple[str, dict[str, str]]:
+        return version, try_release(version, options.cache / version, options.whole, commit)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = dict(pool.map(one, options.versions))
+    if results:
+        text = table(results, options.whole)
+        print(text)
+        if set(results) == set(known_versions()):
+            write_table(text)
+    passed = [not any(cell.startswith("FAILED") for cell in cells.values()) for cells in results.values()]
+    passed += [check(end, ENDS[end], options.cache / end)[0] for end in options.ends]
+    print(f"{time.monotonic() - began:.0f} s; logs: {options.cache}/*/*.log")
     return 0 if all(passed) else 1
 
 

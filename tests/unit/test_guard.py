@@ -331,7 +331,7 @@ except Exception as error:
             "0.17.6",
             "ds_agsel.zero.compat",
             "import deepspeed.runtime.torch_autocast as m; del m.sort_dtypes",
-            "it is too old. Known to work: 0.18.4 to ",
+            "it is too old. Known to work: 0.18.4, ",
         ),
         (
             deepspeed.__version__,
@@ -384,8 +384,8 @@ def test_a_release_out_of_bounds_is_refused_before_it_is_imported(
         tried.append(version)
         raise missing
     assert str(caught.value) == (
-        f"deepspeed=={version} does not fit ds_agsel: {expected}. Known to work: 0.18.4 to "
-        f"{compat.KNOWN_VERSIONS[-1]}; install one of them: pip install 'deepspeed=={compat.KNOWN_VERSIONS[-1]}'."
+        f"deepspeed=={version} does not fit ds_agsel: {expected}. Known to work: {', '.join(compat.KNOWN_VERSIONS)}; "
+        f"install one of them: pip install 'deepspeed=={compat.KNOWN_VERSIONS[-1]}'."
     )
     assert bool(tried) == (reason is None)
     assert compat.is_known() == (version == "0.18.9+cu128")

@@ -21,6 +21,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ds_agsel.zero.compat.versions import until
 from ds_agsel.zero.compat.views import attribute
 
+_Stock: Any = object  # what these classes are joined with in the end has every method that they call
+
 
 def invalid(norms: Sequence[Any]) -> bool:
     """Return whether one of the ``norms`` is not finite; stock code writes -1 for such a norm. Waits for the host."""
@@ -28,7 +30,7 @@ def invalid(norms: Sequence[Any]) -> bool:
     return bool((~torch.isfinite(found) | (found < 0)).any())
 
 
-class Zero12Until0184:
+class Zero12Until0184(_Stock):
     """Reduces all buckets at once, and ends backward with `zero_grad`, which is not the user's call of it."""
 
     __slots__ = ()
@@ -46,7 +48,7 @@ class Zero12Until0184:
             super().reduce_ipg_grads()
 
 
-class Zero12Until0189:
+class Zero12Until0189(_Stock):
     """With CPU offload keeps the gradients of two micro-steps of a window only: the first and the last.
 
     Here, as in 0.19.0 and newer, each is added to the sum on the host.
@@ -68,7 +70,7 @@ class Zero12Until0189:
             super().copy_grads_in_partition(param)
 
 
-class Zero12Until0191:
+class Zero12Until0191(_Stock):
     """Has no hook at the point where `step` comes to a group: `_get_preflattened_grad_partition` is called there."""
 
     __slots__ = ()
@@ -84,7 +86,7 @@ class Zero12Until0191:
         super().free_grad_in_param_list(param_list)
 
 
-class Zero12Until0194:
+class Zero12Until0194(_Stock):
     """Keeps the boundary of accumulation as an attribute, and no record of what it has summed on the host."""
 
     __slots__ = ()
@@ -117,7 +119,7 @@ class Zero12Until0194:
         super().step(closure)
 
 
-class Zero12Until0197:
+class Zero12Until0197(_Stock):
     """Has no compact gradient partitions, waits for its copies at once, and applies a step whose norm is not finite.
 
     A group's norm that is not finite counts as 1 there, and only fp16 looks for it by default until 0.19.3. Here such
@@ -160,7 +162,7 @@ class Zero12Until0197:
         known = self.__dict__.pop("_norm_of_step", None)
         if known is not None:
             return known
-        self._norms_of_groups = []
+        self.__dict__["_norms_of_groups"] = []
         norm = super().scaled_global_norm(norm_type)
         return norm.new_full((), float("inf")) if invalid(self._norms_of_groups) else norm
 
@@ -175,7 +177,7 @@ class Zero12Until0197:
         return norm
 
 
-class Zero3Until0192:
+class Zero3Until0192(_Stock):
     """Divides every parameter among all data-parallel ranks."""
 
     __slots__ = ()
@@ -187,7 +189,7 @@ class Zero3Until0192:
         return dist.get_world_size(group=self.dp_process_group)
 
 
-class Zero3Until0194:
+class Zero3Until0194(_Stock):
     """Keeps the boundary of accumulation as an attribute, and copies gradients to the host inside `partition_grads`."""
 
     __slots__ = ()
@@ -237,7 +239,7 @@ class Zero3Until0194:
             self.fp32_partitioned_groups_flat[sub_group].grad.narrow(0, offset, gradient.numel()).copy_(gradient)
 
 
-class Zero3Until0197:
+class Zero3Until0197(_Stock):
     """Applies a step whose norm is not finite, except in fp16. Here it is skipped in every precision."""
 
     __slots__ = ()

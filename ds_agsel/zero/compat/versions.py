@@ -10,13 +10,10 @@ from packaging.version import Version
 
 from ds_agsel.errors import ConfigError
 
-# Oldest first. 0.18.3 and older are refused: 0.17.6 lacks `setup_buckets`, and what came until 0.18.3 is untested.
-# tests/compat/run.py tries each of these, and writes the table of docs/frameworks.md.
-KNOWN_VERSIONS = (
-    "0.18.4", "0.18.5", "0.18.6", "0.18.7", "0.18.8", "0.18.9",
-    "0.19.0", "0.19.1", "0.19.2", "0.19.3", "0.19.4", "0.19.5", "0.19.6", "0.19.7", "0.19.8",
-)  # fmt: skip
-# What pyproject.toml leaves out. A release between the newest known one and this is taken if the guard finds no fault.
+# Oldest first. tests/compat/run.py tries each of these, and writes the table of docs/frameworks.md.
+KNOWN_VERSIONS = ("0.18.4", "0.18.9", "0.19.5", "0.19.8")
+# What pyproject.toml leaves out, as well as what is older than all of them. Another release between these bounds is
+# taken, with a warning, if the guard finds no fault.
 TOO_NEW = "0.20"
 
 
@@ -44,8 +41,7 @@ def refusal(faults: list[str]) -> ConfigError:
     """Return the error that names the installed DeepSpeed, its ``faults``, and the release to install."""
     return ConfigError(
         f"deepspeed=={deepspeed.__version__} does not fit ds_agsel: {'; '.join(faults)}. Known to work: "
-        f"{KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}; install one of them: pip install "
-        f"'deepspeed=={KNOWN_VERSIONS[-1]}'."
+        f"{', '.join(KNOWN_VERSIONS)}; install one of them: pip install 'deepspeed=={KNOWN_VERSIONS[-1]}'."
     )
 
 
