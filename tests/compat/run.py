@@ -1,4 +1,4 @@
-"""`make compat`: the DeepSpeed releases and the ends of the framework versions that we claim, in environments of their own.
+"""`make compat`: the DeepSpeed releases and the ends of the framework versions that we claim, each on its own.
 
 A DeepSpeed release is tried on the packages of the environment that runs this; only deepspeed itself is installed, so
 that it costs seconds, beside the build of CPU Adam. An end of the framework versions is installed whole. What passed is
@@ -34,23 +34,25 @@ TESTS = [
     "tests/numerics/test_plain_deepspeed.py",
     "tests/unit/test_blocks.py",
 ]
-PLAIN = "tests/numerics/test_plain_deepspeed.py::test_policy_all_is_plain_deepspeed"
-OTHERS = [f"tests/numerics/test_{name}.py" for name in ("unselected", "overflow", "resume", "accessors", "traffic")]
-# By column of the table: pytest's arguments, few and with --whole. Few: one test of each kind at two ranks.
-PARTS: dict[str, tuple[list[str], list[str]]] = {
-    "unit": (["tests/unit/test_guard.py"], ["tests/unit"]),
-    "ZeRO-1/2": ([PLAIN, "-k", "2] and dtype=bf16 and not cpu and not stage=3"], [PLAIN, *OTHERS, "-k", "not cpu"]),
-    "offload": ([PLAIN, "-k", "2] and dtype=bf16 and cpu and not stage=3"], [PLAIN, *OTHERS, "-k", "cpu"]),
-    "ZeRO-3": ([PLAIN, "-k", "2] and dtype=bf16 and stage=3"], ["tests/numerics/test_zero3.py", PLAIN]),
-    "skipped steps": (
-        ["tests/numerics/test_overflow.py", "-k", "2] and (bad_step and bf16 or fp16)"],
-        ["tests/numerics/test_overflow.py"],
+NUMERICS = [
+    f"tests/numerics/test_{name}.py"
+    for name in ("plain_deepspeed", "unselected", "overflow", "resume", "accessors", "traffic", "zero3", "nvme")
+]
+# By column of the table: patterns of the test ids, one test of each kind at two ranks; and with --whole, all.
+PARTS = {
+    "unit": ("test_guard", "tests/unit"),
+    "ZeRO-1/2": (
+        r"test_policy_all_is_plain_deepspeed\[(stage=1,|accum)((?!cpu).)*bf16.*-2\]",
+        r"numerics/((?!cpu|stage=3|nvme|zero3).)*$",
     ),
-    "NVMe": (["tests/numerics/test_nvme.py", "-k", "2]"], ["tests/numerics/test_nvme.py"]),
-    "HF Trainer": (
-        ["tests/frameworks/test_hf_trainer.py", "-k", "test_selects and 2-cpu-2"],
-        ["tests/frameworks/test_hf_trainer.py"],
+    "offload": (
+        r"test_policy_all_is_plain_deepspeed\[(stage=1,)?offload=cpu.*bf16.*-2\]",
+        r"numerics/((?!stage=3|nvme|zero3).)*cpu((?!stage=3).)*$",
     ),
+    "ZeRO-3": (r"test_policy_all_is_plain_deepspeed\[stage=3.*bf16.*-2\]", r"numerics/.*(stage=3|zero3)((?!nvme).)*$"),
+    "skipped steps": (r"test_a_bad_step.*bf16.*-2\]|test_fp16.*2\]", r"test_overflow((?!nvme).)*$"),
+    "NVMe": (r"test_nvme.*-2\]", "nvme"),
+    "HF Trainer": (r"test_hf_trainer.*test_selects.*2-cpu-2\]", "test_hf_trainer"),
 }
 BEGIN, END = "<!-- written by tests/compat/run.py -->", "<!-- end of what it writes -->"
 
@@ -80,13 +82,23 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+def tests_of_parts(whole: bool) -> dict[str, list[str]]:
+    """The ids of each part's tests, as this environment collects them."""
+    what = ["tests/unit" if whole else "tests/unit/test_guard.py", *NUMERICS, "tests/frameworks/test_hf_trainer.py"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not slow and not device", *what]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ids = [line for line in found.splitlines() if "::" in line]
+    chosen = {part: [name for name in ids if re.search(patterns[whole], name)] for part, patterns in PARTS.items()}
+    return chosen | {"unit": ["tests/unit"] if whole else ["tests/unit/test_guard.py"]}  # its ids differ by release
+
+
 def run_tests(folder: Path, name: str, arguments: list[str]) -> str:
     """Run pytest in the environment ``folder``; its last line, without the time. The log is ``folder``/NAME.log."""
     command = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    marks = [] if "-m" in arguments else ["-m", "not slow and not device"]
     found = subprocess.run(
-        [*command, *marks, *arguments], cwd=ROOT, env=environment(folder), capture_output=True, text=True
-    )
+        [*command, "-m", "not slow and not device", *arguments],
+        cwd=ROOT, env=environment(folder), capture_output=True, text=True,
+    )  # fmt: skip
     (folder / f"{name.replace('/', '-').replace(' ', '-')}.log").write_text(found.stdout + found.stderr)
     last = next((line for line in reversed(found.stdout.splitlines()) if re.search(r"passed|failed|error", line)), "")
     counts = re.sub(r" in [0-9.]+s.*|, \d+ (deselected|warnings?)", "", last.strip("= "))
@@ -107,24 +119,23 @@ def install_release(version: str, folder: Path) -> None:
     (folder / "installed").touch()
 
 
-def try_release(version: str, folder: Path, whole: bool, commit: str) -> dict[str, str]:
+def try_release(version: str, folder: Path, tests: dict[str, list[str]], commit: str) -> dict[str, str]:
     """Each part's outcome with deepspeed ``version``, also in ``folder``/results.json."""
     install_release(version, folder)
     file = folder / "results.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    key = f"{commit}{'-whole' if whole else ''}"
-    results = known.get(key, {})
+    results = known.get(commit, {})
     if results.get("import") != "yes":
         code = "import deepspeed, ds_agsel.entry.initialize; print(deepspeed.__version__)"
         command = [str(folder / "bin" / "python"), "-c", code]
         found = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True)
         came = found.returncode == 0 and found.stdout.split()[-1] == version
         results["import"] = "yes" if came else f"FAILED: {(found.stderr or found.stdout).splitlines()[-1:]}"
-    for part, (few, all_of_it) in PARTS.items():
+    for part, chosen in tests.items():
         if not results.get(part, "FAILED").startswith("FAILED"):
             continue
-        results[part] = run_tests(folder, part, all_of_it if whole else few)
-        file.write_text(json.dumps({**known, key: results}, indent=1))
+        results[part] = run_tests(folder, part, chosen)
+        file.write_text(json.dumps({**known, commit: results}, indent=1))
         print(f"deepspeed {version:7} {part:14} {results[part]}", flush=True)
     return results
 
@@ -181,9 +192,11 @@ def main() -> int:
     began = time.monotonic()
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    commit += "-whole" if options.whole else ""
+    tests = tests_of_parts(options.whole) if options.versions else {}
 
     def one(version: str) -> tuple[str, dict[str, str]]:
-        return version, try_release(version, options.cache / version, options.whole, commit)
+        return version, try_release(version, options.cache / version, tests, commit)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(pool.map(one, options.versions))
