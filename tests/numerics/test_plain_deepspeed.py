@@ -24,6 +24,8 @@ from support import (
     train_all,
 )
 
+from ds_agsel.zero import compat
+
 HUNDRED = {"select_percent": 100, "steps_per_epoch": 6, "explore_decay": 0.15, "seed": 2}
 SAME = ("losses", "norms", "lrs", "weights", "partitions", "skipped")
 
@@ -93,6 +95,8 @@ def assert_plain(selective: dict[str, Any], plain: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", SWEEP)
 def test_policy_all_is_plain_deepspeed(workers, case, ranks):
+    if case.stage < 3 and case.offload == "cpu" and case.accumulation > 2 and compat.takes_powers_anew():
+        pytest.skip("plain DeepSpeed until 0.18.9 loses the gradients between the first and the last micro-step")
     for selective, plain in workers(ranks).run(train_all, [case, case.but(section=None)]):
         assert [blocks for _, _, blocks in selective["history"]] == [tuple(range(6))] * case.steps
         assert_plain(selective, plain)
