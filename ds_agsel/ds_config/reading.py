@@ -231,7 +231,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     That is JSON, with comments and trailing commas allowed (Hjson). Raises ConfigError if the file can't be read, holds
     no object, or has a key twice.
     """
-    import hjson  # type: ignore[import-untyped]  # what DeepSpeed reads its config with
+    import hjson  # what DeepSpeed reads its config with
 
     try:
         config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 from ds_agsel.zero import compat
+from ds_agsel.zero.compat import versions
 
 ROOT = Path(__file__).parents[2]
 
 
-def bounds() -> dict[str, str]:
-    """Package -> its lower bound in pyproject.toml."""
+def requirements() -> list[str]:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["hf"]]
-    return dict(re.match(r"([a-z-]+)>=([0-9.]+)", line).groups() for line in lines)
+    return [*project["dependencies"], *project["optional-dependencies"]["hf"]]
+
+
+def bounds() -> dict[str, str]:
+    """Package -> its lower bound in pyproject.toml."""
+    return dict(re.match(r"([a-z-]+)>=([0-9.]+)", line).groups() for line in requirements())
 
 
 def test_lower_bounds_are_the_oldest_versions_tested() -> None:
@@ -36,4 +40,16 @@ def test_the_readme_names_both_ends() -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
     for name, version in tested["ENDS"]["oldest"].items():
         assert f"{name} {version} and {tested['pinned']()[name]}" in text
-    assert f"Known DeepSpeed version: {', '.join(compat.KNOWN_VERSIONS)}," in text
+    assert f"DeepSpeed {', '.join(compat.KNOWN_VERSIONS[:-1])} and {compat.KNOWN_VERSIONS[-1]}, with torch" in text
+
+
+def test_deepspeeds_bounds_the_guards_releases_and_the_table_agree() -> None:
+    tested = runpy.run_path(str(ROOT / "tests" / "compat" / "run.py"))
+    assert f"deepspeed>={compat.KNOWN_VERSIONS[0]},<{versions.TOO_NEW}" in requirements()
+    assert tested["known_versions"]() == compat.KNOWN_VERSIONS
+    text = (ROOT / "docs" / "frameworks.md").read_text()
+    rows = text.split(tested["BEGIN"])[1].split(tested["END"])[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| ")]
+    assert cells[0] == ["deepspeed", "import", *tested["PARTS"]]
+    assert tuple(row[0] for row in cells[1:]) == compat.KNOWN_VERSIONS
+    assert not any("FAILED" in cell for row in cells for cell in row)
