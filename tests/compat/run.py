@@ -2,8 +2,8 @@
 
 A DeepSpeed release is tried on the packages of the environment that runs this; only deepspeed itself is installed, so
 that it costs seconds, beside the build of CPU Adam. An end of the framework versions is installed whole. What passed is
-kept in the cache by commit: a run that was stopped goes on where it was. Writes the table of releases into
-docs/frameworks.md, prints both, exits with 1 where any failed. Standard library only.
+kept in the cache by commit: a run that was stopped goes on where it was. Prints both as tables; exits with 1
+where any failed. Standard library only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ PARTS = {
     "NVMe": (None, "nvme"),  # its op takes minutes to build
     "HF Trainer": (r"test_hf_trainer.*test_selects.*2-cpu-2\]", "test_hf_trainer"),
 }
-BEGIN, END = "<!-- written by tests/compat/run.py -->", "<!-- end of what it writes -->"
 
 
 def pinned() -> dict[str, str]:
@@ -154,13 +153,6 @@ def table(results: dict[str, dict[str, str]], whole: bool) -> str:
     )
 
 
-def write_table(text: str) -> None:
-    """Put ``text`` between its marks in docs/frameworks.md."""
-    page = ROOT / "docs" / "frameworks.md"
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-
-
 def check(end: str, versions: dict[str, str], folder: Path) -> tuple[bool, str]:
     """Whether the tests pass with an end's ``versions``, and pytest's last line."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -202,10 +194,7 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(pool.map(one, options.versions))
     if results:
-        text = table(results, options.whole)
-        print(text)
-        if set(results) == set(known_versions()):
-            write_table(text)
+        print(table(results, options.whole))
     passed = [not any(cell.startswith("FAILED") for cell in cells.values()) for cells in results.values()]
     passed += [check(end, ENDS[end], options.cache / end)[0] for end in options.ends]
     print(f"{time.monotonic() - began:.0f} s; logs: {options.cache}/*/*.log")

@@ -43,13 +43,7 @@ def test_the_readme_names_both_ends() -> None:
     assert f"DeepSpeed {', '.join(compat.KNOWN_VERSIONS[:-1])} and {compat.KNOWN_VERSIONS[-1]}, with torch" in text
 
 
-def test_deepspeeds_bounds_the_guards_releases_and_the_table_agree() -> None:
+def test_deepspeeds_bounds_the_guards_releases_and_those_tried_agree() -> None:
     tested = runpy.run_path(str(ROOT / "tests" / "compat" / "run.py"))
     assert f"deepspeed>={compat.KNOWN_VERSIONS[0]},<{versions.TOO_NEW}" in requirements()
     assert tested["known_versions"]() == compat.KNOWN_VERSIONS
-    text = (ROOT / "docs" / "frameworks.md").read_text()
-    rows = text.split(tested["BEGIN"])[1].split(tested["END"])[0].splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| ")]
-    assert cells[0] == ["deepspeed", "import", *tested["PARTS"]]
-    assert tuple(row[0] for row in cells[1:]) == compat.KNOWN_VERSIONS
-    assert not any("FAILED" in cell for row in cells for cell in row)

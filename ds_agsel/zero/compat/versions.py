@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from ds_agsel.errors import ConfigError
 
-# Oldest first. tests/compat/run.py tries each of these, and writes the table of docs/frameworks.md.
+# Oldest first. tests/compat/run.py tries each of these.
 KNOWN_VERSIONS = ("0.18.4", "0.18.9", "0.19.5", "0.19.8")
 # What pyproject.toml leaves out, as well as what is older than all of them. Another release between these bounds is
 # taken, with a warning, if the guard finds no fault.
