@@ -145,6 +145,7 @@ ZERO12 = StockNames(
         "_restore_cpu_offload_grad_to_gpu": "0.19.5",
         "_use_compact_grad_partition_buffer": "0.19.8",
         "_wait_for_offload_copies": "0.19.8",
+        "compute_grad_norm": "0.19.7",
         "copy_grads_in_partition": "0.19.8",
         "is_gradient_accumulation_boundary": "0.19.5",
         "reduce_ipg_grads": "0.18.5",

@@ -119,6 +119,13 @@ class Zero12Until0194(_Stock):
         super().step(closure)
 
 
+class Zero12Until0196(_Stock):
+    """Takes a norm at every step."""
+
+    __slots__ = ()
+    compute_grad_norm = True
+
+
 class Zero12Until0197(_Stock):
     """Has no compact gradient partitions, waits for its copies at once, and applies a step whose norm is not finite.
 
@@ -273,6 +280,7 @@ def _base(stock: type, *older: tuple[type, str]) -> Any:
 Zero12Base = _base(
     DeepSpeedZeroOptimizer,
     (Zero12Until0197, "0.19.7"),
+    (Zero12Until0196, "0.19.6"),
     (Zero12Until0194, "0.19.4"),
     (Zero12Until0191, "0.19.1"),
     (Zero12Until0189, "0.18.9"),
