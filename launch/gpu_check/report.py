@@ -78,8 +78,8 @@ def _memory(result: Result) -> Iterator[str]:
 
 
 def _time(result: Result) -> Iterator[str]:
-    modes: dict[str, Any] = (result.data or {}).get("offload", {})
-    rows = next(iter(modes.values()), {}).get("rows", {})
+    modes: list[dict[str, Any]] = list((result.data or {}).get("offload", {}).values())
+    rows: dict[str, Any] = modes[0].get("rows", {}) if modes else {}
     yield "| row | step / plain | tokens a second | step seconds |"
     yield "|---|---|---|---|"
     for name, row in rows.items():
