@@ -156,7 +156,7 @@ def _estimate(options: argparse.Namespace) -> None:
         from ds_agsel.estimate.table import as_json, as_text, estimate, in_short
 
         setup = read_setup(ds_config, options.ranks)
-        model = read_shape(options.model, config.blocks, config.granularity)
+        model = read_shape(options.model, config.blocks, config.granularity, config.sparse_grad)
         result = estimate(model, setup, config, options.select_percent or given)
         card = None if options.card is None else find_card(options.card).capacity_bytes
         host = None if options.host_memory is None else read_bytes(options.host_memory, "--host-memory")

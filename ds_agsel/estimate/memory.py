@@ -2,7 +2,8 @@
 
 Gradients, master weights and states are exact: tests compare them with the buffers of real engines. Staging is
 temporary: reduction buckets, one gradient on its way, copies between host and accelerator, weights that
-ZeRO-3 has gathered. Activations, CUDA's own context and fragmentation are left out.
+ZeRO-3 has gathered. With `sparse_grad` it has an upper bound of its bases and energies too, and the host's weights are
+the matrices that the trained entries are added to. Activations, CUDA's own context and fragmentation are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
 from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
+from ds_agsel.estimate.sparse_shape import SparseShape
 from ds_agsel.estimate.steps import Step, full_step, weighted
 from ds_agsel.residency.plan import default_budget_bytes
 from ds_agsel.residency.swap_plan import default_ring
@@ -104,7 +106,9 @@ def selective_memory(
     ``stepping``: "host" is `offload_optimizer`; "accelerator" keeps masters and moments in pinned host memory and has
     the selected blocks' on the accelerator; "resident" keeps all of them there.
     """
-    return _Ledger(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features).memory()
+    return _Ledger(
+        model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features, model.sparse
+    ).memory()
 
 
 class _Ledger:
@@ -112,8 +116,9 @@ class _Ledger:
 
     def __init__(
         self, groups: Sequence[Numels], block_of_group: Sequence[int], frozen: Numels, setup: Setup, rank: int,
-        step: Step, stepping: Stepping, features: Features | None,
+        step: Step, stepping: Stepping, features: Features | None, sparse: SparseShape | None = None,
     ) -> None:  # fmt: skip
+        self._sparse, self._rank = sparse, rank
         self._setup, self._step, self._stepping, self._features = setup, step, stepping, features
         self._groups, self._frozen, self._blocks = groups, frozen, block_of_group
         self._partitions = partitions_of(groups, setup, rank)
@@ -128,7 +133,7 @@ class _Ledger:
         return Memory(*(Bytes(**{kind: round(amount) for kind, amount in kinds.items()}) for kinds in places.values()))
 
     def _entries(self) -> list[tuple[str, str, Fraction | int]]:
-        return [*self._weights(), *self._gradients(), *self._states(), *self._staging()]
+        return [*self._weights(), *self._gradients(), *self._states(), *self._staging(), *self._entries_of_matrices()]
 
     def _sum(self, shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
         """Return Σ over groups of the group's value, times its block's share."""
@@ -149,6 +154,14 @@ class _Ledger:
         place = {"none": "accelerator", "cpu": "host", "nvme": "nvme"}[setup.offload_param]
         kept_whole = sum(n for group in every for n in group if n <= setup.persistence_threshold_numel)
         return [(place, "weights", numel * self._item), ("accelerator", "weights", kept_whole * self._item)]
+
+    def _entries_of_matrices(self) -> list[tuple[str, str, Fraction | int]]:
+        """Return what `sparse_grad` needs beside its carriers: zero/carriers.py."""
+        if self._sparse is None:
+            return []
+        bases = self._sparse.held_numels(self._setup.stage, self._setup.ranks, self._rank)
+        staging = self._sparse.accelerator_bytes(self._item)
+        return [("host", "weights", sum(bases) * self._item), ("accelerator", "staging", staging)]
 
     # --------------------------------------------------------------- gradients
 

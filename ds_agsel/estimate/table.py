@@ -77,12 +77,13 @@ def estimate(
         if not 0 < percent <= 100:
             raise ConfigError(f"--select-percent {percent:g} is outside (0, 100]. Use 100 to train every block.")
     setup = with_section(setup, config)
-    rows = [_full_row(model, setup)]
+    others = model.dense or model
+    rows = [_full_row(others, setup)]
     for percent in percentages:
         lottery = build_lottery(model.blocks, config.model_copy(update={"select_percent": percent}))
         for stepping in steppings(setup):
             rows += _selective_rows(model, setup, lottery, percent, stepping, features, config)
-    rows += [_lora_row(model, setup, rank) for rank in LORA_RANKS if model.linears]
+    rows += [_lora_row(others, setup, rank) for rank in LORA_RANKS if others.linears]
     return Estimate(model, setup, tuple(rows))
 
 
@@ -259,6 +260,7 @@ def as_text(result: Estimate) -> str:
         f"{setup.accumulation_steps} micro-step{'s' if setup.accumulation_steps > 1 else ''}.",
         "GiB per rank when backward has ended, without activations. Paper: 2 · P_selected · 4 bytes / ranks.",
         *(f"Assumed: {note}." for note in setup.assumed),
+        *_about_sparse_grad(model),
     ]
     places: dict[str, Callable[[Row], Bytes]] = {
         "On the accelerator": lambda row: row.memory.accelerator,
@@ -275,6 +277,18 @@ def as_text(result: Estimate) -> str:
     moving = [(row, [getattr(row.traffic, field) for field in _MOVED.values()]) for row in result.rows]
     lines += _table("Moved per step", tuple(_MOVED), [cells for cells in moving if any(cells[1])])
     return "\n".join(lines)
+
+
+def _about_sparse_grad(model: ModelShape) -> list[str]:
+    sparse = model.sparse
+    if sparse is None:
+        return []
+    entries, numel = (sum(getattr(matrix, field) for matrix in sparse.matrices) for field in ("entries", "numel"))
+    return [
+        f"sparse_grad trains {entries:,} of the {numel:,} elements of {len(sparse.matrices)} matrices. Bases and "
+        "energies are in staging, at most: how many directions are used is known after calibration.",
+        "The first calibration steps hold the gradients of all blocks, and are no row here.",
+    ]
 
 
 _MOVED = {

@@ -13,6 +13,7 @@ from fractions import Fraction
 from ds_agsel.estimate.memory import Stepping, partitions_of
 from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
+from ds_agsel.estimate.sparse_shape import SparseShape
 from ds_agsel.estimate.steps import Step, full_step, weighted
 
 
@@ -45,7 +46,35 @@ def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: i
 
 def selective_traffic(model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0) -> TrafficBytes:
     """Return the traffic of ds_agsel at ``step``. A visiting block's first visit brings no moments and costs less."""
-    return _traffic(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping)
+    traffic = _traffic(model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping)
+    return traffic if model.sparse is None else _with_matrices(traffic, model.sparse, setup, step, rank)
+
+
+def _with_matrices(traffic: TrafficBytes, sparse: SparseShape, setup: Setup, step: Step, rank: int) -> TrafficBytes:
+    """Return ``traffic`` with the matrices of `sparse_grad`, which are frozen weights there.
+
+    After an update each needs its base on the accelerator. With stage 3 a matrix that backward doesn't reach is
+    gathered once, not twice, and carriers that are not kept whole are gathered to write it.
+    """
+    h2d = traffic.h2d + sparse.traffic_numel(step.selected, sparse.held_numels(setup.stage, setup.ranks, rank)) * (
+        setup.item_bytes
+    )
+    if setup.stage < 3:
+        return replace(traffic, h2d=round(h2d))
+    kept_whole = setup.persistence_threshold_numel
+    not_reached = [1 - share for share in step.in_backward]
+    matrices = [matrix.numel if matrix.numel > kept_whole else 0 for matrix in sparse.matrices]
+    entries = [matrix.entries if matrix.entries > kept_whole else 0 for matrix in sparse.matrices]
+    more = sparse.traffic_numel(step.selected, entries)
+    more -= sparse.traffic_numel(not_reached, matrices) * setup.accumulation_steps
+    moved = more * setup.item_bytes
+    share = moved / setup.ranks
+    return replace(
+        traffic,
+        gathered=round(traffic.gathered + moved) if setup.ranks > 1 else 0,
+        h2d=round(h2d + (share if setup.offload_param != "none" else 0)),
+        nvme_read=round(traffic.nvme_read + (share if setup.offload_param == "nvme" else 0)),
+    )
 
 
 def _traffic(

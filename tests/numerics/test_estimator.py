@@ -12,6 +12,7 @@ import torch
 from support import ALL, MOSTLY_TWO, Case, build, case_id, ds_config, param_groups, run_steps, tiny_model
 from workers import Workers
 
+from ds_agsel.config import parse_section
 from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
 from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, shape_of
@@ -51,6 +52,12 @@ VISITING = [
     Case(model="net", stage=3, dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "on_reentry": "reset"}),
 ]
+SPARSE = {**SHORT, "sparse_grad": {"entries_percent": 5.0, "calibration_steps": 1, "refresh_steps": 3}}
+WITH_MATRICES = [
+    Case(dtype="bf16", steps=5, section=SPARSE),
+    Case(stage=3, offload="cpu", dtype="bf16", steps=5, section=SPARSE),
+    pytest.param(Case(stage=1, offload="cpu", accumulation=2, steps=5, section=SPARSE), marks=pytest.mark.slow),
+]  # fmt: skip
 PLAIN = [
     Case(model=model, stage=stage, offload=offload, dtype="bf16", steps=2, section=None)
     for model, stage, offload in product(("llama", "net"), (1, 2, 3), ("none", "cpu"))
@@ -96,9 +103,22 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
         if hasattr(engine, "selection"):
             seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
             seen["planned"] = engine.selection.planned_blocks
-            seen |= {"counts": engine.selection.update_counts, "traffic": asdict(engine.selection.traffic[-1])}
+            seen["matrices"] = _held_of_matrices(zero.carriers)
+            traffic = [asdict(entry) for entry in engine.selection.traffic[-1:]]  # none while entries are chosen
+            seen |= {"counts": engine.selection.update_counts, "traffic": traffic[-1] if traffic else None}
         return seen
     return None
+
+
+def _held_of_matrices(carriers: Any) -> dict[str, int] | None:
+    """The bytes of `sparse_grad` beside its carriers: in host memory, and on the accelerator."""
+    if carriers is None or carriers.is_calibrating:
+        return None
+    kept = [tensor for energy in carriers._energies.values() for tensor in energy.tensors()]
+    for target in carriers._targets:
+        kept.append(target.support.directions)
+        kept += [tensor for tile in target.support.tiles for tensor in (tile.lines, tile.places)]
+    return {"host": sum(base.nbytes for base in carriers._bases.values()), "accelerator": sum(t.nbytes for t in kept)}
 
 
 def measured_steps(run: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +133,8 @@ def described(case: Case, ranks: int) -> tuple[ModelShape, Setup]:
     setup = read_setup(ds_config(case), ranks).but(
         **{field: section[field] for field in ("on_reentry", "state_dtype") if field in section}
     )
-    return shape_of("tiny", model, None, groups, section.get("granularity", "block")), setup
+    sparse_grad = parse_section(section).sparse_grad
+    return shape_of("tiny", model, None, groups, section.get("granularity", "block"), sparse_grad), setup
 
 
 def active_blocks(case: Case, model: ModelShape) -> list[int]:
@@ -129,12 +150,16 @@ def after_giving_back(step: Step, setup: Setup, planned: Sequence[int] | None) -
     return replace(step, selected=tuple(share * (block in planned) for block, share in enumerate(step.selected)))
 
 
-def assert_as_measured(estimated: Memory, seen: Mapping[str, Any], offloaded: bool) -> None:
+def assert_as_measured(
+    estimated: Memory, seen: Mapping[str, Any], offloaded: bool, of_matrices: int | None = None
+) -> None:
     home = estimated.host if offloaded else estimated.accelerator
     assert estimated.accelerator.gradients == seen["accelerator"]
     assert (estimated.host.gradients if offloaded else 0) == seen["host"]
     assert home.master_weights == seen["masters"]
     assert home.states == seen["states"]
+    if of_matrices is not None:
+        assert estimated.host.weights == of_matrices
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +211,28 @@ def test_traffic_is_what_an_engine_counts(measured, case, ranks):
                 assert selective_traffic(model, setup, stepping, kept, rank).d2h <= counted["d2h_bytes"] <= moved.d2h
             else:
                 assert moved.d2h == counted["d2h_bytes"]
+
+
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
+@pytest.mark.parametrize("case", WITH_MATRICES, ids=case_id)
+def test_with_sparse_grad_everything_is_of_the_entries_and_host_memory_has_the_matrices(measured, case, ranks):
+    model, setup = described(case, ranks)
+    assert model.numel == shape_of("tiny", tiny_model(case)).numel and len(model.sparse.matrices) == 12
+    stepping, active = "host" if case.offload == "cpu" else "resident", range(len(model.blocks))
+    for rank, run in enumerate(measured(case, ranks)):
+        steps = measured_steps(run)[-len(run["history"]) :]  # those before are calibration
+        assert len(steps) == case.steps - 1
+        for (_, phase, selected), seen in zip(run["history"], steps, strict=True):
+            updated = [index for index, count in enumerate(seen["counts"]) if count]
+            step = exact_step(phase, len(model.blocks), selected, active, updated, streaming=streams(case))
+            held = selective_memory(model, setup, stepping, step, rank)
+            assert_as_measured(held, seen, case.offload == "cpu", of_matrices=seen["matrices"]["host"])
+            assert seen["matrices"]["accelerator"] <= held.accelerator.staging
+            moved = selective_traffic(model, setup, stepping, step, rank)
+            assert (moved.gathered, moved.reduced) == tuple(
+                seen["traffic"][f"{kind}_bytes"] for kind in ("gathered", "reduced")
+            )
+            assert moved.h2d == seen["traffic"]["h2d_bytes"]
 
 
 def streams(case: Case) -> bool:
