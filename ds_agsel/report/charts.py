@@ -24,6 +24,7 @@ MAX_NAME_LETTERS, MAX_NARROW_NAME_LETTERS = 34, 18  # of a run's or block's name
 MAX_ROWS = 160  # of blocks, before rows get thinner and names are left out
 MAX_POINTS = 2000  # of a curve; more are drawn as their means
 MAX_NOISE_RUNS = 3  # whose single losses are drawn behind their means
+STATE_WORDS = {"on_card": "on the card", "measured": "kept"}
 TRAFFIC_LABELS = {
     "reduced_bytes": "gradients reduced",
     "d2h_bytes": "gradients to host",
@@ -235,16 +236,21 @@ def losses(runs: Sequence[Run]) -> Drawing:
 
 
 def memory(runs: Sequence[Run]) -> Drawing:
-    """Draw the optimizer-state bytes of a rank, on top of full fine-tuning's, with the paper's formula as a mark."""
+    """Draw the optimizer-state bytes of a rank on top of full fine-tuning's: on the card, and kept anywhere.
+
+    The paper's formula is a mark. Older logs don't say what was on the card.
+    """
     shown = [(run, states) for run in runs if (states := run.state_bytes()) is not None]
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         for place, (_, states) in enumerate(shown):
             axes.barh(place, states["full"], color=theme.reference, height=0.7)
-            axes.barh(place, states.get("measured", 0), color=theme.series[0], height=0.4)
+            axes.barh(place, states.get("measured", 0), color=theme.series[1], height=0.5)
+            if "on_card" in states:
+                axes.barh(place, states["on_card"], color=theme.series[0], height=0.3)
             axes.plot([states["formula"]] * 2, [place - 0.42, place + 0.42], color=theme.text, linewidth=2.4)
-            told = [f"{bytes_text(states['measured'])} kept"] if "measured" in states else []
+            told = [f"{bytes_text(states[key])} {word}" for key, word in STATE_WORDS.items() if key in states]
             told += [f"{bytes_text(states['formula'])} formula", f"{bytes_text(states['full'])} full"]
             _beside_bar(axes, states["full"], place, ", ".join(told), theme)
         _finish_rows(axes, [_short(run.name, theme) for run, _ in shown])
@@ -252,12 +258,13 @@ def memory(runs: Sequence[Run]) -> Drawing:
         patch, line = matplotlib.patches.Patch, matplotlib.lines.Line2D
         handles = [
             patch(color=theme.reference, label="full fine-tuning, 2·P·4 bytes"),
-            patch(color=theme.series[0], label="kept, measured"),
+            patch(color=theme.series[0], label="on the card, measured"),
+            patch(color=theme.series[1], label="kept on card or host, measured"),
             line([], [], color=theme.text, linewidth=2.4, label="formula, 2·P_selected·4 bytes"),
         ]
         _figure_legend(figure, handles, 3, theme)
 
-    return _of_rows(draw, len(shown), 0.36, 0.62, legend=0.5)
+    return _of_rows(draw, len(shown), 0.36, 0.62, legend=0.7)
 
 
 def traffic(runs: Sequence[Run]) -> Drawing:

@@ -86,6 +86,7 @@ class SelectionLog:
             line["explore_rate"] = self._selection.policy.explore_probability(record.step)
             line["traffic"] = {key: value for key, value in asdict(traffic[record.step]).items() if key != "step"}
             line["state_bytes"] = self._optimizer.state_bytes()
+            line["accelerator_state_bytes"] = self._optimizer.accelerator_state_bytes()
             if record.step in samples:
                 line["samples"] = samples[record.step].as_json()
             self._log.write(line)

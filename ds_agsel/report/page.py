@@ -92,7 +92,8 @@ def _charts_of_all(runs: Sequence[Run], chart: Any) -> list[Chart]:
     if any(run.state_bytes() for run in runs):
         note = (
             "Adam's moments, a rank's share. Full fine-tuning and the formula (of a mean step) are computed from the "
-            "parameters; what is kept was measured on rank 0 at the last step, and covers every block updated so far."
+            "parameters. On the card: the most that rank 0 had there when a step had ended. Kept: on its card or its "
+            "host at the last step, for every block updated so far."
         )
         found.append(chart("memory", "Optimizer-state memory", note, charts.memory(runs)))
     if any(run.traffic() for run in runs):

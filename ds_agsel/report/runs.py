@@ -32,7 +32,10 @@ SELECTED_TRAFFIC = ("h2d_bytes", "gathered_bytes", "nvme_read_bytes", "nvme_writ
 
 @dataclass(frozen=True)
 class Step:
-    """A line of selection.jsonl. ``traffic``, ``state_bytes``, ``choices`` (of rows) are rank 0's, and may lack."""
+    """A line of selection.jsonl. What comes after ``explore_rate`` is rank 0's, and may lack; ``choices`` are of rows.
+
+    ``accelerator_state_bytes``: moments on the accelerator when the step had ended.
+    """
 
     step: int
     phase: str
@@ -40,6 +43,7 @@ class Step:
     explore_rate: float | None = None
     traffic: Mapping[str, int] = field(default_factory=dict)
     state_bytes: int | None = None
+    accelerator_state_bytes: int | None = None
     choices: tuple[Choice, ...] = ()
 
 
@@ -123,7 +127,8 @@ class Run:
         """Return the bytes of Adam's moments on a rank, by how they are found.
 
         ``full``: the rank's share of full fine-tuning's; ``formula``: its share by the paper's formula for a mean step;
-        ``measured``: on rank 0 at the end, for all blocks updated so far (absent in older logs).
+        ``measured``: on rank 0 at the end, for all blocks updated so far; ``on_card``: the most that was on its
+        accelerator when a step had ended (both absent in older logs).
         """
         selected = self.selected_numel()
         if not selected or self.block_numels is None or not sum(self.block_numels):
@@ -134,6 +139,9 @@ class Run:
         }
         if self.steps[-1].state_bytes is not None:
             found["measured"] = float(self.steps[-1].state_bytes)
+        on_card = [step.accelerator_state_bytes for step in self.steps if step.accelerator_state_bytes is not None]
+        if on_card:
+            found["on_card"] = float(max(on_card))
         return found
 
     def traffic(self) -> dict[str, tuple[float, float]] | None:
@@ -236,7 +244,7 @@ def _read_selection(run: Run) -> bool:
         if line["phase"] not in ("explore", "exploit"):
             raise ValueError(f"step {step} with phase {line['phase']!r:.80}")
         rate, traffic = number(line.get("explore_rate")), line.get("traffic")
-        state_bytes = number(line.get("state_bytes"))
+        held = {name: number(line.get(name)) for name in ("state_bytes", "accelerator_state_bytes")}
         by_step[step] = Step(
             step,
             line["phase"],
@@ -245,8 +253,8 @@ def _read_selection(run: Run) -> bool:
             {kind: value for kind, value in traffic.items() if (number(value) or 0) > 0}
             if isinstance(traffic, dict)
             else {},
-            None if state_bytes is None else int(state_bytes),
-            read_choices(line.get("samples"), num_blocks),
+            choices=read_choices(line.get("samples"), num_blocks),
+            **{name: int(value) for name, value in held.items() if value is not None},
         )
 
     there = _read_lines(run, SELECTION_FILE, take)

@@ -109,7 +109,9 @@ def _facts(run: Run, width: int) -> list[Text]:
     for phase, times in sorted(run.step_seconds().items()):
         facts.append(f"{phase} step {seconds_text(times['all'])}" if phase != "step" else f"step {times['all']:.2f} s")
     states = run.state_bytes()
-    if states is not None and "measured" in states:
+    if states is not None and "on_card" in states:
+        facts.append(f"states on the card {bytes_text(states['on_card'])} of {bytes_text(states['full'])}")
+    elif states is not None and "measured" in states:
         facts.append(f"states {bytes_text(states['measured'])} of {bytes_text(states['full'])}")
     lines = [facts[0]]
     for fact in facts[1:]:  # whole facts: as many to a line as fit

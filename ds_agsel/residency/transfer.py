@@ -99,9 +99,14 @@ class StateTransfer:
         """Return where ``block``'s state is, as far as moves have been issued."""
         return self._blocks[block].place
 
-    def resident_bytes(self) -> int:
-        """Return the bytes of states on the accelerator once all issued moves are done."""
-        return sum(tensor.nbytes for tensors in self._on_device.values() for tensor in tensors.values())
+    def resident_bytes(self, key: str | None = None) -> int:
+        """Return the bytes of states (those of ``key``) on the accelerator once all issued moves are done."""
+        return sum(
+            tensor.nbytes
+            for tensors in self._on_device.values()
+            for name, tensor in tensors.items()
+            if key in (None, name)
+        )
 
     def on_host(self, group: int) -> HostState:
         """Return the host's copy of a param group's state, current or not."""

@@ -340,6 +340,13 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         """Return the bytes of the Adam moments that exist on this rank."""
         return self.home.bytes().moments
 
+    def accelerator_state_bytes(self) -> int:
+        """Return the bytes of Adam moments on this rank's accelerator now: those that visit it, all, or none."""
+        held = self.home.bytes()
+        if held.visiting_moments is not None:
+            return held.visiting_moments
+        return 0 if self._updates_on_host() else held.moments
+
     # ------------------------------------------------------ hyperparameters, states
 
     @compat.overrides

@@ -157,7 +157,7 @@ def test_every_config_trains_and_its_model_loads(config: Path, tiny_model: Path,
     applied = 16 - section.get("sparse_grad", {}).get("calibration_steps", 0)
     # 6 blocks, 20 %: one a step. Step 0 explores, as the explore rate is 1.
     selections = lines_of(tmp_path / "selection.jsonl")
-    fields = {"step", "phase", "blocks", "explore_rate", "traffic", "state_bytes"}
+    fields = {"step", "phase", "blocks", "explore_rate", "traffic", "state_bytes", "accelerator_state_bytes"}
     assert [set(selection) for selection in selections] == [fields] * applied
     run = read_run(tmp_path)
     assert run.problems == [] and run.is_finished and len(run.measured) == 16 and len(run.steps) == applied

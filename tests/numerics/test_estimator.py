@@ -101,6 +101,7 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
             "states": zero.state_bytes() if hasattr(engine, "selection") else moment_bytes(zero),
         }
         if hasattr(engine, "selection"):
+            seen["on accelerator"] = zero.accelerator_state_bytes()
             seen["resident"] = zero.resident_state_bytes()  # what the next step needs is on its way already
             seen["planned"] = engine.selection.planned_blocks
             seen["matrices"] = _held_of_matrices(zero.carriers)
@@ -158,6 +159,7 @@ def assert_as_measured(
     assert (estimated.host.gradients if offloaded else 0) == seen["host"]
     assert home.master_weights == seen["masters"]
     assert home.states == seen["states"]
+    assert estimated.accelerator.states == seen.get("on accelerator", estimated.accelerator.states)
     if of_matrices is not None:
         assert estimated.host.weights == of_matrices
 
@@ -259,6 +261,7 @@ def test_what_visits_the_accelerator_is_what_an_engine_brings(measured, case, ra
             assert held.host.master_weights == (seen["masters"] if setup.keep_master == "host" else 0)
             masters_there = visiting.master_weights if setup.keep_master == "host" else 0
             assert visiting.states + masters_there == seen["resident"]
+            assert visiting.states == seen["on accelerator"]
             moved = selective_traffic(model, setup, "accelerator", step, rank)
             assert moved.d2h == seen["traffic"]["d2h_bytes"]
             if set(selected) - set(resident) <= before:  # a first visit brings no moments

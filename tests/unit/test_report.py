@@ -74,6 +74,29 @@ def test_states_are_a_ranks_share(tmp_path: Path) -> None:
     assert read_run(folder).state_bytes() == {"full": 4 * 124, "formula": 4 * 60, "measured": 960}
 
 
+def test_states_on_the_card_stand_beside_those_kept_where_a_log_has_them(tmp_path: Path, capsys) -> None:
+    """States of all blocks are kept on the host with only a selection's on the card, and that is what is saved."""
+    charts = pytest.importorskip("ds_agsel.report.charts")
+    from matplotlib.figure import Figure
+
+    def bars(folder: Path) -> list[float]:
+        figure = Figure()
+        charts.memory([read_run(folder)]).draw(figure, charts.LIGHT)
+        return [bar.get_width() for bar in figure.axes[0].patches]
+
+    folder = write_run(tmp_path / "run")
+    assert bars(folder) == [8 * 124, 960]
+    log = folder / "selection.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("\n".join(json.dumps(line | {"accelerator_state_bytes": 8 * line["step"]}) for line in lines))
+    assert read_run(folder).state_bytes() == {"full": 992, "formula": 480, "measured": 960, "on_card": 40}
+    assert bars(folder) == [992, 960, 40]
+    assert cli.main(["watch", "--once", str(folder)]) == 0
+    assert "states on the card 40 B of 992 B" in capsys.readouterr().out
+    assert cli.main(["report", str(folder)]) == 0
+    assert "<td>992 B</td><td>480 B</td><td>40 B</td><td>960 B</td>" in (folder / "report.html").read_text()
+
+
 def test_a_policy_that_has_no_percentage_is_shown_without(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     folder = write_run(tmp_path / "run")

@@ -138,7 +138,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=4,
 )
-FIELDS = ("step", "event", "phase", "blocks", "loss", "seconds", "lr", "explore_rate", "traffic", "state_bytes", "name")
+FIELDS = ("step", "event", "phase", "blocks", "loss", "seconds", "lr", "explore_rate", "traffic", "state_bytes", "name",
+          "accelerator_state_bytes")  # fmt: skip
 LINES = st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES) | VALUES, max_size=4)
 
 

@@ -34,7 +34,7 @@ def _optimizer(**fields: object) -> SimpleNamespace:
     indices = tuple(block.index for block in blocks)
     context = policies.PolicyContext(config, len(blocks), 2, tuple(b.name for b in blocks), steps_per_epoch=10)
     selection = Selection(blocks, policies.create(context), Lottery(indices), config, dict(model.named_parameters()))
-    return SimpleNamespace(selection=selection, state_bytes=lambda: 7)
+    return SimpleNamespace(selection=selection, state_bytes=lambda: 7, accelerator_state_bytes=lambda: 3)
 
 
 def _train(optimizer: SimpleNamespace, steps: int, log: SelectionLog | None = None) -> None:
@@ -61,7 +61,8 @@ def test_each_step_is_a_line_and_the_blocks_stand_beside(tmp_path: Path) -> None
     assert [(line["step"], tuple(line["blocks"])) for line in lines] == [
         (record.step, record.blocks) for record in optimizer.selection.history
     ]
-    assert all(line["state_bytes"] == 7 and line["traffic"]["stepped_numel"] == 5 for line in lines)
+    assert all((line["state_bytes"], line["accelerator_state_bytes"]) == (7, 3) for line in lines)
+    assert all(line["traffic"]["stepped_numel"] == 5 for line in lines)
     blocks = json.loads((tmp_path / "run" / "blocks.json").read_text())
     assert [block["name"] for block in blocks["blocks"]] == [block.name for block in optimizer.selection.blocks]
     assert blocks["total_numel"] == 4 * 2 + 3 * 6

@@ -43,10 +43,12 @@ class StateBytes:
     Attributes:
         moments: bytes of the Adam moments that exist, wherever they are.
         visiting: bytes on the accelerator of states that visit it, master weights included; 0 for other homes.
+        visiting_moments: those of them that are of moments; None for other homes.
     """
 
     moments: int
     visiting: int = 0
+    visiting_moments: int | None = None
 
 
 class StateHome(ABC):

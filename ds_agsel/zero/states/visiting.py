@@ -148,4 +148,9 @@ class VisitingStates(StateHome):
         return sorted(self.groups_of_block if groups is None else {self.block_of_group[group] for group in groups})
 
     def bytes(self) -> StateBytes:
-        return StateBytes(moments=moment_bytes(self.optimizer), visiting=self.transfer.resident_bytes())
+        transfer = self.transfer
+        return StateBytes(
+            moment_bytes(self.optimizer),
+            visiting=transfer.resident_bytes(),
+            visiting_moments=sum(map(transfer.resident_bytes, MOMENTS)),
+        )
