@@ -50,6 +50,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
         self._attach(selection, block_of_group, link, home)
         self._all_parameters = compat.ParameterList(self.parameter_offload.module)
+        compat.keep_recomputed_weights(self)
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._gradients = Zero3GradientBuffers(self)

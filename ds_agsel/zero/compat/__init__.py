@@ -60,6 +60,7 @@ with imports_of_deepspeed():
         replace_masters,
         set_master,
     )
+    from ds_agsel.zero.compat.recomputation import keep_recomputed_weights
     from ds_agsel.zero.compat.settings import ds_config_problems, load_ds_config, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
@@ -103,6 +104,7 @@ __all__ = [
     "is_gathered",
     "is_in_bucket",
     "is_known",
+    "keep_recomputed_weights",
     "left_gathered",
     "link_adam_state",
     "link_reordered_params",
