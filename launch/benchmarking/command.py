@@ -3,10 +3,13 @@
     python launch/benchmark.py                      # everything, SmolLM2-135M's shape, ZeRO-2 with and without offload
     python launch/benchmark.py --stage 2 3          # and ZeRO-3
     python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
+    python launch/benchmark.py --rows exploit-20 all random-20 align-20 random-all align-all   # GAST
 
 Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `visit-20`, exploit steps
 whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel with every block selected; `floor-20`, a
-hand-written PyTorch loop on the blocks that `exploit-20` drew. Each row lives in a process of its own, and all take
+hand-written PyTorch loop on the blocks that `exploit-20` drew. `random-20` and `align-20` are `exploit-20` learning
+from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`; they are
+measured where they are named. Each row lives in a process of its own, and all take
 their steps in turn, one at a time: a round is one step of each on the same batch. Ratios are taken within a round and
 their median over the rounds is reported, so that the machine's noise cancels.
 """
@@ -41,6 +44,7 @@ from .processes import (
     ALL,
     FLOOR,
     FLOOR_PERCENT,
+    GAST_ROWS,
     PERCENTAGES,
     PLAIN,
     VISIT,
@@ -52,9 +56,10 @@ from .processes import (
 
 FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this row draws
 # Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
-EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL)
+EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL, *GAST_ROWS)
 EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES), VISIT)
 ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP))
+DEFAULT_ROWS = tuple(row for row in ROWS if row not in GAST_ROWS)
 WARMUP_STEPS = 2
 # Imported once, by the fork server: most of a row's start. The last two are imported late by those who use them.
 PRELOADED = (
@@ -207,7 +212,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", type=int, choices=(2, 3), default=[2], help="ZeRO's (default: 2)")
     parser.add_argument("--offload", nargs="+", choices=("none", "cpu"), default=["none", "cpu"])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="plain is always measured")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT_ROWS), help="plain is always measured")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each row (default: 8)")
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"),
@@ -225,10 +230,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     wanted.rows = [row for row in ROWS if row in wanted.rows or row == PLAIN]
     if FLOOR in wanted.rows and FOLLOWED not in wanted.rows:
         parser.error(f"--rows {FLOOR} needs {FOLLOWED}, whose blocks it updates. Add {FOLLOWED}.")
+    for row in wanted.rows:
+        base, _ = GAST_ROWS.get(row, (PLAIN, ""))
+        if base not in wanted.rows:
+            parser.error(f"--rows {row} needs {base}, which it is compared with. Add {base}.")
     small = not hardware.bf16_is_fast()
     wanted.precision = wanted.precision or ("fp32" if small else "bf16")
     wanted.micro_batch = wanted.micro_batch or (2 if small else 4)
     wanted.sequence_length = wanted.sequence_length or (128 if small else 256)
+    if wanted.micro_batch == 1 and set(GAST_ROWS) & set(wanted.rows):
+        parser.error("--micro-batch=1 leaves the rows of GAST no choice. Use 2 or more.")
     for name in ("steps", "micro_batch", "sequence_length", "threads"):
         if getattr(wanted, name) < 1:
             parser.error(f"--{name.replace('_', '-')}={getattr(wanted, name)} is not 1 or more.")

@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ds_agsel
 from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks
+from ds_agsel.gast_section import GAST
 from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
 from ds_agsel.zero.adapters import adapter_for
@@ -46,6 +47,13 @@ PLAIN = "plain"
 ALL = "all"
 FLOOR = f"floor-{FLOOR_PERCENT}"
 VISIT = f"visit-{FLOOR_PERCENT}"
+# Rows that learn from half of the batch's rows: the row that they are compared with, and how they draw.
+GAST_ROWS = {
+    f"random-{FLOOR_PERCENT}": (f"exploit-{FLOOR_PERCENT}", "random"),
+    f"align-{FLOOR_PERCENT}": (f"exploit-{FLOOR_PERCENT}", "sample"),
+    f"random-{ALL}": (ALL, "random"),
+    f"align-{ALL}": (ALL, "sample"),
+}
 RESET = "reset"  # the command that resets the peak of memory
 
 LEARNING_RATE = 1e-4
@@ -161,6 +169,9 @@ def section(row: str) -> dict[str, Any] | None:
         return None
     if row == ALL:
         return {"policy": "all"}
+    if row in GAST_ROWS:
+        base, draw = GAST_ROWS[row]
+        return {**(section(base) or {}), GAST: {"draw": draw}}
     phase, percent = row.split("-")
     if phase == "exploit":
         return {"policy": "benchmark", "select_percent": int(percent), "explore_rate": 0}

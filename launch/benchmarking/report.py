@@ -10,10 +10,23 @@ from itertools import pairwise
 from typing import Any
 
 from ..texts import MIB, aligned
-from .processes import ALL, FLOOR, FLOOR_PERCENT, PERCENTAGES, PLAIN, VISIT, Workload, exploit_row, explore_row
+from .processes import (
+    ALL,
+    FLOOR,
+    FLOOR_PERCENT,
+    GAST_ROWS,
+    PERCENTAGES,
+    PLAIN,
+    VISIT,
+    Workload,
+    exploit_row,
+    explore_row,
+)
 
 PHASES = ("forward", "backward", "optimizer")
 ZERO_ALIGNMENT_NUMEL = 2  # DeepSpeed pads a rank's flat partition to 4 bytes of 2-byte elements (stage_1_and_2.py)
+
+RANDOM_ROWS_LIMIT, ALIGNED_ROWS_LIMIT, ALIGNED_ROWS_OF_ALL_LIMIT = 1.03, 1.35, 1.5
 
 Sample = Mapping[str, Any]
 Samples = Mapping[int, Sample]  # by round
@@ -152,6 +165,9 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: 
         for row in (explore_row(percent) for percent in PERCENTAGES):
             if row in samples:
                 found.append(_streaming_bar(row, samples[row], block_numels, workload))
+    for row, (base, draw) in GAST_ROWS.items():
+        aligned_limit = ALIGNED_ROWS_OF_ALL_LIMIT if base == ALL else ALIGNED_ROWS_LIMIT
+        bar(f"{row} step / {base} step", RANDOM_ROWS_LIMIT if draw == "random" else aligned_limit, row, base)
     if VISIT in samples:
         found += _visiting_bars(samples[VISIT], block_numels)
     return found

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from launch.benchmarking.command import parse
+
 ROOT = Path(__file__).parents[2]
 TINY = {
     "--hidden-size": "32",
@@ -123,6 +125,35 @@ def test_zero3_has_its_rows_and_bars(tmp_path: Path) -> None:
     assert bars["exploit-20 step / plain step"]["limit"] == 0.75
     assert bars["exploit-20 gradient bytes / bytes of the selected blocks"]["value"] == 1.0
     assert len(bars) == 4
+
+
+@pytest.mark.slow
+def test_rows_of_gast_are_compared_with_the_steps_that_learn_from_all_rows(tmp_path: Path) -> None:
+    limits = {"random-20": 1.03, "align-20": 1.35, "random-all": 1.03, "align-all": 1.5}
+    done = run_benchmark("--offload", "none", "--rows", "exploit-20", "all", *limits, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    mode = json.loads((tmp_path / "benchmark.json").read_text())["offload"]["none"]
+    bars = {bar["name"]: bar["limit"] for bar in mode["bars"]}
+    for row, limit in limits.items():
+        base = "all" if row.endswith("all") else "exploit-20"
+        assert bars[f"{row} step / {base} step"] == limit
+        blocks, of_base = ([sample["blocks"] for sample in mode["samples"][name]] for name in (row, base))
+        assert blocks == of_base  # they draw the same blocks, and differ by their rows alone
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--rows", "align-20"), "--rows align-20 needs exploit-20"),
+        (("--rows", "all", "align-all", "--micro-batch", "1"), "--micro-batch=1 leaves the rows of GAST no choice"),
+    ],
+)
+def test_rows_of_gast_that_mean_nothing_are_refused(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_a_floor_without_the_row_it_follows_is_refused() -> None:
