@@ -28,6 +28,7 @@ _CLASSES = {
     "lisa_zero": "lisa:LisaZero",
     "galore": "galore:Galore",
     "apollo": "apollo:Apollo",
+    "sparse_grad": "sparse_grad:SparseGrad",
     "zenflow": "zenflow:ZenFlow",
 }
 NAMES = tuple(_CLASSES)

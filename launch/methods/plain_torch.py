@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ class TorchEngine:
     """A model and a torch optimizer behind those names of DeepSpeed's engine that a job uses.
 
     Batch, accumulation, clipping and the scheduler are the ds_config's; DeepSpeed's own scheduler classes are used.
+    ``updates`` is asked at each step, once its gradients are clipped, whether they are applied.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> None:
@@ -39,6 +40,7 @@ class TorchEngine:
         self._clipping = read.gradient_clipping
         self._micro_steps = 0
         self._norm: float | None = None
+        self.updates: Callable[[], bool] = lambda: True
         kind = read.scheduler_type
         self._scheduler = getattr(lr_schedules, kind)(optimizer, **read.scheduler_params) if kind else None
 
@@ -60,9 +62,11 @@ class TorchEngine:
             return
         limit = self._clipping or float("inf")
         self._norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
-        self.optimizer.step()
+        updates = self.updates()
+        if updates:
+            self.optimizer.step()
         self.module.zero_grad(set_to_none=True)
-        if self._scheduler:
+        if updates and self._scheduler:
             self._scheduler.step()
 
     def get_lr(self) -> list[float]:

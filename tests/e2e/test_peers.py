@@ -87,7 +87,7 @@ def test_lisa_in_plain_pytorch_moves_what_it_drew(tiny_model: Path, tmp_path: Pa
     ("method", "option"),
     [
         ("adagrad_select", None), ("full", None), ("offload", None), ("badam", "every=3"), ("galore", "rank=4"),
-        ("apollo", "rank=4"),
+        ("apollo", "rank=4"), ("sparse_grad", "calibration_steps=2"),
     ],
 )  # fmt: skip
 def test_every_other_method_trains(tiny_model: Path, tmp_path: Path, method: str, option: str | None) -> None:  # noqa: F811
