@@ -17,7 +17,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CACHE)/torch_extensions/$(BUILD)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: train test test-slow test-device gpu-check test-nodes compat bench reproduce docs mutants deepspeed-suite lint ops ops-nvme clean
+.PHONY: train test test-slow test-device gpu-check test-nodes compat bench bench-memory reproduce docs mutants deepspeed-suite lint ops ops-nvme clean
 
 train: $(VENV)/.ready ops
 	deepspeed launch/train.py --deepspeed_config configs/zero2_offload.json \
@@ -58,6 +58,10 @@ compat: $(VENV)/.ready ops
 
 bench: $(VENV)/.ready ops
 	$(BIN)/python launch/benchmark.py $(ARGS)
+
+# Peak resident memory of real engines beside the estimate; minutes.
+bench-memory: $(VENV)/.ready ops
+	$(BIN)/python -m launch.benchmarking.memory $(ARGS)
 
 # The paper's experiments and their neighbours, small; `SCALE=full` is the paper's own. Goes on where it was.
 reproduce: $(VENV)/.reproduce ops

@@ -384,11 +384,16 @@ def serve(connection: Connection, row: str, workload: Workload, log: Path) -> No
         connection.send({"error": f"{type(error).__name__}: {error}"})
 
 
-def _serve(connection: Connection, row: str, workload: Workload) -> None:
+def connect_alone() -> None:
+    """Make this process a group of one rank, without an address, and DeepSpeed quiet."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     backend = get_accelerator().communication_backend_name()
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(backend)
+
+
+def _serve(connection: Connection, row: str, workload: Workload) -> None:
+    connect_alone()
     trainer = FloorTrainer(workload) if row == FLOOR else DeepSpeedTrainer(workload, section(row))
     connection.send({"block_numels": [block.numel for block in trainer.blocks]})
     while True:
