@@ -163,6 +163,7 @@ def _step_device(ds_config: DsConfig, prepared: Preparation) -> StepDevice:
         ),
     )
     step_device.report(choice, reason)
-    if choice is StepDevice.VISIT and prepared.config.state_dtype != "fp32":
-        raise ConfigError(states_can_not_visit(prepared.config))
+    problem = states_can_not_visit(prepared.config) if choice is StepDevice.VISIT else None
+    if problem is not None:
+        raise ConfigError(problem)
     return choice

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_BYTES, Setup
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_BYTES, RESTING_MASTER_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.sparse_shape import SparseShape
 from ds_agsel.estimate.steps import Step, full_step, weighted
@@ -194,7 +194,8 @@ class _Ledger:
 
     def _states(self) -> list[tuple[str, str, Fraction | int]]:
         shares = self._shares()
-        masters = sum(shares) * MASTER_BYTES
+        resting_master = MASTER_BYTES if self._features is None else RESTING_MASTER_BYTES[self._setup.master_weights]
+        masters = sum(shares) * resting_master
         # With "reset" those of the step before are given back before the step's own are made.
         with_moments = self._step.selected if self._setup.on_reentry == "reset" else self._step.with_moments
         resting = MOMENT_BYTES if self._features is None else RESTING_BYTES[self._setup.state_dtype]
@@ -268,8 +269,9 @@ class _Ledger:
             elif setup.offload_optimizer == "nvme":
                 largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
                 on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
-        if self._features is not None and setup.state_dtype != "fp32":  # one group's moments are fp32 in its update
-            scratch = max(self._shares()) * MOMENT_BYTES
+        per_element = (setup.state_dtype != "fp32") * MOMENT_BYTES + (setup.master_weights != "fp32") * MASTER_BYTES
+        if self._features is not None and per_element:  # one group's states are fp32 in its update
+            scratch = max(self._shares()) * per_element
             on_host, on_accelerator = (
                 (on_host + scratch, on_accelerator) if self._on_host else (on_host, on_accelerator + scratch)
             )

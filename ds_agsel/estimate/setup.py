@@ -12,6 +12,7 @@ from ds_agsel.errors import ConfigError
 Device = Literal["none", "cpu", "nvme"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
+RESTING_MASTER_BYTES = {"fp32": MASTER_BYTES, "split": 2}  # beside the model weights, by master_weights
 MOMENT_BYTES = 8  # exp_avg and exp_avg_sq, fp32
 RESTING_BYTES = {"fp32": MOMENT_BYTES, "bf16": 4}  # of the two where they rest, by state_dtype
 
@@ -43,6 +44,7 @@ class Setup:
     state_budget_bytes: int | None = None
     on_reentry: str = "keep"
     state_dtype: str = "fp32"
+    master_weights: str = "fp32"
     assumed: tuple[str, ...] = ()
 
     @property

@@ -94,6 +94,7 @@ def with_section(setup: Setup, config: SelectionConfig) -> Setup:
         state_budget_bytes=config.state_budget_bytes,
         on_reentry=config.on_reentry,
         state_dtype=config.state_dtype,
+        master_weights=config.master_weights,
     )
 
 
@@ -101,7 +102,7 @@ def steppings(setup: Setup) -> tuple[Stepping, ...]:
     """Return the ways of stepping that ``setup`` allows, or would with its `offload_optimizer` set."""
     if setup.offload_optimizer == "nvme":
         return ("host",)
-    if setup.state_dtype != "fp32":  # states that visit are fp32
+    if setup.state_dtype != "fp32" or setup.master_weights != "fp32":  # states that visit are fp32
         return ("host",) if setup.offload_optimizer == "cpu" else ("resident", "host")
     return ("host", "accelerator") if setup.offload_optimizer == "cpu" else ("resident", "host", "accelerator")
 

@@ -37,7 +37,8 @@ class TrafficBytes:
 def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> TrafficBytes:
     """Return the traffic of plain DeepSpeed training ``groups``."""
     stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
-    traffic = _traffic(groups, range(len(groups)), frozen, setup, rank, full_step(len(groups)), stepping)
+    plain = setup.but(master_weights="fp32")
+    traffic = _traffic(groups, range(len(groups)), frozen, plain, rank, full_step(len(groups)), stepping)
     if setup.offload_optimizer != "nvme":
         return traffic
     gradients = sum(p.numel for p in partitions_of(groups, setup, rank)) * MASTER_BYTES  # go to NVMe and come back
@@ -122,6 +123,8 @@ def _traffic(
             whole = total(step.reduced, [p.whole_numel for p in partitions]) * item
             d2h += micro_steps * whole
             h2d += (micro_steps - 1) * whole
+    if stepping == "host" and setup.master_weights == "split":
+        d2h += total(step.selected, numels) * item  # the halves that the model weights are
     if stepping == "accelerator":
         travelling = setup.visiting_bytes - (MOMENT_BYTES if setup.on_reentry == "reset" else 0)
         h2d += total(step.arriving, numels) * travelling

@@ -77,15 +77,19 @@ class Zero12Accessors(AccessibleStep, compat.Zero12Base):
 
     @contextmanager
     def _linked(self, group: int) -> Iterator[None]:
-        """Inside, the accessors find the moments of ``group``, also those that are there only now."""
+        """Inside, the accessors find the state of ``group``, also what is there only now."""
         links = self.home.are_temporary and self._has_state(group)
         if links:
             compat.link_adam_state(self, group)
+        if self.home.masters_are_split:
+            compat.link_masters(self, group)
         try:
             yield
         finally:
             if links:
                 compat.unlink_adam_state(self._params_of_group[group])
+            if self.home.masters_are_split:
+                compat.unlink_masters(self._params_of_group[group])
 
     def _unlink_states(self, groups: Sequence[int]) -> None:
         for group in groups:
@@ -106,6 +110,8 @@ class Zero12Accessors(AccessibleStep, compat.Zero12Base):
             self._param_slice_mappings = self._create_param_mapping()  # what checkpoints say of it
         self._relink_states()
         for group, params in enumerate(self.bit16_groups):
+            if self.home.masters_are_split:
+                compat.unlink_masters(params)
             for param in params:
                 param.get_full_hp_param = partial(self._get_full_hp_param, param, group, param.get_full_hp_param)
                 param.set_full_hp_param = partial(self._set_full_hp_param, param, group, param.set_full_hp_param)
@@ -147,7 +153,7 @@ class Zero12Accessors(AccessibleStep, compat.Zero12Base):
         with self.home.writable((group,)), self._linked(group):
             stock(value, optim_state_key)
         if optim_state_key is None:
-            param.data.copy_(value)
+            param.data.copy_(self.home.as_weight(value))
 
     def _get_full_hp_grad(self, group: int, stock: Callable[[], Tensor]) -> Tensor | None:
         """As `deepspeed.utils.safe_get_full_grad`, [Note: What accessors answer]. Collective."""
@@ -232,7 +238,7 @@ class Zero3Accessors(AccessibleStep, compat.Zero3Base):
             return
         self.set_local_hp_param(self._own_slice(value, param), param, optim_state_key)
         if optim_state_key is None and compat.is_gathered(param):
-            param.data.copy_(value.view(param.ds_shape))
+            param.data.copy_(self.home.as_weight(value).view(param.ds_shape))
 
     @compat.overrides
     def set_local_hp_param(self, value: Tensor, param: ZeroParameter, optim_state_key: str | None = None) -> None:
@@ -245,7 +251,7 @@ class Zero3Accessors(AccessibleStep, compat.Zero3Base):
                 self._make_state(group)
             super().set_local_hp_param(value, param, optim_state_key)
         if optim_state_key is None:
-            compat.write_weights(param, value)
+            compat.write_weights(param, self.home.as_weight(value))
 
     # ----------------------------------------------------------------------- gradients
 

@@ -16,6 +16,7 @@ from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.states.in_place import StatesInPlace
 from ds_agsel.zero.states.nvme import StatesOnNvme
 from ds_agsel.zero.states.packed import PackedStates
+from ds_agsel.zero.states.split import SplitPackedStates, SplitStates
 from ds_agsel.zero.states.visiting import VisitingStates
 
 
@@ -30,6 +31,7 @@ def home_for(
     optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int], selection: Selection, states_visit: bool
 ) -> StateHome:
     """Return the home that the states of DeepSpeed's ``optimizer`` move into now. Only this function chooses one."""
+    splits = selection.config.master_weights == "split"
     match optimizer:
         case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True):
             return StatesOnNvme(optimizer, block_of_group, selection)
@@ -37,9 +39,10 @@ def home_for(
             return VisitingStates(optimizer, block_of_group, selection)
         case _ if selection.config.state_dtype != "fp32":
             form = FORMS[selection.config.state_dtype]()
-            return PackedStates(optimizer, block_of_group, selection, form)
+            packed = SplitPackedStates if splits else PackedStates
+            return packed(optimizer, block_of_group, selection, form)
         case _:
-            return StatesInPlace(optimizer, block_of_group)
+            return (SplitStates if splits else StatesInPlace)(optimizer, block_of_group)
 
 
 def blocks_of_groups(optimizer: compat.ZeROOptimizer, block_of_param_group: Sequence[int]) -> tuple[int, ...]:

@@ -316,6 +316,8 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         self._reentry.before_update()
         self.home.enter(shown, group)
         self._entered = shown, group
+        if self.home.masters_are_split and self._updates_on_host():
+            self.selection.current_traffic.d2h_bytes += compat.partition_weights(self, shown).nbytes
         self._reentry.entered(shown, self._block_of_group[group])
 
     def _leave(self) -> None:

@@ -286,10 +286,11 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         self.selection.current_traffic.stepped_numel += partition.numel()
         if self._host_adam is None:
             super()._optimizer_step(group_no)
-            return
-        hyperparameters = self.optimizer.param_groups[group_no]
-        with self._host_adam.stepping(self._shown_groups[group_no], partition, hyperparameters):
-            super()._optimizer_step(group_no)
+        else:
+            hyperparameters = self.optimizer.param_groups[group_no]
+            with self._host_adam.stepping(self._shown_groups[group_no], partition, hyperparameters):
+                super()._optimizer_step(group_no)
+        self.home.updated(group_no, self._shown_groups[group_no])
 
     def _after_update(self, groups: Sequence[int]) -> None:
         self.selection.current_traffic.h2d_bytes += sum(map(self._gradients.staged_bytes, groups))

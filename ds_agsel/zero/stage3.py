@@ -269,9 +269,10 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         ):
             if self._host_adam is None:
                 super()._optimizer_step(sub_group_id)
-                return
-            with self._host_adam.stepping(self._shown_groups[sub_group_id], partition, group):
-                super()._optimizer_step(sub_group_id)
+            else:
+                with self._host_adam.stepping(self._shown_groups[sub_group_id], partition, group):
+                    super()._optimizer_step(sub_group_id)
+        self.home.updated(sub_group_id, self._shown_groups[sub_group_id])
 
     def _after_update(self, groups: Sequence[int]) -> None:
         self._count_written(groups)

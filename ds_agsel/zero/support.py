@@ -78,12 +78,16 @@ def unsupported(
     return problems if model is None else problems + _model_problems(model)
 
 
-def states_can_not_visit(config: SelectionConfig) -> str:
-    """Return the error for states that would visit the accelerator in a form in which they can't."""
-    return (
-        f"adagrad_select.state_dtype={config.state_dtype!r} can't be used with states that visit the accelerator: "
-        "those are fp32. Set zero_optimization.offload_optimizer.device to 'cpu', or state_dtype to 'fp32'."
-    )
+def states_can_not_visit(config: SelectionConfig) -> str | None:
+    """Return the error for states that would visit the accelerator in a form in which they can't; None if they can."""
+    for field in ("state_dtype", "master_weights"):
+        if getattr(config, field) != "fp32":
+            return (
+                f"adagrad_select.{field}={getattr(config, field)!r} can't be used with states that visit the "
+                "accelerator: those are fp32. Set zero_optimization.offload_optimizer.device to 'cpu', or "
+                f"{field} to 'fp32'."
+            )
+    return None
 
 
 # ---------------------------------------------------------------- the rules, in the order in which they are told
@@ -151,6 +155,19 @@ def _offload_rules(name: str) -> tuple[_Rule, ...]:
         ),
         _Rule(lambda ds, _: device(ds) not in DEVICES, lambda ds, _: unknown_device(name, device(ds))),
     )  # fmt: skip
+
+
+def _split_refused(
+    applies: Callable[[DsConfig, SelectionConfig], Any], what: Callable[[DsConfig, SelectionConfig], str],
+    why: str, remedy: str,
+) -> _Rule:  # fmt: skip
+    return _Rule(
+        lambda ds, config: config.master_weights == "split" and applies(ds, config),
+        lambda ds, config: (
+            f"adagrad_select.master_weights='split' can't be used with {what(ds, config)}: {why}. "
+            f"{remedy}, or use master_weights='fp32'."
+        ),
+    )
 
 
 def _is_stage3(ds: DsConfig) -> bool:
@@ -230,8 +247,31 @@ _RULES: tuple[_Rule, ...] = (
         "states in a file are fp32", "Use 'cpu' or 'none', or state_dtype='fp32'",
     ),
     _Rule(
-        lambda ds, config: config.state_dtype != "fp32" and config.step_device == "accelerator",
-        lambda ds, config: states_can_not_visit(config),
+        lambda ds, config: config.step_device == "accelerator" and states_can_not_visit(config),
+        lambda ds, config: str(states_can_not_visit(config)),
+    ),
+    _split_refused(
+        lambda ds, _: ds.precision != "bf16",
+        lambda ds, _: f"{ds.precision} model weights", "it keeps what bfloat16 model weights lack",
+        "Set bf16.enabled to true",
+    ),
+    _split_refused(
+        lambda ds, _: ds.autocast_dtype is not None,
+        lambda *_: "torch_autocast", "it is not tested", "Set torch_autocast.enabled to false",
+    ),
+    _split_refused(
+        lambda ds, _: ds.offload_optimizer.device == "nvme",
+        lambda *_: "zero_optimization.offload_optimizer.device='nvme'", "states in a file are fp32",
+        "Use 'cpu' or 'none'",
+    ),
+    _split_refused(
+        lambda ds, _: ds.offload_param.is_on,
+        lambda ds, _: f"zero_optimization.offload_param.device={ds.offload_param.device!r}", "it is not tested",
+        "Use 'none'",
+    ),
+    _split_refused(
+        lambda _, config: config.sparse_grad is not None,
+        lambda *_: "adagrad_select.sparse_grad", "its matrices are written beside DeepSpeed's step", "Leave it out",
     ),
     _refused(
         lambda ds, config: config.explore_on != "batch" and ds.stage == 1,

@@ -44,6 +44,8 @@ CASES = [
     Case(model="net", offload="cpu", dtype="bf16", steps=4, section={**SHORT, "on_reentry": "reset"}),
     Case(model="net", stage=3, dtype="bf16", steps=4, section={**SHORT, "state_dtype": "bf16"}),
     Case(offload="cpu", dtype="bf16", steps=4, section={**SHORT, "state_dtype": "bf16"}),
+    Case(model="net", dtype="bf16", steps=4, section={**SHORT, "master_weights": "split"}),
+    Case(stage=3, offload="cpu", dtype="bf16", steps=4, section={**SHORT, "master_weights": "split"}),
 ]  # fmt: skip
 VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
@@ -97,7 +99,7 @@ def _held(event: str, engine: Any, step: int) -> dict[str, Any] | None:
     if event == "step":
         masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
         seen = {
-            "masters": sum(master.nbytes for master in masters),
+            "masters": zero.home.master_bytes() if is_split(zero) else sum(master.nbytes for master in masters),
             "states": zero.state_bytes() if hasattr(engine, "selection") else moment_bytes(zero),
         }
         if hasattr(engine, "selection"):
@@ -122,6 +124,10 @@ def _held_of_matrices(carriers: Any) -> dict[str, int] | None:
     return {"host": sum(base.nbytes for base in carriers._bases.values()), "accelerator": sum(t.nbytes for t in kept)}
 
 
+def is_split(zero: Any) -> bool:
+    return hasattr(zero, "home") and zero.home.masters_are_split
+
+
 def measured_steps(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was seen of each step, joined."""
     return [{**before, **after} for before, after in zip(run["observed"][::2], run["observed"][1::2], strict=True)]
@@ -132,7 +138,7 @@ def described(case: Case, ranks: int) -> tuple[ModelShape, Setup]:
     groups = param_groups(model, case)
     section = case.section or {}
     setup = read_setup(ds_config(case), ranks).but(
-        **{field: section[field] for field in ("on_reentry", "state_dtype") if field in section}
+        **{field: section[field] for field in ("on_reentry", "state_dtype", "master_weights") if field in section}
     )
     sparse_grad = parse_section(section).sparse_grad
     return shape_of("tiny", model, None, groups, section.get("granularity", "block"), sparse_grad), setup

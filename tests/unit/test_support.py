@@ -92,6 +92,37 @@ def test_moments_in_another_form_are_refused_where_they_are_fp32():
     assert "Set zero_optimization.offload_optimizer.device to 'cpu', or state_dtype to 'fp32'." in said
 
 
+NVME = {"device": "nvme", "nvme_path": "/here"}
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "section", "said"),
+    [
+        ({}, {}, "fp32 model weights"),
+        ({"fp16": {"enabled": True}}, {}, "fp16 model weights"),
+        ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": NVME}}, {},
+         "zero_optimization.offload_optimizer.device='nvme'"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {},
+         "zero_optimization.offload_param.device='cpu'"),
+        ({"bf16": {"enabled": True}}, {"sparse_grad": {}}, "adagrad_select.sparse_grad"),
+        ({"bf16": {"enabled": True}}, {"step_device": "accelerator"}, "states that visit the accelerator"),
+    ],
+)  # fmt: skip
+def test_split_master_weights_are_refused_by_name(ds_config, section, said):
+    config = SelectionConfig(master_weights="split", **section)
+    (problem,) = unsupported(DsConfig.of({**ZERO2, **ds_config}), config)
+    assert problem.startswith(f"adagrad_select.master_weights='split' can't be used with {said}")
+    assert "fp32'" in problem
+
+
+def test_split_master_weights_are_possible_with_bf16():
+    for stage, device in ((1, "none"), (2, "cpu"), (3, "cpu")):
+        zero = {"stage": stage, "offload_optimizer": {"device": device}}
+        ds_config = DsConfig.of({"bf16": {"enabled": True}, "zero_optimization": zero})
+        assert not unsupported(ds_config, SelectionConfig(master_weights="split"))
+
+
 @pytest.mark.parametrize("on_reentry", ["reset", "decay"])
 def test_moments_in_a_file_are_kept(on_reentry):
     offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/here"}}

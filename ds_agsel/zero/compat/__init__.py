@@ -47,9 +47,11 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.guard import ChecksOverrides, overrides, require_known_deepspeed, require_known_engine
     from ds_agsel.zero.compat.linking import (
         link_adam_state,
+        link_masters,
         link_reordered_params,
         place_in_partition,
         unlink_adam_state,
+        unlink_masters,
     )
     from ds_agsel.zero.compat.memory import unpin_memory
     from ds_agsel.zero.compat.older import Zero3Base, Zero12Base
@@ -68,7 +70,9 @@ with imports_of_deepspeed():
         gather_again,
         has_leaf_modules,
         is_gathered,
+        partition_weights,
         read_weights,
+        spread_weights,
         write_weights,
         zero_weights,
     )
@@ -107,6 +111,7 @@ __all__ = [
     "keep_recomputed_weights",
     "left_gathered",
     "link_adam_state",
+    "link_masters",
     "link_reordered_params",
     "load_ds_config",
     "loads_through",
@@ -121,6 +126,7 @@ __all__ = [
     "only_sub_groups",
     "overrides",
     "param_group_of",
+    "partition_weights",
     "place_in_partition",
     "read_weights",
     "reduce_buckets",
@@ -130,11 +136,13 @@ __all__ = [
     "require_known_engine",
     "restore_offloaded_gradient",
     "set_master",
+    "spread_weights",
     "swap_class",
     "swapped_weights_follow",
     "take_swapper",
     "takes_powers_anew",
     "unlink_adam_state",
+    "unlink_masters",
     "unpin_memory",
     "wait_for_offload_copies",
     "whole_state_dict",

@@ -48,6 +48,24 @@ def place_in_partition(param: Any) -> tuple[int, int, int] | None:
     return mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
 
 
+def link_masters(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
+    """Let the accessors find the master weights of param group ``group`` where they are now."""
+    partition = optimizer.single_partition_of_fp32_groups[group].detach()
+    for param in optimizer.bit16_groups[group]:
+        place = place_in_partition(param)
+        if place is not None:
+            param._hp_mapping.hp_fragment = partition.narrow(0, *place[1:])
+
+
+def unlink_masters(params: Iterable[Any]) -> None:
+    """Let go of the master weights of ``params``, whose links would keep their memory."""
+    for param in params:
+        place = place_in_partition(param)
+        if place is not None:
+            fragment = param._hp_mapping.hp_fragment
+            param._hp_mapping.hp_fragment = fragment.new_zeros(1).detach().expand(place[2])
+
+
 def link_adam_state(optimizer: DeepSpeedZeroOptimizer, group: int) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the Adam state of param group ``group``."""
     partition = optimizer.single_partition_of_fp32_groups[group]

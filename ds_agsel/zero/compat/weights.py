@@ -1,4 +1,4 @@
-"""Model weights of ZeRO-3, wherever they are."""
+"""Model weights, wherever they are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import get_z3_leaf_modules
+
+from ds_agsel.zero.compat.views import attribute
 
 
 def is_gathered(parameter: Any) -> bool:
@@ -37,6 +41,28 @@ def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat:
         optimizer._swap_in_sub_group_to_flat_buffer(flat, sub_group)
     else:
         flat.copy_(held)
+
+
+def partition_weights(optimizer: ZeROOptimizer, index: int) -> torch.Tensor:
+    """Return this rank's partition ``index`` of the model weights, (numel,), as DeepSpeed's loops see it now.
+
+    It is what `masters` ``[index]`` is cast to. Not with ZeRO-3's weights on NVMe.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return optimizer.fp16_partitioned_groups_flat[index]
+    rank = dist.get_rank(group=optimizer.real_dp_process_group[index])
+    return optimizer.parallel_partitioned_bit16_groups[index][rank].data
+
+
+def spread_weights(optimizer: ZeROOptimizer) -> None:
+    """Let the model's parameters be what all ranks' `partition_weights` are now. Collective."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        gather_again([param for group in optimizer.fp16_groups for param in group])
+        return
+    partitions = range(len(optimizer.bit16_groups))
+    # Stock code copies each partition from its master weights first; here from itself.
+    with attribute(optimizer, single_partition_of_fp32_groups=[partition_weights(optimizer, i) for i in partitions]):
+        optimizer.update_lp_params()
 
 
 def write_weights(parameter: Any, value: torch.Tensor) -> None:

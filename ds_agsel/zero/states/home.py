@@ -12,12 +12,15 @@ home            between steps            during a group's update
 `nvme`          in a file on NVMe        a buffer in page-locked memory
 `packed`        in place, moments in     the master weights in place, moments in an fp32 scratch buffer
                 another form
+`split`         in place, half of the    master weights in an fp32 scratch buffer, moments as in the above
+                master weights
 ==============  =======================  ============================================================
 
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
 explore step; `begin` when its blocks are final; then for each group, in the order that `begin` returned, `enter` before
-DeepSpeed reads its state and `leave` after DeepSpeed has read the updated master weights for the last time.
-`release_all_but` comes before `prefetch`, or between `begin` and the first `enter`; it keeps the step's blocks. Between
+DeepSpeed reads its state, `updated` when AdamW has changed it and the model's weights are still the old ones, and
+`leave` after DeepSpeed has read the updated master weights for the last time. `release_all_but` comes before
+`prefetch`, or between `begin` and the first `enter`; it keeps the step's blocks. Between
 steps, read and write states only inside `readable` or `writable`. Only `adapters.home_for` chooses a home; a new place
 or form of states is a new subclass there.
 """
@@ -30,6 +33,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from ds_agsel.residency.states import MOMENTS
 from ds_agsel.zero import compat
@@ -67,6 +72,9 @@ class StateHome(ABC):
     are_temporary: ClassVar[bool] = False
     """Whether the moments' tensors in `readable` and `writable` are other ones each time, and gone afterwards."""
 
+    masters_are_split: ClassVar[bool] = False
+    """Whether master weights are put together from the model weights, and have storage inside those two alone."""
+
     def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int]) -> None:
         self.optimizer = optimizer
         self._masters = tuple(compat.masters(optimizer))  # all of them, also while DeepSpeed is shown only some
@@ -100,6 +108,9 @@ class StateHome(ABC):
         ``shown`` is the group's index in DeepSpeed's lists now, which hold the step's groups alone. The current stream,
         or with NVMe the host, waits for the state's arrival.
         """
+
+    def updated(self, shown: int, group: int) -> None:  # noqa: B027 (most homes have nothing to do)
+        """Take note that AdamW has updated ``group``, the last one entered; its master weights are cast next."""
 
     @abstractmethod
     def leave(self, shown: int, group: int) -> None:
@@ -159,6 +170,10 @@ class StateHome(ABC):
 
     def before_load(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most homes have nothing to do)
         """Take what only this home can read out of ``state_dict``, which DeepSpeed loads next, inside `writable`."""
+
+    def as_weight(self, value: Tensor) -> Tensor:
+        """Return a master weight's ``value`` so that a cast to the model's dtype gives its model weight."""
+        return value
 
     # ------------------------------------------------------------------------- memory
 
