@@ -85,6 +85,35 @@ def test_masters_are_those_of_an_fp32_run_that_rounds_the_same_way(workers, case
             assert_identical(expected[key], actual[key])
 
 
+def update_ties(case: Case) -> list[Any]:
+    """Each parameter's master and model weight after updates that change nothing: exact ties throughout."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    def observe(event: str, engine: Any, step: int) -> None:
+        if (event, step) == ("start", 0):
+            for parameter in engine.module.parameters():
+                value = safe_get_full_fp32_param(parameter)
+                safe_set_full_fp32_param(parameter, (value.view(torch.int32) & -0x10000 | 0x8000).view(torch.float32))
+            for group in engine.optimizer.param_groups:
+                group["lr"] = 0.0
+
+    engine = build(case)
+    run_steps(engine, case, 0, 2, observe=observe)
+    masters = {name: safe_get_full_fp32_param(each).clone() for name, each in engine.module.named_parameters()}
+    model = weights(engine)
+    engine.destroy()
+    return [(masters[name], model[name]) for name in model]
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=case_id)
+def test_an_update_rounds_ties_away_from_zero(workers, case):
+    case = case.but(section={**case.section, "policy": "all"})
+    for run in workers(2).run(update_ties, case):
+        for master, weight in run:
+            assert ((master.view(torch.int32) & 0xFFFF) == 0x8000).all()
+            assert torch.equal(weight.float(), rounded(master))
+
+
 @pytest.mark.parametrize("case", [CASES[1], pytest.param(CASES[0], marks=SLOW)], ids=case_id)
 def test_unselected_blocks_are_bit_identical(trained, case):
     for run in trained(case, 2):
@@ -94,6 +123,12 @@ def test_unselected_blocks_are_bit_identical(trained, case):
                     assert_identical(of_block(before, names), of_block(after, names))
 
 
+def most_linked(engine: Any) -> int:
+    """The largest storage of master weights that a parameter's accessors hold, in bytes."""
+    mappings = [getattr(parameter, "_hp_mapping", None) for parameter in engine.module.parameters()]
+    return max((storage_bytes([mapping.hp_fragment]) for mapping in mappings if mapping is not None), default=0)
+
+
 def watch_memory(case: Case) -> dict[str, Any]:
     """At the start and after each step: storage of DeepSpeed's partitions and links, of the low halves and scratch."""
 
@@ -101,12 +136,10 @@ def watch_memory(case: Case) -> dict[str, Any]:
         if event != "step" and (event, step) != ("start", 0):
             return None
         zero = engine.optimizer
-        mappings = [getattr(parameter, "_hp_mapping", None) for parameter in engine.module.parameters()]
-        links = [mapping.hp_fragment for mapping in mappings if mapping is not None]
         numels = [layout.numel for layout in zero.layouts()]
         return {
             "masters": storage_bytes(compat.masters(zero)),
-            "links": max((storage_bytes([link]) for link in links), default=0),
+            "links": most_linked(engine),
             "rests": (zero.home.master_bytes(), 2 * sum(numels)),
             "scratch": (zero.home.master_scratch_bytes(), 4 * max(numels) * (event == "step")),
         }
@@ -161,7 +194,7 @@ def move_between_forms(case: Case, directory: Path) -> dict[str, Any]:
         engine.destroy()
         engine = build(second.but(seed=99))
         engine.load_checkpoint(str(directory / name))
-        found[name] = before, partitions(engine), weights(engine)
+        found[name] = before, partitions(engine), weights(engine), most_linked(engine)
         finish(engine, run_steps(engine, second, 2, 4))
     return found
 
@@ -169,9 +202,10 @@ def move_between_forms(case: Case, directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], pytest.param(CASES[0], marks=SLOW)], ids=case_id)
 def test_a_checkpoint_loads_into_the_other_form(workers, tmp_path, case):
     for found in workers(2).run(move_between_forms, case, tmp_path):
-        for before, after, _ in found.values():
+        for before, after, *_ in found.values():
             assert_identical(before, after)
-        *_, loaded = found["to split"]
+        *_, loaded, linked = found["to split"]
+        assert linked <= 4  # a zero without storage
         assert all((weight == 1.0078125).all() for weight in loaded.values())  # on every rank, whatever it holds
 
 
