@@ -51,10 +51,19 @@ class Zero12Until0184(_Stock):
 class Zero12Until0189(_Stock):
     """With CPU offload keeps the gradients of two micro-steps of a window only: the first and the last.
 
-    Here, as in 0.19.0 and newer, each is added to the sum on the host.
+    Here, as in 0.19.0 and newer, each is added to the sum on the host. From 0.18.7 on its flat model weights may also
+    have an autograd history (stage_1_and_2.py:420), with which the all-gather of `step` fails on two ranks or more.
     """
 
     __slots__ = ()
+
+    def _link_all_hp_params(self: Any) -> None:
+        for group, flat in enumerate(self.bit16_groups_flat):
+            if flat.requires_grad:
+                self.bit16_groups_flat[group] = flat.detach()
+                partitions = self.get_data_parallel_partitions(self.bit16_groups_flat[group], group)
+                self.parallel_partitioned_bit16_groups[group] = partitions
+        super()._link_all_hp_params()
 
     def async_accumulate_grad_in_cpu_via_gpu(self: Any, param: Any) -> None:
         super().async_accumulate_grad_in_cpu_via_gpu(param)
