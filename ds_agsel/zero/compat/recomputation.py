@@ -5,7 +5,8 @@ saved tensors. ZeRO-3 has then gathered the module that backward is in, and its 
 forward leaves that module. This happens where backward enters the layer at a module after which the layer computes
 more, such as a router whose scores nothing uses. A frozen weight is saved as it is (torch 2.13, checkpoint.py,
 `_recomputation_hook`), and empty by then: CheckpointError, "different metadata". The gradient of one that is trained
-meets an empty parameter: RuntimeError, "The size of tensor a (0)". Plain DeepSpeed 0.19.8 raises both.
+meets an empty parameter: RuntimeError, "The size of tensor a (0)". Plain DeepSpeed 0.19.8 raises
+the second.
 """
 
 from __future__ import annotations
