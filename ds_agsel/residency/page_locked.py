@@ -16,9 +16,7 @@ def empty(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
     """
     if device.is_synchronized_device():
         return torch.empty(numel, dtype=dtype)
-    if hasattr(
-        device, "pin_empty"
-    ):  # newer DeepSpeeds (0.19.8 has it, 0.19.5 not), which may be told to lock memory by itself
+    if hasattr(device, "pin_empty"):  # 0.19.8 has it, 0.19.5 not; it may be told to lock memory by itself
         made: Tensor = device.pin_empty(numel, dtype=dtype)
         return made
     return torch.empty(numel, dtype=dtype, pin_memory=True)

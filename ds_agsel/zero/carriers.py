@@ -377,6 +377,7 @@ class Carriers:
         """Go on from ``state``, and write every matrix anew. The carriers and their states are loaded. Collective."""
         self._calibrated = int(state["calibrated"])
         self._updates = {int(block): int(count) for block, count in state["updates"].items()}
+        shared: dict[str, Support] = {}  # one for the matrices that share a basis
         for target in self._targets:
             here = self._slice(target)
             piece = state["base"][target.name][here.start : here.start + here.weights.numel()]
@@ -384,7 +385,9 @@ class Carriers:
             if not hasattr(target.carrier, "ds_tensor"):  # else the load has made it from its master
                 target.carrier.data.copy_(state["values"][target.name])
             saved = state["support"][target.name]
-            target.support = None if saved is None else Support(**saved).to(_device())
+            if saved is not None:
+                shared.setdefault(self._key(target), Support(**saved).to(_device()))
+            target.support = shared.get(self._key(target))
         self._describe({})
         for name, count in state["chosen"].items():
             self.record.matrices[name] = MatrixRecord(**{**vars(self.record.matrices[name]), "chosen": int(count)})

@@ -17,6 +17,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ds_agsel.residency import page_locked
 from ds_agsel.selection import Selection
 from ds_agsel.zero import block_scores, compat
 
@@ -165,8 +166,7 @@ class GradientNorms(compat.ZeROOptimizer):
             return None
         if self._host_squares is None:
             count_of_all = len(self._group_of_param) + len(self._block_of_group)
-            numbers = torch.empty(count_of_all, dtype=compat.norm_dtype())
-            self._host_squares = get_accelerator().pin_memory(numbers)
+            self._host_squares = page_locked.empty(count_of_all, compat.norm_dtype(), get_accelerator())
         start, self._taken = self._taken, self._taken + count
         return self._host_squares.narrow(0, start, count)
 

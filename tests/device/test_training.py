@@ -203,9 +203,13 @@ def test_waits_left_out_of_norms_and_copies_are_noticed(
     case: Case, function: str, simulated_workers: Callable[[int], Workers]
 ) -> None:
     ranks = simulated_workers(2 if function == "_waiting_for_reductions_alone" else 1)
-    ((expected, hazards, sites), *_) = ranks.run(train_simulated, case.but(steps=3), 0)
-    assert not hazards
-    waits = [site for site in sites if site.function == function]
+    waits: list[Site] = []
+    for seed in range(8):  # in some orders of the device's work an event has come before the host asks for it
+        ((expected, hazards, sites), *_) = ranks.run(train_simulated, case.but(steps=3), seed)
+        assert not hazards
+        waits = [site for site in sites if site.function == function]
+        if waits:
+            break
     runs = [ranks.run(train_simulated, case.but(steps=3), seed, waits)[0] for seed in range(4)]
     assert waits
     assert any(hazards or differences(expected["weights"], result["weights"]) for result, hazards, _ in runs)

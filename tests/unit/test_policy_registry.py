@@ -14,7 +14,9 @@ from ds_agsel import policies
 from ds_agsel.errors import CheckpointError, ConfigError
 from ds_agsel.policies import Policy, registry
 
-BUILT_IN = ["adagrad_select", "all", "cyclic", "fixed", "gradient_topk", "random", "replay"]
+REMEMBERS_NOTHING = ["adagrad_select", "all", "cyclic", "fixed", "gradient_topk", "random", "replay"]
+REMEMBERS_SCORES = ["cost_aware", "grass", "misa"]
+BUILT_IN = sorted([*REMEMBERS_NOTHING, *REMEMBERS_SCORES])
 
 
 @pytest.fixture
@@ -70,8 +72,8 @@ def test_an_unknown_policy_is_refused_with_the_nearest_and_all() -> None:
         make(policy="cyclc")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_the_built_in_policies_keep_no_state(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", REMEMBERS_NOTHING)
+def test_policies_that_remember_no_scores_keep_no_state(name: str, tmp_path: Path) -> None:
     settings_of: dict[str, dict[str, Any]] = {
         "fixed": {"fixed_blocks": ["layers.1"]},
         "replay": {"replay_file": selection_file(tmp_path, {"step": 0, "blocks": [1]})},
