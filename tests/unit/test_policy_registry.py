@@ -65,7 +65,9 @@ def test_what_is_no_policy_can_not_be_registered() -> None:
         policies.register("", Last)
 
 
-def test_an_unknown_policy_is_refused_with_the_nearest_and_all() -> None:
+def test_an_unknown_policy_is_refused_with_the_nearest_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What other tests of this process have imported may have registered policies too.
+    monkeypatch.setattr(registry, "_POLICIES", {name: registry._POLICIES[name] for name in BUILT_IN})
     names = ", ".join(f'"{name}"' for name in BUILT_IN)
     expected = f'adagrad_select.policy="cyclc" is unknown. Did you mean "cyclic"? Policies: {names}; register your own'
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
