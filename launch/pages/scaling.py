@@ -25,6 +25,7 @@ from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traf
 from ds_agsel.lottery import build_lottery
 
 from ..texts import GIB, markdown_head, markdown_row
+from .output import add_output, put
 
 ROOT = Path(__file__).parents[2]
 MODELS = (
@@ -297,13 +298,8 @@ def _gib(*amounts: int) -> str:
 def main() -> None:
     """Write or print the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="file to write; not given: print")
-    options = parser.parse_args()
-    if options.output is None:
-        print(page(), end="")
-        return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page(), encoding="utf-8")
+    add_output(parser)
+    put(page(), parser.parse_args().output)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ds_agsel.estimate.cards import CARDS, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Card
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape, read_shape
 from ds_agsel.estimate.timeline import Exposure, hiding_tokens, simulate
 from ds_agsel.policies import num_selected
+
+from .output import add_output, put
 
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini")
 PERCENTAGES = (10, 20, 30)
@@ -30,14 +31,9 @@ def main() -> None:
     parser.add_argument("--select-percent", type=float, nargs="+", default=PERCENTAGES)
     parser.add_argument("--batch", type=int, default=BATCH, help="rows per step and rank, of all micro-steps together")
     parser.add_argument("--sequence", type=int, default=SEQUENCE, help="tokens of a row")
-    parser.add_argument("--output", type=Path, help="file to write; not given: print")
+    add_output(parser)
     options = parser.parse_args()
-    text = page(options.models, options.select_percent, options.batch, options.sequence)
-    if options.output is None:
-        print(text, end="")
-        return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text, encoding="utf-8")
+    put(page(options.models, options.select_percent, options.batch, options.sequence), options.output)
 
 
 INTRODUCTION = """\

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 from ds_agsel.estimate.activations import Activations, activations_of
 from ds_agsel.estimate.cards import find_card
@@ -19,6 +18,7 @@ from ds_agsel.estimate.prediction import Rates
 from ds_agsel.estimate.shapes import ModelShape, shape_of
 
 from ..texts import GIB, markdown_head, markdown_row
+from .output import add_output, put
 
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "qwen2.5-1.5b", "llama-3.2-3b", "llama-3.1-8b", "qwen2.5-14b")
 MACHINES = (("rtx3060", 32), ("rtx4060ti", 32), ("rtx4090", 64), ("l40s", 128), ("a100-80gb", 256), ("h100", 256))
@@ -84,13 +84,8 @@ def _rows(name: str) -> Iterator[str]:
 def main() -> None:
     """Write or print the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="file to write; not given: print")
-    options = parser.parse_args()
-    if options.output is None:
-        print(page(), end="")
-        return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page(), encoding="utf-8")
+    add_output(parser)
+    put(page(), parser.parse_args().output)
 
 
 if __name__ == "__main__":
