@@ -178,6 +178,14 @@ def _has_weights_on_nvme(ds: DsConfig) -> bool:
     return ds.offload_param.device == "nvme" and ds.stage == 3 and ds.offload_param.nvme_path is not None
 
 
+def _sparse_grad_on_nvme(name: str, why: str) -> _Rule:
+    return _refused(
+        lambda ds, config: config.sparse_grad is not None and dict(_offloads(ds))[name].device == "nvme",
+        f"adagrad_select.sparse_grad with zero_optimization.{name}.device='nvme'",
+        why, f"Set {name}.device to 'cpu' or 'none'",
+    )  # fmt: skip
+
+
 _OTHER_RANKS = "block scores are summed over data-parallel ranks alone"
 _RATIO = "zero_optimization.offload_optimizer.ratio"
 _NO_MASTERS = "small updates round away without fp32 masters"
@@ -306,11 +314,8 @@ _RULES: tuple[_Rule, ...] = (
         "data_types.grad_accum_dtype='fp32' with bf16 and zero_optimization.stage=1",
         "DeepSpeed then uses its BF16_Optimizer (engine.py:2310)", "Use stage 2",
     ),
-    _refused(
-        lambda ds, config: config.sparse_grad is not None and ds.offload_param.device == "nvme",
-        "adagrad_select.sparse_grad with zero_optimization.offload_param.device='nvme'",
-        "its matrices are written after each update", "Set offload_param.device to 'cpu' or 'none'",
-    ),
+    _sparse_grad_on_nvme("offload_param", "its matrices are written after each update"),
+    _sparse_grad_on_nvme("offload_optimizer", "entries that are chosen anew start with new states, not tested there"),
     _above("tensor_parallel.autotp_size", 1, _OTHER_RANKS, "Set it to 1"),
     _above("sequence_parallel_size", 1, _OTHER_RANKS, "Set it to 1"),
 )  # fmt: skip
