@@ -76,9 +76,7 @@ class Carriers:
         self._block_of = {target.name: block_of[target.carrier_name] for target in targets}
         self._param_groups = tuple(param_groups)
         self._calibrated = self._lost = 0
-        self._updates: dict[int, int] = dict.fromkeys(
-            self._block_of.values(), 0
-        )  # since the block's entries were chosen
+        self._updates = dict.fromkeys(self._block_of.values(), 0)  # of each block, since its entries were chosen
         self._energies: dict[str, Energy] = {}
         self._bases = {target.name: self._host_copy(target) for target in self._targets}
         self.record = SparseRecord()
@@ -88,8 +86,8 @@ class Carriers:
 
     @property
     def is_calibrating(self) -> bool:
-        """Whether the next step gathers energies and changes nothing."""
-        return self._calibrated < self._section.calibration_steps
+        """Whether the next step gathers energies and changes nothing: until all entries are chosen, and never again."""
+        return any(target.support is None for target in self._targets)
 
     def begin_window(self) -> None:
         """Let the backward of this window gather energies where they are due."""
@@ -118,12 +116,8 @@ class Carriers:
         A window in which a gradient was not finite on any rank does not count. Raises TrainingError after
         `MOST_LOST_WINDOWS` of them in a row.
         """
-        stage = self._stage
-        stage._update_scale(self._count_window())
-        stage.overflow = True  # the engine then leaves the schedule as it is
-        stage._global_grad_norm = 0.0
-        stage._forget_gradients()
-        stage.selection.skip()
+        self._stage.change_nothing(is_overflow=self._count_window(), is_applied=False)
+        self._stage.selection.skip()
 
     def _count_window(self) -> bool:
         """Count a window of calibration, and choose the entries after the last; return whether it does not count."""
@@ -142,10 +136,10 @@ class Carriers:
             self._calibrated += 1
         for energy in self._energies.values():
             energy.lost.zero_()
-        if not self.is_calibrating:
+        if self._calibrated >= self._section.calibration_steps:
             self._choose(self._targets)
             logger.info("adagrad_select.sparse_grad: %s", self._in_words())
-        self.record.calibration_left = self._section.calibration_steps - self._calibrated
+        self.record.calibration_left = self._calibration_left
         return bool(lost)
 
     def _in_words(self) -> str:
@@ -174,7 +168,8 @@ class Carriers:
         self._write(targets)
         for block in updated & self._updates.keys():
             self._updates[block] += 1
-        over = [t for t in targets if self._updates[self._block_of[t.name]] == self._section.refresh_steps]
+        limit = self._section.refresh_steps  # a resumed run may have a lower one than the updates that it loaded
+        over = [t for t in targets if limit is not None and self._updates[self._block_of[t.name]] >= limit]
         if over:
             self._choose(over)
             self._restart(over)
@@ -282,7 +277,11 @@ class Carriers:
                 captured_plain=None if support is None else support.captured_plain,
                 chosen=(0 if before is None or support is None else before.chosen) + chosen.get(target.name, 0),
             )
-        self.record.calibration_left = self._section.calibration_steps - self._calibrated
+        self.record.calibration_left = self._calibration_left
+
+    @property
+    def _calibration_left(self) -> int:
+        return max(1, self._section.calibration_steps - self._calibrated) if self.is_calibrating else 0
 
     # ----------------------------------------------------------------------- checkpoints
 

@@ -216,12 +216,16 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
 
     def _step_on_nothing(self) -> None:
         """Count a step in whose forward no selected block took part, and change nothing."""
-        self.overflow = False
-        self._global_grad_norm = 0.0
-        self._update_scale(False)
-        self._forget_gradients()
+        self.change_nothing(is_overflow=False, is_applied=True)
         self.selection.commit()
         self._prefetch()
+
+    def change_nothing(self, is_overflow: bool, is_applied: bool) -> None:
+        """End a step without an update. The engine's schedule goes on if ``is_applied``."""
+        self.overflow = not is_applied
+        self._global_grad_norm = 0.0
+        self._update_scale(is_overflow)
+        self._forget_gradients()
 
     def _skip_step(self) -> None:
         """Skip as DeepSpeed skips a step that overflowed, in any precision, without looking again."""

@@ -33,9 +33,11 @@ from torch import Tensor
 
 import ds_agsel
 from ds_agsel.config import parse_section
+from ds_agsel.ds_config import DsConfig
 from ds_agsel.entry.preparation import prepare
 from ds_agsel.errors import ConfigError
 from ds_agsel.sparse.linear import added_rows
+from ds_agsel.zero.support import unsupported
 
 CALIBRATION, REFRESH = 2, 4
 SPARSE = {"entries_percent": 10.0, "calibration_steps": CALIBRATION, "refresh_steps": REFRESH, "lr_scale": 2.0}
@@ -269,6 +271,29 @@ def test_a_resume_on_one_rank_has_the_same_matrices(workers, tmp_path):
     assert (two["counts"], two["plan"]) == (one["counts"], one["plan"])
 
 
+def resumed_with(case: Case, directory: Path, step: int, changes: dict[str, Any]) -> list[Any]:
+    """Whether a resumed run is calibrating, how many steps it then counts, and how often entries were chosen."""
+    changed = case.but(section={**case.section, "sparse_grad": {**SPARSE, **changes}})
+    engine = build(changed)
+    engine.load_checkpoint(str(directory), tag=f"after{step}")
+    carriers, before = engine.optimizer.carriers, engine.selection.num_steps
+    was = carriers.is_calibrating, engine.selection.sparse.calibration_left
+    run_steps(engine, changed, step + 1, step + 2)
+    chosen = {matrix.chosen for matrix in engine.selection.sparse.matrices.values()}
+    counted = engine.selection.num_steps - before
+    engine.destroy()
+    return [*was, counted, chosen]
+
+
+def test_a_resume_with_other_clocks_neither_calibrates_again_nor_misses_a_refresh(workers, tmp_path):
+    case = Case(section=EVERY, steps=6)
+    workers(1).run(saved_at_each, case, tmp_path)
+    [found] = workers(1).run(resumed_with, case, tmp_path, 4, {"calibration_steps": 9})
+    assert found == [False, 0, 1, {2}]
+    [found] = workers(1).run(resumed_with, case, tmp_path, 4, {"refresh_steps": 2})  # 3 updates are loaded
+    assert found == [False, 0, 1, {2}]
+
+
 def small_updates(case: Case) -> list[float]:
     """How far each matrix has moved, over how far its values say."""
     engine = build(case)
@@ -341,3 +366,10 @@ def test_a_failed_initialize_leaves_the_model_as_it_was():
     assert names_of(model) != before
     prepare(model, parse_section({}), None, None, 1)  # another engine, without it, takes the model over
     assert names_of(model) == before
+
+
+@pytest.mark.parametrize("name", ["offload_param", "offload_optimizer"])
+def test_nvme_is_refused_by_name(name):
+    ds = DsConfig.of({"zero_optimization": {"stage": 3, name: {"device": "nvme", "nvme_path": "/nvme"}}})
+    found = [line for line in unsupported(ds, parse_section(EVERY)) if "sparse_grad" in line]
+    assert len(found) == 1 and f"zero_optimization.{name}.device='nvme'" in found[0]
