@@ -80,7 +80,7 @@ class SelectionConfig(BaseModel):
     keep_master: Literal["host", "accelerator"] = "host"
     state_budget_bytes: int | None = Field(None, ge=1)
     on_reentry: Literal["keep", "reset", "decay"] = "keep"
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     master_weights: Literal["fp32", "split"] = "fp32"
     explore_on: Literal["batch", "first_micro_batch"] = "batch"
     blocks: dict[str, tuple[str, ...]] | None = None
@@ -336,7 +336,7 @@ _WORDS = {
     ),
     "keep_master": _Words('"host" or "accelerator"', 'Use "host": master weights travel with the moments.'),
     "state_budget_bytes": _Words("an integer", "Use null for the largest selection and two blocks more.", "[1, inf)"),
-    "state_dtype": _Words('"fp32" or "bf16"', 'Use "fp32": moments rest as they are updated.'),
+    "state_dtype": _Words('"fp32", "bf16" or "int8"', 'Use "fp32": moments rest as they are updated.'),
     "master_weights": _Words('"fp32" or "split"', 'Use "fp32": master weights rest as they are updated.'),
     "on_reentry": _Words('"keep", "reset" or "decay"', 'Use "keep": moments wait for the next update of their block.'),
     "explore_on": _Words('"batch" or "first_micro_batch"', 'Use "batch" to score the whole batch\'s gradient.'),

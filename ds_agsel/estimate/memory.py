@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_BYTES, RESTING_MASTER_BYTES, Setup
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_MASTER_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.sparse_shape import SparseShape
 from ds_agsel.estimate.steps import Step, full_step, weighted
@@ -198,8 +198,8 @@ class _Ledger:
         masters = sum(shares) * resting_master
         # With "reset" those of the step before are given back before the step's own are made.
         with_moments = self._step.selected if self._setup.on_reentry == "reset" else self._step.with_moments
-        resting = MOMENT_BYTES if self._features is None else RESTING_BYTES[self._setup.state_dtype]
-        moments = self._sum(with_moments, shares) * resting
+        setup = self._setup if self._features is not None else self._setup.but(state_dtype="fp32")
+        moments = self._sum(with_moments, [setup.resting_bytes(share) for share in shares])
         home = "accelerator" if self._stepping == "resident" else "host"
         if self._setup.offload_optimizer == "nvme":
             home = "nvme"

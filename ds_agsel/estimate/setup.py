@@ -14,7 +14,7 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
 RESTING_MASTER_BYTES = {"fp32": MASTER_BYTES, "split": 2}  # beside the model weights, by master_weights
 MOMENT_BYTES = 8  # exp_avg and exp_avg_sq, fp32
-RESTING_BYTES = {"fp32": MOMENT_BYTES, "bf16": 4}  # of the two where they rest, by state_dtype
+_QUANTIZED_TOGETHER = 256  # elements that share a largest value: zero/states/forms.py
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class Setup:
     def keeps_fp32_partitions(self) -> bool:
         """Whether gradients are summed in an fp32 partition (stage_1_and_2.py, _use_compact_grad_partition_buffer)."""
         return self.accumulation_dtype == "fp32" != self.dtype
+
+    def resting_bytes(self, numel: int) -> int:
+        """Return the bytes of a group's two moments of ``numel`` elements each, where they rest."""
+        if self.state_dtype == "int8":
+            return 2 * (numel + 4 * -(-numel // _QUANTIZED_TOGETHER))
+        return numel * (4 if self.state_dtype == "bf16" else MOMENT_BYTES)
 
     def but(self, **changes: Any) -> Setup:
         """Return a copy with ``changes``."""

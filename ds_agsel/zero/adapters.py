@@ -11,7 +11,7 @@ from ds_agsel.zero import compat
 from ds_agsel.zero.selective import SelectiveStep
 from ds_agsel.zero.stage3 import SelectiveZero3Optimizer
 from ds_agsel.zero.stage12 import SelectiveZeroOptimizer
-from ds_agsel.zero.states.forms import FORMS
+from ds_agsel.zero.states.forms import new_form
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.states.in_place import StatesInPlace
 from ds_agsel.zero.states.nvme import StatesOnNvme
@@ -38,7 +38,7 @@ def home_for(
         case _ if states_visit:
             return VisitingStates(optimizer, block_of_group, selection)
         case _ if selection.config.state_dtype != "fp32":
-            form = FORMS[selection.config.state_dtype]()
+            form = new_form(selection.config.state_dtype)
             packed = SplitPackedStates if splits else PackedStates
             return packed(optimizer, block_of_group, selection, form)
         case _:

@@ -25,11 +25,11 @@ from torch import Tensor
 from ds_agsel.errors import CheckpointError
 from ds_agsel.residency.states import MOMENTS
 from ds_agsel.zero import compat
+from ds_agsel.zero.states.forms import Int8Moments, form_of, in_fp32
 from ds_agsel.zero.tag_files import TagFiles
 
 MASTER = constants.FP32_WEIGHT_KEY
 _LOSS_SCALE = (constants.LOSS_SCALER, "dynamic_loss_scale")
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _OF_THE_RUN = (*_LOSS_SCALE, "overflow", constants.CLIP_GRAD, constants.DS_VERSION)
 
 logger = logging.getLogger("ds_agsel")
@@ -141,13 +141,21 @@ def _moment(layout: Layout, saved: SavedStates, key: str) -> Tensor:
     return flat
 
 
-def tell_of_another_form(state_dict: Mapping[str, Any], state_dtype: str, rank: int) -> None:
-    """Log, on rank 0, that a load converts the moments of ``state_dict`` to those of this run."""
-    states = sections(state_dict)[0]["state"].values()
-    saved = {_DTYPE_NAMES.get(state[key].dtype, str(state[key].dtype)) for state in states for key in MOMENTS}
+def convert_other_forms(state_dict: Mapping[str, Any], state_dtype: str, rank: int) -> None:
+    """Make moments of ``state_dict`` fp32 that are not in the form of this run, and log it, on rank 0.
+
+    Raises CheckpointError where a form can't be read.
+    """
+    states = sections(state_dict)[0]["state"]
+    saved = set()
+    for index, state in states.items():
+        form = form_of(state)
+        saved.add("fp32" if form is None else form.name)
+        if form is not None and form.name != state_dtype:
+            states[index] = in_fp32(state)
     if rank == 0 and saved - {state_dtype}:
         logger.warning(
-            "adagrad_select: the checkpoint's moments are %s, and state_dtype is %s: they are converted%s.",
+            "adagrad_select: the moments that are loaded are %s, and state_dtype is %s: they are converted%s.",
             " and ".join(sorted(saved)), state_dtype, ", rounded to the nearest" if state_dtype != "fp32" else "",
         )  # fmt: skip
 
@@ -165,6 +173,13 @@ def _steps(layout: Layout, saved: SavedStates) -> int:
             "adagrad_select.blocks it was saved with."
         )
     return of_name[layout.names[0]]
+
+
+def _readable(states: dict[int, dict[str, Any]], index: int) -> dict[str, Any]:
+    """Return the Adam state ``index``, with moments that can be cut: each element in a place of its own."""
+    if form_of(states[index]) is Int8Moments:
+        states[index] = in_fp32(states[index])
+    return states[index]
 
 
 class ZeroFiles:
@@ -226,7 +241,7 @@ class ZeroFiles:
             first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if first < last:
                 base, masters = sections(self._files[rank])
-                flat = masters[index] if key == MASTER else base["state"][index][key]
+                flat = masters[index] if key == MASTER else _readable(base["state"], index)[key]
                 pieces.append(flat.view(-1).narrow(0, piece.at + first - piece.start, last - first))
         if sum(piece.numel() for piece in pieces) != numel:
             raise CheckpointError(

@@ -29,9 +29,9 @@ from ds_agsel.zero.repartition import (
     Layout,
     SavedStates,
     add_empty_states,
+    convert_other_forms,
     drop_empty_states,
     state_dict_for,
-    tell_of_another_form,
 )
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.window import StepWindow
@@ -399,7 +399,7 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         rank = dist.get_rank(group=self.dp_process_group)
         own = state_dict_list[rank] if rank < len(state_dict_list) else None
         if own is not None and kwargs.get("load_optimizer_states", True):
-            tell_of_another_form(own, self.selection.config.state_dtype, rank)
+            convert_other_forms(own, self.selection.config.state_dtype, rank)
             self.home.before_load(own)
         with self.home.writable(), self._weights_follow():
             super().load_state_dict(state_dict_list=state_dict_list, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DEVICES, DsConfig, unknown_device
 from ds_agsel.errors import ConfigError
 from ds_agsel.zero import rows
+from ds_agsel.zero.states.forms import LOWBIT_REMEDY
 
 STAGES = (1, 2, 3)
 ADAM_NAMES = ("adam", "adamw")
@@ -253,6 +255,11 @@ _RULES: tuple[_Rule, ...] = (
         lambda ds, config: f"adagrad_select.state_dtype={config.state_dtype!r} with zero_optimization."
         "offload_optimizer.device='nvme'",
         "states in a file are fp32", "Use 'cpu' or 'none', or state_dtype='fp32'",
+    ),
+    _Rule(
+        lambda ds, config: config.state_dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None,
+        lambda *_: f"adagrad_select.state_dtype='int8' needs bitsandbytes, which is not installed. {LOWBIT_REMEDY}, or "
+        "use state_dtype='bf16', which needs nothing.",
     ),
     _Rule(
         lambda ds, config: config.step_device == "accelerator" and states_can_not_visit(config),

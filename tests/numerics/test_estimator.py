@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -19,6 +20,7 @@ from ds_agsel.estimate.shapes import ModelShape, shape_of
 from ds_agsel.estimate.steps import Step, exact_step
 from ds_agsel.estimate.traffic import selective_traffic
 
+HAS_LOWBIT = importlib.util.find_spec("bitsandbytes") is not None
 SHORT = {"select_percent": 34, "steps_per_epoch": 3, "explore_decay": 1.0, "seed": 2}
 MODULE = {**SHORT, "granularity": "module", "select_percent": 15}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -46,6 +48,7 @@ CASES = [
     Case(offload="cpu", dtype="bf16", steps=4, section={**SHORT, "state_dtype": "bf16"}),
     Case(model="net", dtype="bf16", steps=4, section={**SHORT, "master_weights": "split"}),
     Case(stage=3, offload="cpu", dtype="bf16", steps=4, section={**SHORT, "master_weights": "split"}),
+    *([Case(offload="cpu", dtype="bf16", steps=4, section={**SHORT, "state_dtype": "int8"})] * HAS_LOWBIT),
 ]  # fmt: skip
 VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),

@@ -249,7 +249,7 @@ def test_the_config_can_not_be_changed() -> None:
             "bf16",
             '="bf16" is not "fp32" or "split". Use "fp32": master weights rest as they are updated.',
         ),
-        ("state_dtype", "fp16", '="fp16" is not "fp32" or "bf16". Use "fp32": moments rest as they are updated.'),
+        ("state_dtype", "fp16", '="fp16" is not "fp32", "bf16" or "int8". Use "fp32": moments rest as they are'),
         ("on_reentry", "drop", '="drop" is not "keep", "reset" or "decay". Use "keep": moments wait for'),
         ("state_budget_bytes", 0, "=0 is outside [1, inf). Use null for the largest selection and two blocks more."),
         ("explore_on", "epoch", '="epoch" is not "batch" or "first_micro_batch". Use "batch"'),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 from torch import nn
 
@@ -11,6 +13,18 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.zero.support import missing_for_nvme, refuse_unsupported, unsupported
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+def test_eight_bits_need_bitsandbytes(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else found(name, *more)
+    )
+    (said,) = unsupported(DsConfig.of(ZERO2), SelectionConfig(state_dtype="int8"))
+    assert said.startswith("adagrad_select.state_dtype='int8' needs bitsandbytes, which is not installed.")
+    assert "pip install 'ds-agsel[lowbit]'" in said
+
+
 NVME = {"device": "nvme", "nvme_path": "/somewhere"}
 BF16_ZERO1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 

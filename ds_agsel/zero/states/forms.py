@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ds_agsel.errors import CheckpointError, ConfigError
 from ds_agsel.residency.states import MOMENTS
+
+BLOCK_NUMEL = 256  # elements that share a largest value
+LOWBIT_REMEDY = "Install it: pip install 'ds-agsel[lowbit]'"
+_PIECE_NUMEL = 2**22
 
 
 class MomentForm(ABC):
@@ -17,25 +24,37 @@ class MomentForm(ABC):
 
     name: ClassVar[str]
 
+    @classmethod
+    @abstractmethod
+    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Return the tensors that both moments of ``numel`` elements take: name -> (elements, dtype)."""
+
     @abstractmethod
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return moment ``key`` of ``values`` in this form: new tensors on the same device.
 
-        With ``generator`` rounding is stochastic where the form rounds so; without, to the nearest. What `unpack` gave
-        packs to the same bits.
+        With ``generator`` rounding is stochastic where the form rounds so; without, to the nearest.
         """
 
-    @abstractmethod
-    def unpack(self, key: str, packed: dict[str, Tensor], out: Tensor) -> None:
-        """Write moment ``key`` of ``packed`` to ``out``, fp32, (numel,)."""
+    def pack_again(self, key: str, values: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `pack`, of ``values`` that are partly what `unpack` made of ``before``: those keep the bits they had."""
+        return self.pack(key, values)
 
     @abstractmethod
-    def found(self, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    def unpack(self, key: str, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write moment ``key`` of ``packed`` to ``out``, fp32, (numel,)."""
+
+    @classmethod
+    def found(cls, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors of both moments in a loaded Adam state; None if they are not in this form."""
+        rooms = cls.rooms(0)
+        if any(name not in state or state[name].dtype != dtype for name, (_, dtype) in rooms.items()):
+            return None
+        return {name: state[name] for name in rooms}
 
 
 class Bf16Moments(MomentForm):
-    """bfloat16 with stochastic rounding: 2 bytes an element.
+    """bfloat16 with stochastic rounding: 2 bytes an element. What `unpack` gave packs to the same bits.
 
     With β2 = 0.999 an update moves ``exp_avg_sq`` by less than half a unit in bfloat16's last place: rounded to the
     nearest it would stand still. Rounded up or down at random, in proportion, it is right on average.
@@ -43,19 +62,139 @@ class Bf16Moments(MomentForm):
 
     name = "bf16"
 
+    @classmethod
+    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
+        return dict.fromkeys(MOMENTS, (numel, torch.bfloat16))
+
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {key: values.to(torch.bfloat16) if generator is None else rounded_stochastically(values, generator)}
 
-    def unpack(self, key: str, packed: dict[str, Tensor], out: Tensor) -> None:
+    def unpack(self, key: str, packed: Mapping[str, Tensor], out: Tensor) -> None:
         out.copy_(packed[key])
 
-    def found(self, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        if any(state[key].dtype != torch.bfloat16 for key in MOMENTS):
-            return None
-        return {key: state[key] for key in MOMENTS}
+
+class Int8Moments(MomentForm):
+    """Block-wise dynamic 8-bit quantization as in 8-bit Adam (arXiv:2110.02861), by bitsandbytes.
+
+    1 byte an element and 4 for each `BLOCK_NUMEL` of them, the largest absolute value. To the nearest of 256 values,
+    signed for ``exp_avg``. On a processor bitsandbytes (0.50.2) finds it by a table with steps of 2**-16 of the block's
+    largest value: what is smaller would all become 1.5e-5 or 2.1e-5 of it. Zeros stay zeros here, so that what has no
+    gradient (padding, tokens that do not occur) is not moved. The names are not those of moments, so that a tool that
+    looks for fp32 moments finds none, instead of taking codes for numbers.
+
+    What `unpack` gave can pack to other bits: no code is −1, so that a block whose largest value is negative shrinks.
+    Raises ImportError where bitsandbytes can't be imported.
+    """
+
+    name = "int8"
+
+    def __init__(self) -> None:
+        # It warns of kernels for matrix products, which are not used here.
+        library_logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        level = library_logger.level
+        library_logger.setLevel(logging.ERROR)
+        try:
+            self._library: Any = importlib.import_module("bitsandbytes.functional")
+        finally:
+            library_logger.setLevel(level)
+        self._values = {key: self._library.create_dynamic_map(signed=key == "exp_avg") for key in MOMENTS}
+        self._zeros = {key: int((values == 0).nonzero()[0]) for key, values in self._values.items()}
+
+    @classmethod
+    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
+        blocks = -(-numel // BLOCK_NUMEL)
+        of_one = ((_codes, (numel, torch.uint8)), (_largest, (blocks, torch.float32)))
+        return {name(key): room for key in MOMENTS for name, room in of_one}
+
+    def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        values = values.detach()
+        codes, state = self._library.quantize_blockwise(values, code=self._table(key, values), blocksize=BLOCK_NUMEL)
+        codes.masked_fill_(values == 0, self._zeros[key])
+        return {_codes(key): codes, _largest(key): state.absmax}
+
+    def pack_again(self, key: str, values: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        packed = self.pack(key, values)
+        for piece, old in self._unpacked(key, before):
+            differs = values[piece] != old
+            padding = -differs.numel() % BLOCK_NUMEL
+            kept = ~torch.nn.functional.pad(differs, (0, padding)).view(-1, BLOCK_NUMEL).any(1)
+            blocks = slice(piece.start // BLOCK_NUMEL, piece.start // BLOCK_NUMEL + kept.numel())
+            codes, largest = packed[_codes(key)][piece], packed[_largest(key)][blocks]
+            largest.copy_(torch.where(kept, before[_largest(key)][blocks], largest))
+            each = kept.repeat_interleave(BLOCK_NUMEL)[: codes.numel()]
+            codes.copy_(torch.where(each, before[_codes(key)][piece], codes))
+        return packed
+
+    def unpack(self, key: str, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        for piece, values in self._unpacked(key, packed):
+            out[piece] = values
+
+    def _unpacked(self, key: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (which elements, their values in fp32) in pieces, for the library makes a new tensor of each."""
+        codes, largest = packed[_codes(key)], packed[_largest(key)]
+        table = self._table(key, codes)
+        for start in range(0, codes.numel(), _PIECE_NUMEL):
+            piece = slice(start, min(start + _PIECE_NUMEL, codes.numel()))
+            blocks = largest[start // BLOCK_NUMEL : -(-piece.stop // BLOCK_NUMEL)]
+            yield (
+                piece,
+                self._library.dequantize_blockwise(codes[piece], absmax=blocks, code=table, blocksize=BLOCK_NUMEL),
+            )
+
+    def _table(self, key: str, like: Tensor) -> Tensor:
+        if self._values[key].device != like.device:
+            self._values[key] = self._values[key].to(like.device)
+        return self._values[key]
 
 
-FORMS: dict[str, type[MomentForm]] = {form.name: form for form in (Bf16Moments,)}
+def _codes(key: str) -> str:
+    return f"{key}_int8"
+
+
+def _largest(key: str) -> str:
+    return f"{key}_largest"
+
+
+FORMS: dict[str, type[MomentForm]] = {form.name: form for form in (Bf16Moments, Int8Moments)}
+
+
+def new_form(name: str) -> MomentForm:
+    """Return the form ``name`` of ``state_dtype``. Raises ConfigError where its library can't be imported."""
+    try:
+        return FORMS[name]()
+    except ImportError as error:
+        raise ConfigError(
+            f"adagrad_select.state_dtype={name!r} needs bitsandbytes, which can't be imported ({error}). "
+            f"{LOWBIT_REMEDY}, or use state_dtype='bf16', which needs nothing."
+        ) from None
+
+
+def form_of(state: Mapping[str, Any]) -> type[MomentForm] | None:
+    """Return the form of both moments in a loaded Adam state; None if they are fp32."""
+    return next((form for form in FORMS.values() if form.found(state) is not None), None)
+
+
+def in_fp32(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an Adam state, loaded in any form, with moments of fp32; a copy of the dict where they are.
+
+    Raises CheckpointError where the form's library can't be imported.
+    """
+    form = form_of(state)
+    if form is None:
+        return dict(state)
+    try:
+        made = form()
+    except ImportError as error:
+        raise CheckpointError(
+            f"the checkpoint's moments are {form.name}, and bitsandbytes, which reads them, can't be imported "
+            f"({error}). {LOWBIT_REMEDY}."
+        ) from None
+    packed = form.found(state) or {}
+    like = next(iter(packed.values()))  # of as many elements as the moments
+    moments = {key: torch.empty(like.shape, dtype=torch.float32, device=like.device) for key in MOMENTS}
+    for key, out in moments.items():
+        made.unpack(key, packed, out)
+    return {**{key: value for key, value in state.items() if key not in packed}, **moments}
 
 
 def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ that a resumed run draws the same. What is loaded or set between steps is rounde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,14 +140,22 @@ class PackedStates(StatesInPlace):
             if not state:
                 self._packed.pop(group, None)
             elif not self._is_hidden(state[MOMENTS[0]]):
-                self._packed[group] = {}
-                for key in MOMENTS:
-                    self._packed[group] |= self._form.pack(key, state[key])
+                self._packed[group] = self._packed_again(group, state)
                 self._hide(group)
             elif group in self._loaded:
                 self._packed[group] = self._loaded.pop(group)
         if groups is None:
             self._loaded.clear()
+
+    def _packed_again(self, group: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the moments in ``state``, packed to the nearest; values that were not changed keep their bits."""
+        before = self._packed.get(group)
+        packed: dict[str, Tensor] = {}
+        for key in MOMENTS:
+            packed |= (
+                self._form.pack(key, state[key]) if before is None else self._form.pack_again(key, state[key], before)
+            )
+        return packed
 
     def _all_or(self, groups: Sequence[int] | None) -> Sequence[int]:
         return range(len(self._masters)) if groups is None else groups
@@ -158,11 +166,16 @@ class PackedStates(StatesInPlace):
     def as_saved(self) -> Iterator[None]:
         state = self.optimizer.optimizer.state
         for group, packed in self._packed.items():
-            state[self._masters[group]].update(packed)
+            of_group = state[self._masters[group]]
+            for key in MOMENTS:
+                del of_group[key]
+            of_group.update(packed)
         try:
             yield
         finally:
-            for group in self._packed:
+            for group, packed in self._packed.items():
+                for name in packed:
+                    del state[self._masters[group]][name]
                 self._hide(group)
 
     def before_load(self, state_dict: dict[str, Any]) -> None:
