@@ -23,7 +23,7 @@ from ds_agsel.zero.adapters import restrict
 from ds_agsel.zero.carriers import Carriers
 from ds_agsel.zero.engine import SelectiveEngine
 from ds_agsel.zero.step_device import StepDevice
-from ds_agsel.zero.support import refuse_unsupported, states_can_not_visit
+from ds_agsel.zero.support import refuse_unsupported
 
 logger = logging.getLogger("ds_agsel")
 
@@ -163,7 +163,4 @@ def _step_device(ds_config: DsConfig, prepared: Preparation) -> StepDevice:
         ),
     )
     step_device.report(choice, reason)
-    problem = states_can_not_visit(prepared.config) if choice is StepDevice.VISIT else None
-    if problem is not None:
-        raise ConfigError(problem)
     return choice

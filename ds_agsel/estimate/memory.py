@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ds_agsel.estimate.partitions import Partition, flat_partition, parameter_partition, sub_groups
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, RESTING_MASTER_BYTES, Setup
+from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.sparse_shape import SparseShape
 from ds_agsel.estimate.steps import Step, full_step, weighted
@@ -194,38 +194,41 @@ class _Ledger:
 
     def _states(self) -> list[tuple[str, str, Fraction | int]]:
         shares = self._shares()
-        resting_master = MASTER_BYTES if self._features is None else RESTING_MASTER_BYTES[self._setup.master_weights]
-        masters = sum(shares) * resting_master
+        plain = self._features is None
+        setup = self._setup.but(state_dtype="fp32", master_weights="fp32") if plain else self._setup
+        masters = sum(shares) * setup.resting_master_bytes
         # With "reset" those of the step before are given back before the step's own are made.
         with_moments = self._step.selected if self._setup.on_reentry == "reset" else self._step.with_moments
-        setup = self._setup if self._features is not None else self._setup.but(state_dtype="fp32")
         moments = self._sum(with_moments, [setup.resting_bytes(share) for share in shares])
         home = "accelerator" if self._stepping == "resident" else "host"
         if self._setup.offload_optimizer == "nvme":
             home = "nvme"
         if self._stepping != "accelerator":
             return [(home, "master_weights", masters), (home, "states", moments)]
-        visiting = min(self._visiting(), Fraction(self._budget())) / self._setup.visiting_bytes  # elements
+        fits = min(Fraction(1), Fraction(self._budget()) / (self._visiting() or 1))
+        there = self._there([setup.resting_bytes(share) for share in shares])
         entries: list[tuple[str, str, Fraction | int]] = [
-            ("host", "states", moments), ("accelerator", "states", visiting * MOMENT_BYTES)
+            ("host", "states", moments), ("accelerator", "states", fits * there)
         ]  # fmt: skip
         if self._setup.keep_master == "accelerator":
             return [*entries, ("accelerator", "master_weights", masters)]
-        masters_there = visiting * MASTER_BYTES
+        masters_there = fits * self._there(shares) * setup.resting_master_bytes
         return [*entries, ("host", "master_weights", masters), ("accelerator", "master_weights", masters_there)]
 
     def _visiting(self) -> Fraction:
         """Return the bytes of the states that are on the accelerator when the step ends, were there no budget."""
-        shares = self._shares()
+        return self._there([self._setup.visiting_bytes(share) for share in self._shares()])
+
+    def _there(self, values: Sequence[int]) -> Fraction:
+        """Return Σ of the groups' values over what is on the accelerator when the step ends, were there no budget."""
         stays = self._setup.is_cache  # what has been there
-        elements = sum(shares) if stays else self._sum(self._step.selected, shares)
-        return Fraction(elements * self._setup.visiting_bytes)
+        return Fraction(sum(values)) if stays else self._sum(self._step.selected, values)
 
     def _block_bytes(self) -> dict[int, int]:
         """Return the bytes of each block's states where they are updated."""
         block_bytes = dict.fromkeys(range(len(self._step.selected)), 0)
         for block, share in zip(self._blocks, self._shares(), strict=True):
-            block_bytes[block] += share * self._setup.visiting_bytes
+            block_bytes[block] += self._setup.visiting_bytes(share)
         return block_bytes
 
     def _ring(self) -> int:
@@ -269,7 +272,9 @@ class _Ledger:
             elif setup.offload_optimizer == "nvme":
                 largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
                 on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
-        per_element = (setup.state_dtype != "fp32") * MOMENT_BYTES + (setup.master_weights != "fp32") * MASTER_BYTES
+        splits = setup.master_weights != "fp32"
+        packs = setup.state_dtype != "fp32" or (splits and self._stepping == "accelerator")
+        per_element = packs * MOMENT_BYTES + splits * MASTER_BYTES
         if self._features is not None and per_element:  # one group's states are fp32 in its update
             scratch = max(self._shares()) * per_element
             on_host, on_accelerator = (

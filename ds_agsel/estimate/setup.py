@@ -58,11 +58,6 @@ class Setup:
         return DTYPE_BYTES[self.accumulation_dtype]
 
     @property
-    def visiting_bytes(self) -> int:
-        """Bytes that travel with an element of a block that visits the accelerator."""
-        return MOMENT_BYTES + (MASTER_BYTES if self.keep_master == "host" else 0)
-
-    @property
     def is_cache(self) -> bool:
         """Whether the state of a visiting block that is not selected any more stays while there is room."""
         return self.state_budget_bytes is not None and self.on_reentry != "reset"
@@ -71,6 +66,15 @@ class Setup:
     def keeps_fp32_partitions(self) -> bool:
         """Whether gradients are summed in an fp32 partition (stage_1_and_2.py, _use_compact_grad_partition_buffer)."""
         return self.accumulation_dtype == "fp32" != self.dtype
+
+    @property
+    def resting_master_bytes(self) -> int:
+        """Bytes of one master weight where it rests, beside the model weight."""
+        return RESTING_MASTER_BYTES[self.master_weights]
+
+    def visiting_bytes(self, numel: int) -> int:
+        """Return the bytes that travel with a group of ``numel`` elements whose block visits the accelerator."""
+        return self.resting_bytes(numel) + (self.resting_master_bytes * numel if self.keep_master == "host" else 0)
 
     def resting_bytes(self, numel: int) -> int:
         """Return the bytes of a group's two moments of ``numel`` elements each, where they rest."""

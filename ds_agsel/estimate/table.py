@@ -102,8 +102,6 @@ def steppings(setup: Setup) -> tuple[Stepping, ...]:
     """Return the ways of stepping that ``setup`` allows, or would with its `offload_optimizer` set."""
     if setup.offload_optimizer == "nvme":
         return ("host",)
-    if setup.state_dtype != "fp32" or setup.master_weights != "fp32":  # states that visit are fp32
-        return ("host",) if setup.offload_optimizer == "cpu" else ("resident", "host")
     return ("host", "accelerator") if setup.offload_optimizer == "cpu" else ("resident", "host", "accelerator")
 
 
@@ -156,7 +154,7 @@ def _selective_rows(
     one_backward = setup.accumulation_steps == 1 or config.explore_on == "first_micro_batch"
     streaming = features.streaming_top_k and setup.stage > 1 and one_backward
     cache_bytes = (setup.state_budget_bytes or 0) if setup.is_cache else 0
-    staying = min(Fraction(1), Fraction(cache_bytes * setup.ranks, setup.visiting_bytes * sum(numels)))
+    staying = min(Fraction(1), Fraction(cache_bytes * setup.ranks, sum(map(setup.visiting_bytes, numels))))
     kinds: tuple[tuple[Phase, Which], ...] = tuple(product(("exploit", "explore"), ("expected", "worst")))
     for phase, which in kinds:
         step = typical_step(numels, lottery, phase, which, streaming, config.select_every, staying)

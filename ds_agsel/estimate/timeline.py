@@ -168,7 +168,7 @@ def _shares(model: ModelShape, setup: Setup) -> dict[int, int]:
 
 def timeline_of(model: ModelShape, setup: Setup, card: Card, num_selected: int) -> Timeline:
     """Return an empty timeline for ``model`` with the setup's state budget, or else the default one."""
-    block_bytes = {block: share * setup.visiting_bytes for block, share in _shares(model, setup).items()}
+    block_bytes = {block: setup.visiting_bytes(share) for block, share in _shares(model, setup).items()}
     budget = setup.state_budget_bytes or default_budget_bytes(block_bytes, Bound(num_selected))
     return Timeline(block_bytes, budget, links_of(card), is_cache=setup.is_cache)
 

@@ -126,9 +126,10 @@ def _traffic(
     if stepping == "host" and setup.master_weights == "split":
         d2h += total(step.selected, numels) * item  # the halves that the model weights are
     if stepping == "accelerator":
-        travelling = setup.visiting_bytes - (MOMENT_BYTES if setup.on_reentry == "reset" else 0)
-        h2d += total(step.arriving, numels) * travelling
-        d2h += total(step.leaving, numels) * travelling
+        resets = setup.on_reentry == "reset"  # moments then stay where they are made
+        travelling = [setup.visiting_bytes(numel) - resets * setup.resting_bytes(numel) for numel in numels]
+        h2d += total(step.arriving, travelling)
+        d2h += total(step.leaving, travelling)
         if setup.offload_param != "none":
             d2h += total(step.selected, numels) * item
     swapped = total(step.selected, numels) * (MASTER_BYTES + MOMENT_BYTES)

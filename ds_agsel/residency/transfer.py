@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from ds_agsel.errors import TrainingError
 from ds_agsel.residency import page_locked
 from ds_agsel.residency.plan import Move
-from ds_agsel.residency.states import MASTER, MOMENTS, BlockResidency, Residency
+from ds_agsel.residency.states import MASTER, BlockResidency, Residency
 
 logger = logging.getLogger("ds_agsel")
 
@@ -33,17 +33,29 @@ class HostState:
     """The state of one param group's partition as the host has it.
 
     Attributes:
-        master: fp32, (numel,), on the host; on the accelerator if it is not among the tensors that move.
-        state: the optimizer's own dict for it. ``exp_avg`` and ``exp_avg_sq``, fp32, (numel,), are in it from the
-            first update on; their buffers are allocated here, once.
+        master: fp32, (numel,), or what is kept of it; on the host, or on the accelerator if it is not among the tensors
+            that move.
+        state: a dict, for fp32 moments the optimizer's own. The moments' tensors are in it from the first update on;
+            their buffers are allocated here, once.
+        rooms: (elements, dtype) of the moments' tensors by key. Left out: as the master's.
     """
 
     master: Tensor
     state: MutableMapping[str, Any]
+    rooms: Mapping[str, tuple[int, torch.dtype]] = field(default_factory=dict)
 
     def get(self, key: str) -> Tensor | None:
         """Return the tensor ``key``, or None if it does not exist yet."""
         return self.master if key == MASTER else self.state.get(key)
+
+    def room(self, key: str) -> tuple[int, torch.dtype]:
+        """Return (elements, dtype) of the tensor ``key``, whether it exists yet or not."""
+        return self.rooms.get(key, (self.master.numel(), self.master.dtype))
+
+    def nbytes(self, key: str) -> int:
+        """Return the bytes of the tensor ``key``, whether it exists yet or not."""
+        numel, dtype = self.room(key)
+        return numel * dtype.itemsize
 
 
 class StateTransfer:
@@ -53,7 +65,7 @@ class StateTransfer:
         device: a DeepSpeed accelerator object.
         states: of each param group.
         groups_of_block: block -> its param groups.
-        keys: which of `MASTER` and `MOMENTS` move. The others stay in place.
+        keys: which of the tensors move, `MASTER` and those of moments. The others stay in place.
         count: told the direction ("h2d", "d2h") and the bytes of every copy.
     """
 
@@ -85,7 +97,7 @@ class StateTransfer:
     def block_bytes(self) -> dict[int, int]:
         """Return block -> bytes that it takes on the accelerator, on this rank."""
         return {
-            block: sum(len(self._keys) * self._states[group].master.nbytes for group in groups)
+            block: sum(self._states[group].nbytes(key) for group in groups for key in self._keys)
             for block, groups in self._groups_of_block.items()
         }
 
@@ -143,7 +155,8 @@ class StateTransfer:
         device = self._device.current_device_name()
         source = state.get(key)
         if source is None:
-            return torch.zeros(state.master.numel(), dtype=state.master.dtype, device=device)
+            numel, dtype = state.room(key)
+            return torch.zeros(numel, dtype=dtype, device=device)
         target = torch.empty(source.numel(), dtype=source.dtype, device=device)
         target.copy_(source.detach(), non_blocking=True)
         self._count("h2d", source.nbytes)
@@ -163,9 +176,9 @@ class StateTransfer:
         self._blocks[block].updated()
         for group in self._groups_of_block[block]:
             host = self._states[group]
-            for key in set(self._keys) & set(MOMENTS):
+            for key in set(self._keys) - {MASTER}:
                 if host.get(key) is None:
-                    host.state[key] = _zeros(host.master.numel(), host.master.dtype, self._device)
+                    host.state[key] = _zeros(*host.room(key), self._device)
 
     def _leave(self, block: int) -> None:
         state = self._blocks[block]

@@ -18,6 +18,7 @@ from ds_agsel.zero.states.nvme import StatesOnNvme
 from ds_agsel.zero.states.packed import PackedStates
 from ds_agsel.zero.states.split import SplitPackedStates, SplitStates
 from ds_agsel.zero.states.visiting import VisitingStates
+from ds_agsel.zero.states.visiting_packed import VisitingPackedStates, VisitingSplitStates
 
 
 def adapter_for(optimizer: compat.ZeROOptimizer) -> type[SelectiveStep]:
@@ -35,6 +36,9 @@ def home_for(
     match optimizer:
         case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True):
             return StatesOnNvme(optimizer, block_of_group, selection)
+        case _ if states_visit and (splits or selection.config.state_dtype != "fp32"):
+            visiting = VisitingSplitStates if splits else VisitingPackedStates
+            return visiting(optimizer, block_of_group, selection, new_form(selection.config.state_dtype))
         case _ if states_visit:
             return VisitingStates(optimizer, block_of_group, selection)
         case _ if selection.config.state_dtype != "fp32":

@@ -18,10 +18,11 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
 from ds_agsel.lottery import Bound
 from ds_agsel.residency import default_budget_bytes
+from ds_agsel.zero.states.forms import FORMS
 
 logger = logging.getLogger("ds_agsel")
 
-_STATE_BYTES = 12  # an element's master weight and two moments, fp32
+_FP32_STATE_BYTES = 12  # an element's master weight and two moments
 _RATE_SAMPLE_BYTES = 64 * 2**20
 
 
@@ -87,10 +88,12 @@ def situation(
     Collective.
     """
     ranks = dist.get_world_size()
-    state_bytes = {index: _STATE_BYTES * blocks[index].numel // ranks for index in selectable}
+    state_bytes = {index: _state_bytes(config, blocks[index].numel // ranks) for index in selectable}
     needed = _weight_and_gradient_bytes(ds_config, sum(block.numel for block in blocks), ranks)
     budget = config.state_budget_bytes or default_budget_bytes(state_bytes, bound)
     needed += min(budget, sum(state_bytes.values()))
+    if config.state_dtype != "fp32" or config.master_weights != "fp32":  # one block's are fp32 for its update
+        needed += _FP32_STATE_BYTES * max(blocks[index].numel for index in selectable) // ranks
     accelerator = get_accelerator()
     own_memory = accelerator.device_name() != "cpu"
     return Situation(
@@ -100,6 +103,13 @@ def situation(
         needed_bytes=needed,
         available_bytes=_least_available_bytes() if own_memory else 0,
     )
+
+
+def _state_bytes(config: SelectionConfig, numel: int) -> int:
+    """Return the bytes in which the states of ``numel`` elements visit the accelerator, master weights included."""
+    moments = FORMS[config.state_dtype].rooms(numel).values()
+    master = 2 if config.master_weights == "split" else 4
+    return numel * master + sum(elements * dtype.itemsize for elements, dtype in moments)
 
 
 def _weight_and_gradient_bytes(ds_config: DsConfig, numel: int, ranks: int) -> int:

@@ -80,18 +80,6 @@ def unsupported(
     return problems if model is None else problems + _model_problems(model)
 
 
-def states_can_not_visit(config: SelectionConfig) -> str | None:
-    """Return the error for states that would visit the accelerator in a form in which they can't; None if they can."""
-    for field in ("state_dtype", "master_weights"):
-        if getattr(config, field) != "fp32":
-            return (
-                f"adagrad_select.{field}={getattr(config, field)!r} can't be used with states that visit the "
-                "accelerator: those are fp32. Set zero_optimization.offload_optimizer.device to 'cpu', or "
-                f"{field} to 'fp32'."
-            )
-    return None
-
-
 # ---------------------------------------------------------------- the rules, in the order in which they are told
 
 
@@ -260,10 +248,6 @@ _RULES: tuple[_Rule, ...] = (
         lambda ds, config: config.state_dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None,
         lambda *_: f"adagrad_select.state_dtype='int8' needs bitsandbytes, which is not installed. {LOWBIT_REMEDY}, or "
         "use state_dtype='bf16', which needs nothing.",
-    ),
-    _Rule(
-        lambda ds, config: config.step_device == "accelerator" and states_can_not_visit(config),
-        lambda ds, config: str(states_can_not_visit(config)),
     ),
     _split_refused(
         lambda ds, _: ds.precision != "bf16",

@@ -21,6 +21,7 @@ from ds_agsel.estimate.steps import Step, exact_step
 from ds_agsel.estimate.traffic import selective_traffic
 
 HAS_LOWBIT = importlib.util.find_spec("bitsandbytes") is not None
+LEAN = {"master_weights": "split", "state_dtype": "int8" if HAS_LOWBIT else "bf16"}
 SHORT = {"select_percent": 34, "steps_per_epoch": 3, "explore_decay": 1.0, "seed": 2}
 MODULE = {**SHORT, "granularity": "module", "select_percent": 15}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -53,6 +54,22 @@ CASES = [
 VISITING = [
     Case(steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(model="net", stage=1, dtype="bf16", accumulation=2, steps=6, section={**SHORT, "step_device": "accelerator"}),
+    Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", **LEAN}),
+    pytest.param(
+        Case(
+            stage=3,
+            dtype="bf16",
+            steps=6,
+            section={
+                **SHORT,
+                **LEAN,
+                "step_device": "accelerator",
+                "keep_master": "accelerator",
+                "on_reentry": "reset",
+            },
+        ),
+        marks=pytest.mark.slow,
+    ),
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "keep_master": "accelerator"}),
     Case(model="net", stage=3, dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "on_reentry": "reset"}),

@@ -100,10 +100,6 @@ def test_moments_in_another_form_are_refused_where_they_are_fp32():
     offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/here"}}
     (said,) = unsupported(DsConfig.of({"zero_optimization": offload}), SelectionConfig(state_dtype="bf16"))
     assert "state_dtype='bf16' with zero_optimization.offload_optimizer.device='nvme'" in said
-    config = SelectionConfig(state_dtype="bf16", step_device="accelerator")
-    (said,) = unsupported(DsConfig.of(ZERO2), config)
-    assert said.startswith("adagrad_select.state_dtype='bf16' can't be used with states that visit the accelerator")
-    assert "Set zero_optimization.offload_optimizer.device to 'cpu', or state_dtype to 'fp32'." in said
 
 
 NVME = {"device": "nvme", "nvme_path": "/here"}
@@ -120,7 +116,6 @@ NVME = {"device": "nvme", "nvme_path": "/here"}
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {},
          "zero_optimization.offload_param.device='cpu'"),
         ({"bf16": {"enabled": True}}, {"sparse_grad": {}}, "adagrad_select.sparse_grad"),
-        ({"bf16": {"enabled": True}}, {"step_device": "accelerator"}, "states that visit the accelerator"),
     ],
 )  # fmt: skip
 def test_split_master_weights_are_refused_by_name(ds_config, section, said):

@@ -53,6 +53,22 @@ class MomentForm(ABC):
         return {name: state[name] for name in rooms}
 
 
+class Fp32Moments(MomentForm):
+    """As they are: where master weights alone rest in another form."""
+
+    name = "fp32"
+
+    @classmethod
+    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
+        return dict.fromkeys(MOMENTS, (numel, torch.float32))
+
+    def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {key: values.clone()}
+
+    def unpack(self, key: str, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        out.copy_(packed[key])
+
+
 class Bf16Moments(MomentForm):
     """bfloat16 with stochastic rounding: 2 bytes an element. What `unpack` gave packs to the same bits.
 
@@ -155,7 +171,7 @@ def _largest(key: str) -> str:
     return f"{key}_largest"
 
 
-FORMS: dict[str, type[MomentForm]] = {form.name: form for form in (Bf16Moments, Int8Moments)}
+FORMS: dict[str, type[MomentForm]] = {form.name: form for form in (Fp32Moments, Bf16Moments, Int8Moments)}
 
 
 def new_form(name: str) -> MomentForm:
@@ -171,7 +187,7 @@ def new_form(name: str) -> MomentForm:
 
 def form_of(state: Mapping[str, Any]) -> type[MomentForm] | None:
     """Return the form of both moments in a loaded Adam state; None if they are fp32."""
-    return next((form for form in FORMS.values() if form.found(state) is not None), None)
+    return next((form for form in FORMS.values() if form is not Fp32Moments and form.found(state) is not None), None)
 
 
 def in_fp32(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ home            between steps            during a group's update
                 another form
 `split`         in place, half of the    master weights in an fp32 scratch buffer, moments as in the above
                 master weights
+`visiting_      in page-locked memory,   fp32 scratch buffers on the accelerator
+packed`         packed
 ==============  =======================  ============================================================
 
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an

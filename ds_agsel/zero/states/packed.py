@@ -56,7 +56,7 @@ class PackedStates(StatesInPlace):
         master = self._masters[group]
         if not state.get(master):
             state[master] = {"step": self._zero_steps(shown, master)}
-        state[master].update(self._unpacked(group, self._rows(master)))
+        state[master].update(self._unpacked(self._at_hand(group), self._rows(master)))
 
     def leave(self, shown: int, group: int) -> None:
         """Pack the moments of ``group``, rounded as [Note: Rounding] says."""
@@ -64,8 +64,16 @@ class PackedStates(StatesInPlace):
         packed: dict[str, Tensor] = {}
         for number, key in enumerate(MOMENTS):
             packed |= self._form.pack(key, state[key], self._generator(group, number, state[key].device))
-        self._packed[group] = packed
+        self._keep(group, packed)
         self._hide(group)
+
+    def _at_hand(self, group: int) -> Mapping[str, Tensor] | None:
+        """Return the packed moments of ``group`` where its update runs; None before the first."""
+        return self._packed.get(group)
+
+    def _keep(self, group: int, packed: dict[str, Tensor]) -> None:
+        """Keep the ``packed`` moments of an update of ``group``."""
+        self._packed[group] = packed
 
     def _zero_steps(self, shown: int, master: Tensor) -> int | Tensor:
         param_group = compat.param_group_of(self.optimizer, shown)
@@ -78,9 +86,8 @@ class PackedStates(StatesInPlace):
             self._scratch = torch.empty(len(MOMENTS) * numel, dtype=torch.float32, device=master.device)
         return self._scratch[: len(MOMENTS) * master.numel()].view(len(MOMENTS), master.numel())
 
-    def _unpacked(self, group: int, rows: Tensor) -> dict[str, Tensor]:
-        """Return the moments of ``group`` by name, written to ``rows``; zeros where it has none."""
-        packed = self._packed.get(group)
+    def _unpacked(self, packed: Mapping[str, Tensor] | None, rows: Tensor) -> dict[str, Tensor]:
+        """Return moments by name, ``packed`` written to ``rows``; zeros where there are none."""
         for key, row in zip(MOMENTS, rows, strict=True):
             if packed is None:
                 row.zero_()
@@ -112,23 +119,26 @@ class PackedStates(StatesInPlace):
     def readable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
         groups = [group for group in self._all_or(groups) if group in self._packed]
         for group in groups:
-            master = self._masters[group]
-            rows = torch.empty(len(MOMENTS), master.numel(), dtype=torch.float32, device=master.device)
-            self.optimizer.optimizer.state[master].update(self._unpacked(group, rows))
+            self._show_moments(group)
         try:
             yield
         finally:
             for group in groups:
                 self._hide(group)
 
+    def _show_moments(self, group: int) -> None:
+        """Put the moments of ``group``, which has some, in DeepSpeed's place for them, in new memory."""
+        packed, master = self._packed[group], self._masters[group]
+        device = next(iter(packed.values())).device
+        rows = torch.empty(len(MOMENTS), master.numel(), dtype=torch.float32, device=device)
+        self.optimizer.optimizer.state[master].update(self._unpacked(packed, rows))
+
     @contextmanager
     def writable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
         """As the base's. Of all groups (None): for a load, which replaces moments as a whole; they stay packed."""
         for group in () if groups is None else groups:
-            master = self._masters[group]
             if group in self._packed:
-                rows = torch.empty(len(MOMENTS), master.numel(), dtype=torch.float32, device=master.device)
-                self.optimizer.optimizer.state[master].update(self._unpacked(group, rows))
+                self._show_moments(group)
         try:
             yield
         finally:

@@ -46,22 +46,29 @@ class SplitStates(StatesInPlace):
         """Put the master weights of ``group`` together in the scratch buffer."""
         if self._buffer is None:
             numel = max(master.numel() for master in self._masters)
-            self._buffer = torch.empty(numel, device=self._nothing.device)
-        self._show(group, shown, self._buffer[: self._masters[group].numel()])
+            self._buffer = torch.empty(numel, device=self._update_device())
+        self._show(group, shown, self._buffer[: self._masters[group].numel()], self._half(group))
         super().enter(shown, group)
 
     def updated(self, shown: int, group: int) -> None:
-        split(self._masters[group].data, self._low[group])
+        split(self._masters[group].data, self._half(group))
         super().updated(shown, group)
+
+    def _update_device(self) -> torch.device:
+        return self._nothing.device
+
+    def _half(self, group: int) -> Tensor:
+        """Return the low halves of ``group`` where its update runs."""
+        return self._low[group]
 
     def leave(self, shown: int, group: int) -> None:
         super().leave(shown, group)
         self._put_away(group)
 
-    def _show(self, group: int, shown: int, room: Tensor) -> None:
+    def _show(self, group: int, shown: int, room: Tensor, low: Tensor) -> None:
         """Put the master weights of ``group`` together in ``room`` and let DeepSpeed see them there."""
         weights = compat.partition_weights(self.optimizer, shown)
-        join(weights.to(room.device), self._low[group], room)
+        join(weights.to(room.device), low, room)
         self._masters[group].data = room
 
     def _put_away(self, group: int) -> None:
@@ -85,7 +92,8 @@ class SplitStates(StatesInPlace):
         """Inside, the master weights of ``groups`` (None: of all) are whole, in new memory."""
         hidden = [g for g in (range(len(self._masters)) if groups is None else groups) if not self._is_shown(g)]
         for group in hidden:
-            self._show(group, group, torch.empty(self._masters[group].numel(), device=self._nothing.device))
+            low = self._low[group]
+            self._show(group, group, torch.empty(low.numel(), device=low.device), low)
         try:
             yield
         finally:

@@ -12,44 +12,27 @@ from contextlib import contextmanager
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_agsel.residency import Move, default_budget_bytes, eviction_order, plan_moves, update_order
-from ds_agsel.residency.plan import check_budget
 from ds_agsel.residency.states import MASTER, MOMENTS
-from ds_agsel.residency.transfer import HostState, StateTransfer, pinned
+from ds_agsel.residency.transfer import HostState, pinned
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.states.home import StateBytes, StateHome, moment_bytes
+from ds_agsel.zero.states.home import StateBytes, moment_bytes
+from ds_agsel.zero.states.visits import Visits
 
 
-class VisitingStates(StateHome):
-    """The states of a ZeRO optimizer that steps on the accelerator, and the moves that its steps need.
-
-    The section's ``state_budget_bytes`` is what states may take on the accelerator, on this rank, and is filled; None:
-    [Note: Budget] in residency/plan. With ``keep_master`` "accelerator" the master weights of all blocks stay there.
+class VisitingStates(Visits):
+    """The states of a ZeRO optimizer that steps on the accelerator, in fp32 wherever they are.
 
     Raises ConfigError if a block does not fit the budget.
     """
 
     def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int], selection: Selection) -> None:
         super().__init__(optimizer, block_of_group)
-        self._selection = selection
-        moves_masters = selection.config.keep_master == "host"
-        if moves_masters:
+        if selection.config.keep_master == "host":
             compat.replace_masters(optimizer, lambda master: pinned(master.detach().cpu(), get_accelerator()))
             self._masters = tuple(compat.masters(optimizer))
         states = [self._host_state(group) for group in range(len(self.block_of_group))]
-        keys = (MASTER, *MOMENTS) if moves_masters else MOMENTS
-        self.transfer = StateTransfer(get_accelerator(), states, self.groups_of_block, keys, self._count)
-        self._block_bytes = self.transfer.block_bytes()
-        budget = selection.config.state_budget_bytes
-        self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.bound)
-        check_budget(self.budget_bytes, self._block_bytes, [block.name for block in selection.blocks])
-        self._moves: tuple[Move, ...] = ()
-        # On an explore step a block that leaves is released after `begin`: its moments must not have travelled.
-        self._moves_late = selection.config.on_reentry == "reset"
-        self._moves_are_due = False
-        # With "reset" there is nothing to come back for but master weights: what is not selected leaves.
-        self._is_cache = budget is not None and not self._moves_late
+        self._begin_visits(selection, states, MOMENTS)
 
     def _host_state(self, group: int) -> HostState:
         """Return DeepSpeed's state of ``group``, its moments moved to page-locked memory."""
@@ -60,41 +43,10 @@ class VisitingStates(StateHome):
                 state[key] = pinned(state[key].cpu(), get_accelerator())
         return HostState(master, state)
 
-    def _count(self, direction: str, num_bytes: int) -> None:
-        name, traffic = f"{direction}_bytes", self._selection.current_traffic
-        setattr(traffic, name, getattr(traffic, name) + num_bytes)
-
     # ------------------------------------------------------------------------- step
 
-    def prefetch(self, blocks: Sequence[int] | None) -> None:
-        if blocks is None:
-            return  # an explore step may choose any block: nothing moves before it has chosen
-        moves = self._plan(blocks)
-        # What arrives after an update of this step waits for it; `begin` plans it again.
-        self.transfer.carry_out(move for move in moves if move.after is None)
-
-    def begin(self, blocks: Sequence[int]) -> list[int]:
-        resident = self.transfer.resident
-        self._moves = self._plan(blocks)
-        self._moves_are_due = self._moves_late
-        if not self._moves_late:
-            self._carry_out_after(None)
-        # ``resident`` is what it was before these moves: blocks that were there then have had longest to arrive.
-        return [group for block in update_order(resident, blocks) for group in self.groups_of_block[block]]
-
-    def _plan(self, blocks: Sequence[int]) -> tuple[Move, ...]:
-        resident = self.transfer.resident
-        may_stay = eviction_order(resident, self._selection.update_counts) if self._is_cache else ()
-        return plan_moves(resident, blocks, self._block_bytes, self.budget_bytes, may_stay)
-
-    def _carry_out_after(self, block: int | None) -> None:
-        self.transfer.carry_out(move for move in self._moves if move.after == block)
-
     def enter(self, shown: int, group: int) -> None:
-        if self._moves_are_due:
-            self._moves_are_due = False
-            self._carry_out_after(None)
-        self.transfer.wait_for(self.block_of_group[group])
+        self._arrive(group)
         tensors = self.transfer.on_device(group)
         master = tensors.get(MASTER, compat.masters(self.optimizer)[shown])
         base = self.optimizer.optimizer
@@ -104,7 +56,6 @@ class VisitingStates(StateHome):
         base.state[master] = {"step": step, **{key: tensors[key] for key in MOMENTS}}
 
     def leave(self, shown: int, group: int) -> None:
-        block = self.block_of_group[group]
         base = self.optimizer.optimizer
         host = self.transfer.on_host(group)
         host.state["step"] = compat.adam_step(base, self._count_of(group) + 1)
@@ -112,10 +63,7 @@ class VisitingStates(StateHome):
         base.state.pop(compat.masters(self.optimizer)[shown])
         compat.set_master(self.optimizer, shown, host.master)
         base.state[host.master] = host.state
-        # For each group, not once a block: an exception may end the step between two groups of one block.
-        self.transfer.updated(block)
-        if group == self.groups_of_block[block][-1]:
-            self._carry_out_after(block)
+        self._depart(group)
 
     def _count_of(self, group: int) -> int:
         return int(self.transfer.on_host(group).state.get("step", 0))
@@ -143,9 +91,6 @@ class VisitingStates(StateHome):
     def adopt(self, groups: Sequence[int] | None = None) -> None:
         for group in range(len(self.block_of_group)) if groups is None else groups:
             self.transfer.adopt(group, self._host_state(group))
-
-    def _blocks_of(self, groups: Sequence[int] | None) -> list[int]:
-        return sorted(self.groups_of_block if groups is None else {self.block_of_group[group] for group in groups})
 
     def bytes(self) -> StateBytes:
         transfer = self.transfer
