@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("ds_agsel")
 
 
 def empty(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
@@ -25,3 +28,38 @@ def empty(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
 def zeros(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
     """Return `empty` memory, set to 0."""
     return empty(numel, dtype, device).zero_()
+
+
+def empty_if_possible(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
+    """Return `empty` memory; pageable, with one warning, if it can't be locked."""
+    try:
+        return empty(numel, dtype, device)
+    except RuntimeError as error:
+        room = torch.empty(numel, dtype=dtype)
+        _warn_of_pageable(room.nbytes, error)
+        return room
+
+
+def pinned(tensor: Tensor, device: Any) -> Tensor:
+    """Return ``tensor`` in page-locked host memory; itself if it is pinned or, with one warning, can't be."""
+    if device.is_synchronized_device() or device.is_pinned(tensor):
+        return tensor
+    try:
+        return device.pin_memory(tensor)
+    except RuntimeError as error:
+        _warn_of_pageable(tensor.nbytes, error)
+        return tensor
+
+
+_pageable_warned = False
+
+
+def _warn_of_pageable(num_bytes: int, error: RuntimeError) -> None:
+    global _pageable_warned
+    if not _pageable_warned:
+        _pageable_warned = True
+        logger.warning(
+            "adagrad_select: %d bytes of host memory can't be pinned (%s). Pageable memory is used instead, and "
+            "its copies do not overlap with anything. Raise the limit (ulimit -l), or free host memory.",
+            num_bytes, error,
+        )  # fmt: skip

@@ -1,17 +1,17 @@
 """Carries out a plan's moves: pinned host memory, one stream for each direction, events. No ZeRO and no selection.
 
-[Note: Waits] The host waits only in `bring_home`. Between the streams there are five waits, and each is
+[Note: Waits] The host waits only in `bring_home`. Between the streams there are seven waits, and each is
 needed: a leaving state is copied after the compute stream's update of it (1); what arrives takes memory that has been
 freed, and bytes that have been written to the host, only after the copy of the leaving state (2); an update begins
-after its block's arrival (3); the host reads what was copied to it after the copy's event (4); and what arrives takes
-the memory of dropped tensors only after the compute stream's update of them (5). Memory for states is allocated and
-freed on the H2D stream, so that the caching allocator hands it out again in that stream's order. Host memory that is
-dropped while a copy to it is under way is held until that has passed.
+after its block's arrival (3); the host reads what was copied to it after the copy's event (4); what arrives takes
+the memory of dropped tensors only after the compute stream's update of them (5). Where gaps in the arena are closed
+([Note: Arena] in arena.py), what is there moves after the compute stream's update of it (6), and is copied to the host
+after it has moved (7); an update of it waits as for an arrival. What writes to the arena, except updates, is on the
+H2D stream. Host memory that is dropped while a copy to it is under way is held until that has passed.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from ds_agsel.errors import TrainingError
-from ds_agsel.residency import page_locked
+from ds_agsel.residency.arena import Arena, Room, capacity_for
 from ds_agsel.residency.plan import Move
 from ds_agsel.residency.states import MASTER, BlockResidency, Residency
-
-logger = logging.getLogger("ds_agsel")
 
 
 @dataclass(frozen=True)
@@ -35,20 +33,19 @@ class HostState:
     Attributes:
         master: fp32, (numel,), or what is kept of it; on the host, or on the accelerator if it is not among the tensors
             that move.
-        state: a dict, for fp32 moments the optimizer's own. The moments' tensors are in it from the first update on;
-            their buffers are allocated here, once.
+        state: a dict, for fp32 moments the optimizer's own. The moments' tensors are in it from the first update on.
         rooms: (elements, dtype) of the moments' tensors by key. Left out: as the master's.
     """
 
     master: Tensor
     state: MutableMapping[str, Any]
-    rooms: Mapping[str, tuple[int, torch.dtype]] = field(default_factory=dict)
+    rooms: Mapping[str, Room] = field(default_factory=dict)
 
     def get(self, key: str) -> Tensor | None:
         """Return the tensor ``key``, or None if it does not exist yet."""
         return self.master if key == MASTER else self.state.get(key)
 
-    def room(self, key: str) -> tuple[int, torch.dtype]:
+    def room(self, key: str) -> Room:
         """Return (elements, dtype) of the tensor ``key``, whether it exists yet or not."""
         return self.rooms.get(key, (self.master.numel(), self.master.dtype))
 
@@ -67,6 +64,8 @@ class StateTransfer:
         groups_of_block: block -> its param groups.
         keys: which of the tensors move, `MASTER` and those of moments. The others stay in place.
         count: told the direction ("h2d", "d2h") and the bytes of every copy.
+        budget_bytes: that the moves keep to; the arena for them is allocated with the first one.
+        new_moment: makes host memory, uninitialised, for a moment's tensor of a param group that has none yet.
     """
 
     def __init__(
@@ -76,15 +75,20 @@ class StateTransfer:
         groups_of_block: Mapping[int, Sequence[int]],
         keys: Sequence[str],
         count: Callable[[str, int], None],
+        budget_bytes: int,
+        new_moment: Callable[[int, str], Tensor],
     ) -> None:
         self._device = device
         self._states = list(states)
         self._groups_of_block = groups_of_block
         self._keys = tuple(keys)
         self._count = count
+        self._budget_bytes = budget_bytes
+        self._new_moment = new_moment
+        self._arena: Arena[tuple[int, str]] | None = None
         self._blocks = {block: BlockResidency(block) for block in groups_of_block}
         self._on_device: dict[int, dict[str, Tensor]] = {}  # by group
-        self._arrived: dict[int, Any] = {}  # block -> event of its arrival
+        self._arrived: dict[int, Any] = {}  # block -> event of its arrival, or of its last move in the arena
         self._copied: dict[int, Any] = {}  # block -> event of its last copy to the host, until it is known to be over
         self._dropped: list[tuple[Any, list[Tensor]]] = []  # host memory, and the event of the last copy to it
         synchronized = device.is_synchronized_device()
@@ -93,13 +97,6 @@ class StateTransfer:
         self.peak_bytes = 0
 
     # ---------------------------------------------------------------- what is where
-
-    def block_bytes(self) -> dict[int, int]:
-        """Return block -> bytes that it takes on the accelerator, on this rank."""
-        return {
-            block: sum(self._states[group].nbytes(key) for group in groups for key in self._keys)
-            for block, groups in self._groups_of_block.items()
-        }
 
     @property
     def resident(self) -> frozenset[int]:
@@ -119,6 +116,16 @@ class StateTransfer:
             for name, tensor in tensors.items()
             if key in (None, name)
         )
+
+    @property
+    def arena_bytes(self) -> int:
+        """The bytes of accelerator memory that are held for states, used or not."""
+        return 0 if self._arena is None else self._arena.nbytes
+
+    @property
+    def arena_moved_bytes(self) -> int:
+        """The bytes that were copied so far to close gaps in the arena."""
+        return 0 if self._arena is None else self._arena.moved_bytes
 
     def on_host(self, group: int) -> HostState:
         """Return the host's copy of a param group's state, current or not."""
@@ -145,40 +152,67 @@ class StateTransfer:
         if state.place is Residency.LEAVING:  # orders copies from the host after copies to it
             state.become(Residency.ON_HOST)
         state.become(Residency.ARRIVING)
+        groups = self._groups_of_block[block]
+        rooms = self._rooms({(group, key): self._states[group].room(key) for group in groups for key in self._keys})
         with self._on(self._h2d):
-            for group in self._groups_of_block[block]:
-                self._on_device[group] = {key: self._brought(self._states[group], key) for key in self._keys}
+            for group in groups:
+                self._on_device[group] = {key: self._bring(group, key, rooms[group, key]) for key in self._keys}
             self._arrived[block] = self._event(self._h2d)
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes())
 
-    def _brought(self, state: HostState, key: str) -> Tensor:
-        device = self._device.current_device_name()
-        source = state.get(key)
+    def _bring(self, group: int, key: str, target: Tensor) -> Tensor:
+        source = self._states[group].get(key)
         if source is None:
-            numel, dtype = state.room(key)
-            return torch.zeros(numel, dtype=dtype, device=device)
-        target = torch.empty(source.numel(), dtype=source.dtype, device=device)
+            return target.zero_()
         target.copy_(source.detach(), non_blocking=True)
         self._count("h2d", source.nbytes)
         return target
 
+    def _rooms(self, pieces: Mapping[tuple[int, str], Room]) -> dict[tuple[int, str], Tensor]:
+        """Return memory in the arena for ``pieces``, by (param group, key)."""
+        if self._arena is None:
+            self._arena = self._new_arena()
+        rooms = self._arena.take(pieces)
+        if rooms is None:
+            self._close_gaps(self._arena)
+            rooms = self._arena.take(pieces)
+        if rooms is None:
+            raise TrainingError("states were to arrive for which their budget has no room.")
+        return rooms
+
+    def _new_arena(self) -> Arena[tuple[int, str]]:
+        sizes = [state.nbytes(key) for state in self._states for key in self._keys]
+        with self._on(self._h2d):
+            return Arena(capacity_for(self._budget_bytes, sizes), self._device.current_device_name())
+
+    def _close_gaps(self, arena: Arena[tuple[int, str]]) -> None:
+        if self._h2d is not None:
+            self._h2d.wait_stream(self._device.current_stream())  # (6)
+        with self._on(self._h2d):
+            moved = arena.close_gaps()
+            for group, key in moved:
+                self._on_device[group][key] = arena.tensor((group, key))
+            of_moved = {group for group, _ in moved}
+            for block, groups in self._groups_of_block.items():
+                if of_moved.intersection(groups):
+                    self._arrived[block] = self._event(self._h2d)
+
     def wait_for(self, block: int) -> None:
         """Let the current stream wait for the block's arrival: wait (3) of [Note: Waits]."""
-        state = self._blocks[block]
-        if state.place is Residency.ARRIVING:
-            arrived = self._arrived.pop(block)
-            if arrived is not None:
-                self._device.current_stream().wait_event(arrived)
-            state.become(Residency.RESIDENT)
+        arrived = self._arrived.pop(block, None)
+        if arrived is not None:
+            self._device.current_stream().wait_event(arrived)
+        if self._blocks[block].place is Residency.ARRIVING:
+            self._blocks[block].become(Residency.RESIDENT)
 
     def updated(self, block: int) -> None:
-        """Note that the current stream updates the block, and allocate host memory for new moments."""
+        """Note that the current stream updates the block, and give new moments their host memory."""
         self._blocks[block].updated()
         for group in self._groups_of_block[block]:
             host = self._states[group]
             for key in set(self._keys) - {MASTER}:
                 if host.get(key) is None:
-                    host.state[key] = _zeros(*host.room(key), self._device)
+                    host.state[key] = self._new_moment(group, key)
 
     def _leave(self, block: int) -> None:
         state = self._blocks[block]
@@ -189,8 +223,7 @@ class StateTransfer:
         if self._h2d is not None and block in self._copied:
             self._h2d.wait_event(self._copied[block])  # (2)
         for group in self._groups_of_block[block]:
-            for tensor in self._on_device.pop(group).values():
-                _free(tensor)
+            self._free(group, self._on_device.pop(group))
         self._arrived.pop(block, None)
 
     def _copy_to_host(self, block: int) -> None:
@@ -200,6 +233,8 @@ class StateTransfer:
             return
         if self._d2h is not None:
             self._d2h.wait_stream(self._device.current_stream())  # (1)
+            if self._arrived.get(block) is not None:
+                self._d2h.wait_event(self._arrived[block])  # (7)
         with self._on(self._d2h):
             for group in self._groups_of_block[block]:
                 for key, source in self._on_device[group].items():
@@ -216,16 +251,22 @@ class StateTransfer:
     def drop(self, group: int, keys: Iterable[str]) -> None:
         """Free the tensors ``keys`` of ``group`` wherever they are, without a copy; its next visit makes zeros."""
         on_device = self._on_device.get(group, {})
-        dropped = [on_device.pop(key) for key in keys if key in on_device]
+        dropped = {key: on_device.pop(key) for key in keys if key in on_device}
         if dropped and self._h2d is not None:
             self._h2d.wait_stream(self._device.current_stream())  # (5)
-        for tensor in dropped:
-            _free(tensor)
+        self._free(group, dropped)
         state = self._states[group].state
         on_host = [state.pop(key) for key in keys if key in state]
         block = next(block for block, groups in self._groups_of_block.items() if group in groups)
         if on_host and block in self._copied:
             self._dropped.append((self._copied[block], on_host))
+
+    def _free(self, group: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give the places of ``tensors`` back, which other references name too."""
+        if self._arena is not None:
+            self._arena.give_back([(group, key) for key in tensors])
+        for tensor in tensors.values():
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def _settle_what_has_left(self) -> None:
         self._dropped = [held for held in self._dropped if not held[0].query()]
@@ -283,40 +324,11 @@ class StateTransfer:
         return event
 
 
-def _free(tensor: Tensor) -> None:
-    """Free the memory of ``tensor``, which other references name too."""
-    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-
-
-_pageable_warned = False
-
-
-def pinned(tensor: Tensor, device: Any) -> Tensor:
-    """Return ``tensor`` in page-locked host memory; itself if it is pinned or, with one warning, can't be."""
-    if device.is_synchronized_device() or device.is_pinned(tensor):
-        return tensor
-    try:
-        return device.pin_memory(tensor)
-    except RuntimeError as error:
-        _warn_of_pageable(tensor.nbytes, error)
-        return tensor
-
-
-def _zeros(numel: int, dtype: torch.dtype, device: Any) -> Tensor:
-    try:
-        return page_locked.zeros(numel, dtype, device)
-    except RuntimeError as error:
-        room = torch.zeros(numel, dtype=dtype)
-        _warn_of_pageable(room.nbytes, error)
-        return room
-
-
-def _warn_of_pageable(num_bytes: int, error: RuntimeError) -> None:
-    global _pageable_warned
-    if not _pageable_warned:
-        _pageable_warned = True
-        logger.warning(
-            "adagrad_select: %d bytes of host memory can't be pinned (%s). Pageable memory is used instead, and "
-            "its copies do not overlap with anything. Raise the limit (ulimit -l), or free host memory.",
-            num_bytes, error,
-        )  # fmt: skip
+def block_bytes(
+    states: Sequence[HostState], groups_of_block: Mapping[int, Sequence[int]], keys: Sequence[str]
+) -> dict[int, int]:
+    """Return block -> bytes that its ``keys`` take on the accelerator, on this rank."""
+    return {
+        block: sum(states[group].nbytes(key) for group in groups for key in keys)
+        for block, groups in groups_of_block.items()
+    }

@@ -28,7 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_agsel.errors import CheckpointError, TrainingError
-from ds_agsel.residency.transfer import pinned
+from ds_agsel.residency.page_locked import pinned
 from ds_agsel.sparse.basis import Energy, Support, choose
 from ds_agsel.sparse.linear import added_rows
 from ds_agsel.sparse.record import MatrixRecord, SparseRecord

@@ -47,6 +47,7 @@ def train_and_weigh(case: Case) -> tuple[dict[str, Any], list[str]]:
             "peak": accelerator.max_memory_allocated() - start,
             "weights": weight_bytes(zero),
             "resident": zero.resident_state_bytes(),
+            "arena": zero.home.transfer.arena_bytes,
             "gradients": zero.held_gradient_bytes()[0],
             "partitions": [4 * master.numel() for master in compat.masters(zero)],
         }
@@ -65,17 +66,19 @@ def test_bytes_on_the_accelerator_follow_the_formula(case: Case, simulated_worke
     per_state = 3  # master weight and two moments, fp32
     gradients_before = 0
     for seen in run["observed"]:
-        # What is there between phases: the weights, the states that visit, the gradients that are held.
-        held = seen["weights"] + seen["resident"] + seen["gradients"]
+        # What is there between phases: the weights, the room for states that visit, the gradients that are held.
+        held = seen["weights"] + seen["arena"] + seen["gradients"]
         assert held <= seen["allocated"] <= held + SLACK_BYTES
         states = [per_state * size for size in seen["partitions"]]
         selection = sum(sorted(states)[-len(run["history"][0][2]) :])
         given = case.section.get("state_budget_bytes")  # a cache, which is filled
         budget = given or sum(sorted(states)[-len(run["history"][0][2]) - 2 :])
         assert seen["resident"] <= (given or selection)
+        alignment = 128 * per_state * len(states)
+        assert seen["arena"] <= min(budget, sum(states)) * 33 / 32 + 2 * alignment
         if seen["event"] == "step":
             # The step's own: the fp32 gradient of one partition, and what torch's AdamW needs beside it (foreach:
-            # two tensors as large), with the states in between inside their budget.
+            # two tensors as large), with the states in between inside their arena.
             working = 4 * max(seen["partitions"])
-            assert seen["peak"] <= seen["weights"] + budget + gradients_before + working + SLACK_BYTES
+            assert seen["peak"] <= seen["weights"] + seen["arena"] + gradients_before + working + SLACK_BYTES
         gradients_before = seen["gradients"]

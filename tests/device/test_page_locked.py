@@ -40,16 +40,17 @@ def allocations(case: Case, steps_before: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "steps_before"),
     [
-        ON_DEVICE.but(section={**SELECT, **VISIT}, dtype="bf16", steps=24),
-        ON_HOST.but(dtype="bf16", steps=24),
-        ON_HOST.but(stage=3, dtype="bf16", steps=24),
+        (ON_DEVICE.but(section={**SELECT, **VISIT}, dtype="bf16", steps=24), 1),
+        (ON_HOST.but(dtype="bf16", steps=24), 16),
+        (ON_HOST.but(stage=3, dtype="bf16", steps=24), 16),
     ],
-    ids=case_id,
+    ids=lambda value: case_id(value) if isinstance(value, Case) else "",
 )
 def test_page_locked_memory_is_made_once_and_never_copied_into(
-    case: Case, simulated_workers: Callable[[int], Workers]
+    case: Case, steps_before: int, simulated_workers: Callable[[int], Workers]
 ) -> None:
-    [(late, copied)] = simulated_workers(1).run(allocations, case, 16)
+    """States that visit have theirs before the first step, also those of blocks that are selected later."""
+    [(late, copied)] = simulated_workers(1).run(allocations, case, steps_before)
     assert (late, copied) == (0, 0)

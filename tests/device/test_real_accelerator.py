@@ -120,7 +120,12 @@ def seconds_of_a_step(overlapping: bool, repeats: int = 7) -> list[float]:
         )
         for _ in range(2)
     ]
-    transfer = StateTransfer(accelerator, states, {0: [0], 1: [1]}, (MASTER, *MOMENTS), lambda *_: None)
+
+    def new_moment(group: int, key: str) -> torch.Tensor:
+        return accelerator.pin_memory(torch.empty(numel))
+
+    groups = {0: [0], 1: [1]}
+    transfer = StateTransfer(accelerator, states, groups, (MASTER, *MOMENTS), lambda *_: None, 24 * numel, new_moment)
     factor = torch.randn(4096, 4096, device=accelerator.current_device_name())
     transfer.carry_out([Move("arrive", 0)])
     seconds = []

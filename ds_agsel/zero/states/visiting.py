@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 from deepspeed.accelerator import get_accelerator
 
+from ds_agsel.residency.slab import locked_copies
 from ds_agsel.residency.states import MASTER, MOMENTS
-from ds_agsel.residency.transfer import HostState, pinned
+from ds_agsel.residency.transfer import HostState
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.states.home import StateBytes, moment_bytes
@@ -29,7 +30,8 @@ class VisitingStates(Visits):
     def __init__(self, optimizer: compat.ZeROOptimizer, block_of_group: Sequence[int], selection: Selection) -> None:
         super().__init__(optimizer, block_of_group)
         if selection.config.keep_master == "host":
-            compat.replace_masters(optimizer, lambda master: pinned(master.detach().cpu(), get_accelerator()))
+            locked = iter(locked_copies(self._masters, get_accelerator()))
+            compat.replace_masters(optimizer, lambda _: next(locked))
             self._masters = tuple(compat.masters(optimizer))
         states = [self._host_state(group) for group in range(len(self.block_of_group))]
         self._begin_visits(selection, states, MOMENTS)
@@ -40,7 +42,7 @@ class VisitingStates(Visits):
         state = self.optimizer.optimizer.state.get(master, {})
         for key in MOMENTS:
             if key in state:
-                state[key] = pinned(state[key].cpu(), get_accelerator())
+                state[key] = self._locked(group, key, state[key])
         return HostState(master, state)
 
     # ------------------------------------------------------------------------- step

@@ -15,8 +15,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ds_agsel.residency.slab import locked_copies
 from ds_agsel.residency.states import MASTER
-from ds_agsel.residency.transfer import HostState, pinned
+from ds_agsel.residency.transfer import HostState
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.states.forms import MomentForm
@@ -37,13 +38,18 @@ class VisitingPackedStates(Visits, PackedStates):
     ) -> None:
         self._moves_masters = selection.config.keep_master == "host"
         if self._moves_masters:
-            compat.replace_masters(optimizer, lambda master: pinned(master.detach().cpu(), get_accelerator()))
+            self._bring_masters(optimizer)
         super().__init__(optimizer, block_of_group, selection, form)
-        self._pin_masters()
+        self._lock_masters()
         states = [self._host_state(group) for group in range(len(self.block_of_group))]
         self._begin_visits(selection, states, tuple(form.rooms(0)))
 
-    def _pin_masters(self) -> None:
+    def _bring_masters(self, optimizer: compat.ZeROOptimizer) -> None:
+        """Put the master weights on the host, in page-locked memory where they rest there as they are."""
+        locked = iter(locked_copies(compat.masters(optimizer), get_accelerator()))
+        compat.replace_masters(optimizer, lambda _: next(locked))
+
+    def _lock_masters(self) -> None:
         """Put in page-locked memory what rests of the master weights, if it is not there."""
 
     def _resting_master(self, group: int) -> Tensor:
@@ -54,9 +60,7 @@ class VisitingPackedStates(Visits, PackedStates):
         """Return the host's state of ``group``, its moments moved to page-locked memory."""
         packed = self._packed.get(group)
         if packed is not None:
-            self._packed[group] = packed = {
-                name: pinned(tensor.cpu(), get_accelerator()) for name, tensor in packed.items()
-            }
+            self._packed[group] = packed = {name: self._locked(group, name, tensor) for name, tensor in packed.items()}
         rooms = self._form.rooms(self._masters[group].numel())
         return HostState(self._resting_master(group), {} if packed is None else packed, rooms)
 
@@ -138,9 +142,12 @@ class VisitingPackedStates(Visits, PackedStates):
 class VisitingSplitStates(VisitingPackedStates, SplitPackedStates):
     """As `VisitingPackedStates`, with split master weights: of them the low halves travel."""
 
-    def _pin_masters(self) -> None:
+    def _bring_masters(self, optimizer: compat.ZeROOptimizer) -> None:
+        compat.replace_masters(optimizer, lambda master: master.detach().cpu())
+
+    def _lock_masters(self) -> None:
         if self._moves_masters:
-            self._low = [pinned(low.cpu(), get_accelerator()) for low in self._low]
+            self._low = locked_copies(self._low, get_accelerator())
 
     def _resting_master(self, group: int) -> Tensor:
         return self._low[group]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
-from ds_agsel.residency import Move, default_budget_bytes, eviction_order, plan_moves, update_order
+from ds_agsel.residency import Move, default_budget_bytes, eviction_order, page_locked, plan_moves, update_order
 from ds_agsel.residency.plan import check_budget
+from ds_agsel.residency.slab import Slab
 from ds_agsel.residency.states import MASTER
-from ds_agsel.residency.transfer import HostState, StateTransfer
+from ds_agsel.residency.transfer import HostState, StateTransfer, block_bytes
 from ds_agsel.selection import Selection
 from ds_agsel.zero.states.home import StateHome
 
@@ -22,6 +24,8 @@ class Visits(StateHome):
     """
 
     _selection: Selection
+    transfer: StateTransfer
+    _locked_moments: Mapping[tuple[int, str], Tensor] = {}  # by group and name: the place of each that can exist
 
     def _begin_visits(self, selection: Selection, states: Sequence[HostState], moments: Sequence[str]) -> None:
         """Take charge of the ``states`` of each group, with moments in tensors of those names.
@@ -30,17 +34,41 @@ class Visits(StateHome):
         """
         self._selection = selection
         keys = (MASTER, *moments) if selection.config.keep_master == "host" else tuple(moments)
-        self.transfer = StateTransfer(get_accelerator(), states, self.groups_of_block, keys, self._count)
-        self._block_bytes = self.transfer.block_bytes()
+        self._block_bytes = block_bytes(states, self.groups_of_block, keys)
         budget = selection.config.state_budget_bytes
         self.budget_bytes = budget or default_budget_bytes(self._block_bytes, selection.bound)
         check_budget(self.budget_bytes, self._block_bytes, [block.name for block in selection.blocks])
+        if selection.config.on_reentry != "reset":  # with which few blocks have moments at a time
+            self._lock_moments(states, moments)
+        self.transfer = StateTransfer(
+            get_accelerator(), states, self.groups_of_block, keys, self._count, self.budget_bytes, self._new_moment
+        )
         self._moves: tuple[Move, ...] = ()
         # On an explore step a block that leaves is released after `begin`: its moments must not have travelled.
         self._moves_late = selection.config.on_reentry == "reset"
         self._moves_are_due = False
         # With "reset" there is nothing to come back for but master weights: what is not selected leaves.
         self._is_cache = budget is not None and not self._moves_late
+
+    def _lock_moments(self, states: Sequence[HostState], moments: Sequence[str]) -> None:
+        """Allocate page-locked memory for the moments of all groups that can be selected: [Note: Slab] in slab."""
+        groups = self.groups_of(self._selection.lottery.active)
+        places = [(group, name) for group in groups for name in moments]
+        slab = Slab([states[group].room(name) for group, name in places], get_accelerator())
+        self._locked_moments = {place: slab.tensor(index) for index, place in enumerate(places)}
+
+    def _new_moment(self, group: int, name: str) -> Tensor:
+        """Return page-locked memory for a moment's tensor, uninitialised."""
+        if (group, name) in self._locked_moments:
+            return self._locked_moments[group, name]
+        return page_locked.empty_if_possible(*self.transfer.on_host(group).room(name), get_accelerator())
+
+    def _locked(self, group: int, name: str, tensor: Tensor) -> Tensor:
+        """Return ``tensor``, of a moment, in page-locked memory: in its place there, if it has one."""
+        place = self._locked_moments.get((group, name))
+        if place is None:
+            return page_locked.pinned(tensor.cpu(), get_accelerator())
+        return place if tensor.data_ptr() == place.data_ptr() else place.copy_(tensor)
 
     def _count(self, direction: str, num_bytes: int) -> None:
         name, traffic = f"{direction}_bytes", self._selection.current_traffic
