@@ -9,6 +9,9 @@ prepared, clipped, stepped or written back.
 numbers of an earlier step where this window brought it none; stock ZeRO-3 applies those and counts them in the norm
 (stage3.py:1456). Here a selected parameter without a gradient in the window has gradient 0: its moments decay and its
 weight decay applies, as in an expert that got no token. Buffers exist only for the blocks that this step needs.
+
+[Note: First backward] Every selection prefetches by one record of a whole backward ([Note: Trace] in compat/trace).
+Until there is one, backward goes through all blocks, and the gradients of what was not selected are dropped on arrival.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
 from ds_agsel.zero.traffic import Zero3Traffic
 
+MOST_WHOLE_WINDOWS = 3  # of [Note: First backward], for models of which no record lasts
+
 
 class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
     """A `DeepSpeedZeroOptimizer_Stage3` whose step updates the selected blocks. Made by `adapters.restrict`."""
@@ -51,6 +56,8 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         self._attach(selection, block_of_group, link, home)
         self._all_parameters = compat.ParameterList(self.parameter_offload.module)
         compat.keep_recomputed_weights(self)
+        compat.keep_trace(self)
+        self._whole_windows, self._goes_through_all = 0, False
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._gradients = Zero3GradientBuffers(self)
@@ -64,7 +71,13 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     def _begin_window(self) -> None:
         self._received.clear()
+        self._goes_through_all = self._whole_windows < MOST_WHOLE_WINDOWS and not compat.has_trace(self)
+        self._whole_windows += self._goes_through_all
         super()._begin_window()
+
+    def blocks_in_backward(self) -> Sequence[int]:
+        """Return the blocks that this window's backward goes through: all until there is a [Note: First backward]."""
+        return self.selection.lottery.active if self._goes_through_all else super().blocks_in_backward()
 
     def _forget_gradients(self) -> None:
         super()._forget_gradients()

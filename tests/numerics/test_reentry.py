@@ -123,6 +123,12 @@ def moments_by_block(engine: Any) -> dict[int, list[torch.Tensor]]:
     return found
 
 
+def is_in_arena(engine: Any, tensor: torch.Tensor) -> bool:
+    """Whether it is in the one piece of memory that all states on the accelerator have."""
+    arena = getattr(getattr(engine.optimizer.home, "transfer", None), "_arena", None)
+    return arena is not None and tensor.untyped_storage().data_ptr() == arena._memory.untyped_storage().data_ptr()
+
+
 def watch_memory(case: Case) -> dict[str, Any]:
     """A run of ``case`` with, after each step, the bytes of moments, the moments' owners, and what outlives them."""
     held: dict[int, list[StorageWeakRef]] = {}
@@ -137,7 +143,8 @@ def watch_memory(case: Case) -> dict[str, Any]:
         for block, tensors in moments.items():
             if engine.optimizer.home.is_on_disk:
                 continue
-            held.setdefault(block, []).extend(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+            storages = [tensor.untyped_storage() for tensor in tensors if not is_in_arena(engine, tensor)]
+            held.setdefault(block, []).extend(map(StorageWeakRef, storages))
         numel = {block: 0 for block in moments}
         for group, layout in enumerate(engine.optimizer.layouts()):
             numel[engine.optimizer.home.block_of_group[group]] += layout.numel

@@ -65,6 +65,7 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.recomputation import keep_recomputed_weights
     from ds_agsel.zero.compat.settings import ds_config_problems, load_ds_config, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
+    from ds_agsel.zero.compat.trace import has_trace, keep_trace
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
     from ds_agsel.zero.compat.weights import (
         gather_again,
@@ -103,12 +104,14 @@ __all__ = [
     "gradient_partitions",
     "has_fused_adam",
     "has_leaf_modules",
+    "has_trace",
     "is_coalescing",
     "is_compact",
     "is_gathered",
     "is_in_bucket",
     "is_known",
     "keep_recomputed_weights",
+    "keep_trace",
     "left_gathered",
     "link_adam_state",
     "link_masters",

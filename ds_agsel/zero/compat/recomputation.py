@@ -7,6 +7,11 @@ more, such as a router whose scores nothing uses. A frozen weight is saved as it
 `_recomputation_hook`), and empty by then: CheckpointError, "different metadata". The gradient of one that is trained
 meets an empty parameter: RuntimeError, "The size of tensor a (0)". Plain DeepSpeed 0.19.8 raises
 the second.
+
+[Note: Gathered twice] A frozen weight that a recomputed forward gathers stays, as a saved tensor, until the module is
+released that backward was in then (partitioned_param_coordinator.py:398, 0.19.8). It is gathered again for its own
+module's backward, soon after. Here it stays until that. Where no backward comes to its module, in a layer whose lower
+part needs no gradient, it stays until the step.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_agsel.zero.compat.versions import refusal
 
+_IN_BACKWARD = "_PartitionedParameterCoordinator__active_backward_submodules"
 _BEFORE, _AFTER = "pre_sub_module_forward_function", "post_sub_module_forward_function"
 
 
@@ -31,16 +37,16 @@ def keep_recomputed_weights(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     if missing:
         raise refusal([f"its {type(offload).__name__} has no {name}" for name in missing])
     if _BEFORE not in vars(offload):
-        keeper = _Keeper(getattr(offload, _BEFORE), getattr(offload, _AFTER))
+        keeper = _Keeper(getattr(offload, _BEFORE), getattr(offload, _AFTER), offload.get_param_coordinator())
         setattr(offload, _BEFORE, keeper.before_forward)
         setattr(offload, _AFTER, keeper.after_forward)
 
 
 class _Keeper:
-    """Stands around the two functions of DeepSpeed's forward hooks. [Note: Recomputed weights]."""
+    """Stands around the two functions of DeepSpeed's forward hooks. [Note: Recomputed weights, Gathered twice]."""
 
-    def __init__(self, gather: Any, release: Any) -> None:
-        self._gather, self._release = gather, release
+    def __init__(self, gather: Any, release: Any, coordinator: Any) -> None:
+        self._gather, self._release, self._coordinator = gather, release, coordinator
         self._kept: set[int] = set()  # ds_ids of modules in a recomputed forward, which backward is in
 
     def before_forward(self, module: Any) -> None:
@@ -49,6 +55,21 @@ class _Keeper:
         if torch._C._current_graph_task_id() != -1 and _is_in_backward(module):
             self._kept.add(module.ds_id)
         self._gather(module)
+        if torch._C._current_graph_task_id() != -1:
+            self._keep_frozen(module)
+
+    def _keep_frozen(self, module: Any) -> None:
+        """Let frozen weights that go with the module that backward is in go with their own."""
+        owners = getattr(self._coordinator, _IN_BACKWARD, None)
+        if not owners:
+            return
+        owner = next(reversed(owners.values()))
+        for weight in module.parameters(recurse=False):
+            if weight in owner.ds_recompute_parameters:
+                owner.ds_recompute_parameters.discard(weight)
+                if all(weight is not own for own in owner.parameters(recurse=False)):
+                    weight.ds_active_sub_modules.discard(owner.ds_id)
+                self._kept.add(module.ds_id)
 
     def after_forward(self, module: Any) -> None:
         """Release as DeepSpeed does, unless backward needs the weights."""
