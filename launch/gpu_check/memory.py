@@ -13,8 +13,9 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.estimate.setup import read_setup
 from ds_agsel.estimate.shapes import shape_of
 from ds_agsel.estimate.table import as_json, estimate
+from ds_agsel.zero.states.visiting import VisitingStates
 
-from .models import Unavailable, ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait
+from .models import ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait, with_lora
 from .parts import Size
 
 
@@ -26,7 +27,7 @@ def run(case: str, size: Size) -> dict[str, Any]:
     config = ds_config(size, 2, "bf16")
     shape = shape_of(name, model)
     if kind == "lora":
-        model = _with_lora(model, int(number))
+        model = with_lora(model, int(number))
     elif kind == "exploit":
         config["adagrad_select"] = section(int(number), "exploit")
     engine = engine_of(model, config)
@@ -49,6 +50,7 @@ def run(case: str, size: Size) -> dict[str, Any]:
         "seconds_a_step": seconds,
         "parameters": shape.numel,
         "states_on_accelerator_bytes": _resident(engine),
+        "pool_to_budget": _pool_to_budget(engine),
     }
     return {**found, "estimate": _estimated(shape, config, kind, number)}
 
@@ -69,13 +71,12 @@ def _resident(engine: Any) -> int:
     return int(engine.optimizer.resident_state_bytes()) if hasattr(engine.optimizer, "home") else 0
 
 
-def _with_lora(model: Any, rank: int) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise Unavailable("peft is not installed: pip install peft") from None
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
+def _pool_to_budget(engine: Any) -> float | None:
+    """Return the memory held for states that visit as a multiple of their budget; None where none visit."""
+    home = getattr(engine.optimizer, "home", None)
+    if not isinstance(home, VisitingStates):
+        return None
+    return home.transfer.arena_bytes / home.budget_bytes
 
 
 def _estimated(shape: Any, config: dict[str, Any], kind: str, number: str) -> dict[str, Any] | None:

@@ -70,6 +70,16 @@ def engine_of(model: nn.Module, config: dict[str, Any]) -> Any:
     return ds_agsel.initialize(model=model, model_parameters=parameters, config=config)[0]
 
 
+def with_lora(model: Any, rank: int) -> Any:
+    """Return ``model`` with LoRA adapters on every linear layer of its layers, and all else frozen."""
+    try:
+        import peft
+    except ImportError:
+        raise Unavailable("peft is not installed: pip install peft") from None
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
+
+
 def take_step(engine: Any, batch: torch.Tensor) -> torch.Tensor:
     """Take a training step; return its loss on the device."""
     loss: torch.Tensor = engine(input_ids=batch, labels=batch).loss

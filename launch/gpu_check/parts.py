@@ -9,8 +9,8 @@ from pathlib import Path
 
 TOTAL_SECONDS = 25 * 60
 STAGES = (1, 2, 3)
-MEMORY_METHODS = ("full", "exploit-10", "exploit-20", "exploit-30", "lora-256")
-PERCENTAGES = (10, 20, 30)
+HOMES = ("none", "cpu", "visit", "visit-all", "cpu-bf16", "cpu-split")
+LORA = "lora-256"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Size:
     sequence_length: int
     steps: int
     matrix_steps: int
+    percentages: tuple[int, ...] = (20, 10, 30)  # the most informative first
 
 
 CARD = Size(
@@ -46,7 +47,7 @@ DRY = Size(
         "--hidden-size", "32", "--intermediate-size", "64", "--layers", "3", "--heads", "4", "--kv-heads", "2",
         "--vocab-size", "128", "--threads", "1",
     ),
-    micro_batch=2, sequence_length=16, steps=2, matrix_steps=4,
+    micro_batch=2, sequence_length=16, steps=2, matrix_steps=3, percentages=(20,),
 )  # fmt: skip
 
 
@@ -83,8 +84,13 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
             command=(python, "-m", "pytest", "tests/device", "-q", "-m", "device"),
         ),
         Part("memory", "peak bytes against the estimate", 420, tuple(memory_cases(size))),
+        Part("time", "steps of each method and of plain DeepSpeed in turn", 360, tuple(time_cases(size))),
         Part(
-            "time", "interleaved steps", 420, command=_benchmark(size, output), result_file="benchmark/benchmark.json"
+            "floor",
+            "against the necessary work",
+            150,
+            command=_benchmark(size, output),
+            result_file="benchmark/benchmark.json",
         ),
         Part("trace", "a profile of one exploit and one explore step", 150, tuple(traces(size))),
         Part("transfers", "measured rates, and exposed time against the model", 150, transfers(size)),
@@ -98,12 +104,19 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
 
 def matrix() -> tuple[str, ...]:
     """Return the configurations that are trained: stage, and where the optimizer's states are."""
-    return tuple(f"zero{stage}-{home}" for stage in STAGES for home in ("none", "cpu", "visit", "visit-all"))
+    return tuple(f"zero{stage}-{home}" for stage in STAGES for home in HOMES)
 
 
 def memory_cases(size: Size) -> Iterator[str]:
     """Yield model/method for each combination."""
-    yield from (f"{model}/{method}" for model in size.models for method in MEMORY_METHODS)
+    methods = ("full", *(f"exploit-{percent}" for percent in size.percentages), LORA)
+    yield from (f"{model}/{method}" for model in size.models for method in methods)
+
+
+def time_cases(size: Size) -> Iterator[str]:
+    """Yield model/row for what is timed against plain DeepSpeed."""
+    chosen = [f"{phase}-{percent}" for percent in size.percentages for phase in ("exploit", "explore")]
+    yield from (f"{size.models[0]}/{row}" for row in (*chosen[:2], "torch", LORA, *chosen[2:]))
 
 
 def traces(size: Size) -> Iterator[str]:
@@ -112,15 +125,14 @@ def traces(size: Size) -> Iterator[str]:
 
 
 def transfers(size: Size) -> tuple[str, ...]:
-    """Return the rates to measure, and model/percent for the steps whose waits are compared with the model."""
-    return ("rates", *(f"{size.models[0]}/{percent}" for percent in PERCENTAGES))
+    """Return the rates to measure, model/percent for steps whose waits are compared with the model, and its table."""
+    return ("rates", *(f"{size.models[0]}/{percent}" for percent in size.percentages), "table")
 
 
 def _benchmark(size: Size, output: Path) -> tuple[str, ...]:
-    rows = [f"{phase}-{percent}" for phase in ("exploit", "explore") for percent in PERCENTAGES]
     return (
         sys.executable, "launch/benchmark.py", "--stage", "2", "--offload", "none", "--precision", "bf16",
-        "--rows", "plain", *rows, "floor-20", "--steps", str(size.steps), *size.shape,
+        "--rows", "plain", "exploit-20", "floor-20", "--steps", str(size.steps), *size.shape,
         "--micro-batch", str(size.micro_batch), "--sequence-length", str(size.sequence_length),
         "--output", str(output / "benchmark"),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from ds_agsel.estimate.shapes import shape_of
 from ds_agsel.estimate.timeline import simulate
 from ds_agsel.residency import page_locked
 
+from ..pages import transfers as pages
 from .models import Unavailable, ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait
 from .parts import Size
 
@@ -26,9 +27,11 @@ SAMPLE_BYTES = 256 * 2**20
 
 
 def run(case: str, size: Size) -> dict[str, Any]:
-    """Measure the "rates", or the waits of model/percent."""
+    """Measure the "rates", or the waits of model/percent; or make the "table" of docs/transfers.md with the rates."""
     if case == "rates":
         return rates(size)
+    if case == "table":
+        return {"table": pages.as_table(pages.lines_of(pages.MODELS, [_card(size)], pages.PERCENTAGES, pages.TOKENS))}
     model, percent = case.split("/")
     return _waits(model, percent, size)
 
@@ -48,6 +51,13 @@ def rates(size: Size) -> dict[str, float]:
         "memory_bytes": 2 * SAMPLE_BYTES / _seconds(lambda: twin.copy_(device)),
         "flops": 2 * 8192**3 / _seconds(lambda: torch.mm(square, square)),
     }
+
+
+def _card(size: Size) -> Card:
+    """Return the card that is here, with its measured rates."""
+    measured = rates(size)
+    link = min(measured["h2d_bytes"], measured["d2h_bytes"])
+    return Card("here", "measured", measured["flops"], measured["memory_bytes"], link)
 
 
 def _seconds(action: Any, repeats: int = 10) -> float:
@@ -84,9 +94,7 @@ def _waits(name: str, percent: str, size: Size) -> dict[str, Any]:
         "exposed_seconds": exposed,
     }
     if has_own_memory():
-        measured = rates(size)
-        link = min(measured["h2d_bytes"], measured["d2h_bytes"])
-        card = Card("here", "measured", measured["flops"], measured["memory_bytes"], link)
+        card = _card(size)
         setup = read_setup(ds_config(size, 2, "bf16"))
         count = engines[0].selection.lottery.num_selected
         modelled = simulate(shape, setup, card, count, size.micro_batch * size.sequence_length, "exploit")

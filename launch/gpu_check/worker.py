@@ -39,11 +39,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _action(part: str, folder: Path) -> Callable[[str, Size], dict[str, Any]]:
-    from . import matrix, memory, trace, transfers
+    from . import interleaved, matrix, memory, trace, transfers
 
     if part == "trace":
         return lambda case, size: trace.run(case, size, folder / "traces")
-    return {"matrix": matrix.run, "memory": memory.run, "transfers": transfers.run}[part]
+    return {"matrix": matrix.run, "memory": memory.run, "time": interleaved.run, "transfers": transfers.run}[part]
 
 
 def _outcome(action: Callable[[str, Size], dict[str, Any]], case: str, size: Size) -> dict[str, Any]:

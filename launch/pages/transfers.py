@@ -22,6 +22,7 @@ from .output import add_output, put
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini")
 PERCENTAGES = (10, 20, 30)
 BATCH, SEQUENCE = 8, 512
+TOKENS = BATCH * SEQUENCE
 
 
 def main() -> None:
@@ -67,10 +68,7 @@ class Line:
 def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequence: int) -> str:
     """Return the page in Markdown."""
     tokens = batch * sequence
-    table = [
-        _line(shape, card, percent, tokens) for shape in map(read_shape, models) for card in CARDS
-        for percent in percentages
-    ]  # fmt: skip
+    table = lines_of(models, CARDS, percentages, tokens)
     rates = [
         f"- {card.name}: {card.flops / 1e12:.1f} TFLOPS, {card.memory_bytes / 1e9:.0f} GB/s of memory, "
         f"{card.link_bytes / 1e9:.1f} GB/s each way to the host, {card.latency_seconds * 1e6:.0f} µs a copy. "
@@ -85,14 +83,27 @@ def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequen
             f"memory, {LINK_SHARE:.0%} for PCIe.",
             f"- bf16, one rank, {batch} × {sequence} = {tokens} tokens a step, no recomputation of activations.",
             "",
-            "| model | card | select | k | moved in | exploit step | exposed | explore step | exposed | hidden from |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *map(_row, table),
+            *as_table(table),
             "",
             *_reading(table, tokens),
             "",
         ]
     )
+
+
+def lines_of(models: Sequence[str], cards: Sequence[Card], percentages: Sequence[float], tokens: int) -> list[Line]:
+    """Return a line for each model, card and percentage, at ``tokens`` a step."""
+    shapes = map(read_shape, models)
+    return [_line(shape, card, percent, tokens) for shape in shapes for card in cards for percent in percentages]
+
+
+def as_table(lines: Sequence[Line]) -> list[str]:
+    """Return the lines as a table in Markdown."""
+    return [
+        "| model | card | select | k | moved in | exploit step | exposed | explore step | exposed | hidden from |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *map(_row, lines),
+    ]
 
 
 def _line(model: ModelShape, card: Card, percent: float, tokens: int) -> Line:

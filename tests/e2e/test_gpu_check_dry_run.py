@@ -26,9 +26,9 @@ def test_the_dry_run_goes_through(tmp_path: Path) -> None:
     [folder] = tmp_path.iterdir()
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert {name: part["outcome"] for name, part in found.items()} == dict.fromkeys(
-        ["matrix", "tests", "memory", "time", "trace", "transfers"], "ok"
+        ["matrix", "tests", "memory", "time", "floor", "trace", "transfers"], "ok"
     )
     assert {case["outcome"] for case in found["matrix"]["cases"]} == {"ok"}
     assert all(case["estimate"]["accelerator"] > 0 for case in found["memory"]["cases"] if case["outcome"] == "ok")
     page = (folder / "report.md").read_text()
-    assert "| exploit-20 |" in page and "zero3-visit-all" in page
+    assert "| exploit-20 |" in page and "zero3-visit-all" in page and "not measured" not in page
