@@ -312,7 +312,7 @@ def whole(parameter: Any) -> Tensor:
     full = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
     # With autocast some paths exchange what it casts in its dtype (partition_parameters.py:57), others do not.
     cast = full.to(get_allgather_dtype(parameter, parameter.ds_tensor)).to(full.dtype)
-    is_right = any(torch.equal(parameter.data, gathered) for gathered in (full, cast))
+    is_right = any(torch.equal(parameter.data.nan_to_num(), gathered.nan_to_num()) for gathered in (full, cast))
     if parameter.ds_status is ZeroParamStatus.AVAILABLE and not is_right:
         raise AssertionError(f"{parameter.ds_summary()} is gathered, and not what its partitions are")
     return full

@@ -6,12 +6,13 @@ bits.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 
-from .models import LEARNING_RATE, ds_config, engine_of, random_model, take_step, tokens
+from .models import LEARNING_RATE, Unavailable, ds_config, engine_of, random_model, take_step, tokens
 from .parts import Size
 
 # Relative. fp32 on both sides, kernels that add up in another order; bf16 rounds each activation.
@@ -20,20 +21,12 @@ LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 
 def run(case: str, size: Size) -> dict[str, Any]:
     """Train ``case``; return what was seen. Raises RuntimeError where a promise is broken."""
-    stage_name, home = case.split("-", 1)
-    precision = "bf16" if home == "cpu-split" else "fp32"  # which splits master weights
+    stage_name, place, form = (*case.split("-"), "")[:3]
+    precision = "bf16" if form == "split" else "fp32"  # which splits master weights
     model = random_model("tiny", torch.bfloat16 if precision == "bf16" else torch.float32)
     twin = _Twin(model)
-    fields: dict[str, Any] = {"steps_per_epoch": 3, "seed": 2, "select_percent": 40}
-    if home.startswith("visit"):
-        fields["step_device"] = "accelerator"
-    if home == "visit-all":  # a cache with room for all
-        fields["state_budget_bytes"] = 2**30
-    if home in ("cpu-bf16", "cpu-split"):  # moments, master weights in fewer bytes
-        fields["state_dtype"] = "bf16"
-    if home == "cpu-split":
-        fields["master_weights"] = "split"
-    config = ds_config(size, int(stage_name.removeprefix("zero")), precision, "cpu" if "cpu" in home else "none")
+    fields = {"steps_per_epoch": 3, "seed": 2, "select_percent": 40, **_states(place, form)}
+    config = ds_config(size, int(stage_name.removeprefix("zero")), precision, "cpu" if place == "cpu" else "none")
     engine = engine_of(model, {**config, "adagrad_select": fields})
     losses, moved = [], 0
     for step in range(size.matrix_steps):
@@ -55,6 +48,18 @@ def run(case: str, size: Size) -> dict[str, Any]:
         "steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1], "explored": phases.count("explore"),
         "moved_bytes": moved,
     }  # fmt: skip
+
+
+def _states(place: str, form: str) -> dict[str, Any]:
+    """Return the fields of the section for states that are updated at ``place`` and rest in ``form``."""
+    fields: dict[str, Any] = {"step_device": "accelerator"} if place == "visit" else {}
+    if form == "all":  # a cache with room for all
+        return {**fields, "state_budget_bytes": 2**30}
+    if form == "split":
+        return {**fields, "state_dtype": "bf16", "master_weights": "split"}
+    if form == "int8" and importlib.util.find_spec("bitsandbytes") is None:
+        raise Unavailable("bitsandbytes is not installed: pip install bitsandbytes")
+    return {**fields, "state_dtype": form} if form else fields
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:

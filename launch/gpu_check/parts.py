@@ -9,7 +9,8 @@ from pathlib import Path
 
 TOTAL_SECONDS = 25 * 60
 STAGES = (1, 2, 3)
-HOMES = ("none", "cpu", "visit", "visit-all", "cpu-bf16", "cpu-split")
+HOMES = ("none", "cpu", "visit", "visit-all")
+LEAN_HOMES = ("cpu-bf16", "cpu-split", "visit-bf16", "visit-int8", "visit-split")
 LORA = "lora-256"
 
 
@@ -21,6 +22,8 @@ class Size:
         models: for the parts about memory and traffic: names of `ds_agsel.estimate.models.known_models`, or "tiny".
         shape: of the benchmark's Llama, as words of its command line.
         steps: optimizer steps of each case.
+        percentages: of `select_percent`, the most informative first.
+        lean_stages: for states that rest in fewer bytes.
     """
 
     models: tuple[str, ...]
@@ -29,7 +32,8 @@ class Size:
     sequence_length: int
     steps: int
     matrix_steps: int
-    percentages: tuple[int, ...] = (20, 10, 30)  # the most informative first
+    percentages: tuple[int, ...] = (20, 10, 30)
+    lean_stages: tuple[int, ...] = STAGES
 
 
 CARD = Size(
@@ -47,7 +51,7 @@ DRY = Size(
         "--hidden-size", "32", "--intermediate-size", "64", "--layers", "3", "--heads", "4", "--kv-heads", "2",
         "--vocab-size", "128", "--threads", "1",
     ),
-    micro_batch=2, sequence_length=16, steps=2, matrix_steps=3, percentages=(20,),
+    micro_batch=2, sequence_length=16, steps=2, matrix_steps=3, percentages=(20,), lean_stages=(2,),
 )  # fmt: skip
 
 
@@ -76,7 +80,9 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
     build = (python, "-m", "ds_agsel.zero.build_ops")
     found = [
         Part("build", "the ops compile", 600, command=build),
-        Part("matrix", "every configuration trains: frozen blocks bit for bit, losses as on the CPU", 360, matrix()),
+        Part(
+            "matrix", "each configuration trains: frozen blocks bit for bit, losses as on the CPU", 360, matrix(size)
+        ),
         Part(
             "tests",
             "the tests that need a device",
@@ -102,9 +108,10 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
     yield Part("smollm2", "SmolLM2-135M learns sums, where its weights are at hand", 240, command=_finetune(output))
 
 
-def matrix() -> tuple[str, ...]:
-    """Return the configurations that are trained: stage, and where the optimizer's states are."""
-    return tuple(f"zero{stage}-{home}" for stage in STAGES for home in HOMES)
+def matrix(size: Size) -> tuple[str, ...]:
+    """Return the configurations that are trained: stage, where the optimizer's states are, and their form."""
+    kinds = ((STAGES, HOMES), (size.lean_stages, LEAN_HOMES))
+    return tuple(f"zero{stage}-{home}" for stages, homes in kinds for stage in stages for home in homes)
 
 
 def memory_cases(size: Size) -> Iterator[str]:

@@ -18,7 +18,7 @@ def test_the_most_informative_parts_come_first_and_the_dry_run_leaves_none_of_ou
     dry = list(parts(DRY, True, tmp_path))
     assert [part.name for part in dry] == [part.name for part in on_card if part.name not in ("build", "smollm2")]
     assert all(bool(part.cases) != bool(part.command) for part in on_card)
-    assert len(on_card[1].cases) == 18 and len(on_card[3].cases) == 10
+    assert len(on_card[1].cases) == 27 and len(on_card[3].cases) == 10
 
 
 def test_a_trace_says_what_was_launched_waited_for_and_hidden() -> None:
