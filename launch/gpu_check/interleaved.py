@@ -61,8 +61,8 @@ def _method(row: str, name: str, size: Size) -> tuple[nn.Module, Step]:
 
 def _torch_step(model: nn.Module) -> Step:
     """Return a step of torch's fused AdamW on fp32 master weights, clipped, without DeepSpeed."""
-    weights = list(model.parameters())
-    masters = [nn.Parameter(weight.detach().float()) for weight in weights]
+    weights: list[torch.Tensor] = list(model.parameters())
+    masters: list[torch.Tensor] = [nn.Parameter(weight.detach().float()) for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
 
     def step(batch: torch.Tensor) -> None:

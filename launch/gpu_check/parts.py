@@ -80,9 +80,7 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
     build = (python, "-m", "ds_agsel.zero.build_ops")
     found = [
         Part("build", "the ops compile", 600, command=build),
-        Part(
-            "matrix", "each configuration trains: frozen blocks bit for bit, losses as on the CPU", 360, matrix(size)
-        ),
+        Part("matrix", "each configuration trains: frozen blocks bit for bit, losses as on the CPU", 360, matrix(size)),
         Part(
             "tests",
             "the tests that need a device",
