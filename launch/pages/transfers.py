@@ -43,10 +43,13 @@ INTRODUCTION = """\
 **Every time on this page is simulated; no GPU has run it.** `launch/pages/transfers.py` wrote it (`make docs`).
 
 With `step_device: "accelerator"` the states of newly selected blocks (12 bytes for each element: master weight and two
-moments) travel to the accelerator, and those of blocks no longer selected travel back. The model in
+moments) travel to the accelerator, and those of blocks no longer selected travel back: the table is for the default
+budget, of the k + 2 largest blocks. A larger `state_budget_bytes` is a cache, in which they stay until their room is
+needed; with room for all, each block travels once and nothing after that. The model in
 `ds_agsel/estimate/timeline.py` puts the moves of `residency.plan_moves` on two links beside a compute stream. *Exposed*
 is the time that updates wait for arrivals. Selections are drawn uniformly, 64 steps, which moves more than the policy's
-own draws, as those repeat.
+own draws, as those repeat. Copies that close gaps in the memory for states (docs/states.md) are left out: they stay on
+the accelerator.
 
 Assumed rates:
 """
