@@ -1,6 +1,6 @@
 """Carries out a plan's moves: pinned host memory, one stream for each direction, events. No ZeRO and no selection.
 
-[Note: Waits] The host waits only in `bring_home` and `finish`. Between the streams there are seven waits, and each is
+[Note: Waits] The host waits only in `bring_home`. Between the streams there are seven waits, and each is
 needed: a leaving state is copied after the compute stream's update of it (1); what arrives takes memory that has been
 freed, and bytes that have been written to the host, only after the copy of the leaving state (2); an update begins
 after its block's arrival (3); the host reads what was copied to it after the copy's event (4); what arrives takes
@@ -294,12 +294,6 @@ class StateTransfer:
             if block in self.resident:
                 self._leave(block)
         self.bring_home(blocks)
-
-    def finish(self) -> None:
-        """Let the host wait for all copies, so that their memory can be used for something else."""
-        for stream in (self._h2d, self._d2h):
-            if stream is not None:
-                stream.synchronize()
 
     def adopt(self, group: int, state: HostState) -> None:
         """Replace the host's state of ``group`` by ``state``. Streams and allocated memory are kept.

@@ -256,7 +256,6 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
     @compat.overrides
     def destroy(self) -> None:
         self.window.retire()
-        self.home.release()
         super().destroy()
 
     # ------------------------------------------------- explore: [Note: Streaming top-k]

@@ -11,8 +11,11 @@ FIXED = {"policy": "fixed", "fixed_blocks": ["model.layers.2", "model.layers.3"]
 
 
 def layer_runs(stage: int, reentrant: bool) -> tuple[list[int], list[float]]:
-    """How often each layer ran in two steps, and their losses. A layer that backward reaches is computed again."""
-    case = Case(stage=stage, steps=2, section=FIXED)
+    """How often each layer ran in two steps after the first, which goes through all with stage 3, and all losses.
+
+    A layer that backward reaches is computed again.
+    """
+    case = Case(stage=stage, steps=3, section=FIXED)
     model: Any = tiny_model(case)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     counts = [0] * len(model.model.layers)
@@ -24,7 +27,9 @@ def layer_runs(stage: int, reentrant: bool) -> tuple[list[int], list[float]]:
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: count(index))
     engine = build(case, model)
     engine.train()
-    losses = run_steps(engine, case)["losses"]
+    losses = run_steps(engine, case, last=1)["losses"]
+    counts[:] = [0] * len(counts)
+    losses += run_steps(engine, case, first=1)["losses"]
     engine.destroy()
     return counts, losses
 
@@ -39,7 +44,7 @@ def test_layers_below_the_lowest_selected_are_not_computed_again(workers, stage:
 
 
 def losses_without_checkpointing(stage: int) -> list[float]:
-    case = Case(stage=stage, steps=2, section=FIXED)
+    case = Case(stage=stage, steps=3, section=FIXED)
     engine = build(case)
     losses: list[float] = run_steps(engine, case)["losses"]
     engine.destroy()

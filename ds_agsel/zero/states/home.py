@@ -173,9 +173,6 @@ class StateHome(ABC):
     def before_load(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most homes have nothing to do)
         """Take what only this home can read out of ``state_dict``, which DeepSpeed loads next, inside `writable`."""
 
-    def release(self) -> None:  # noqa: B027 (most homes have nothing to do)
-        """Wait for copies that are under way, as the optimizer is destroyed: their memory may be used again."""
-
     def as_weight(self, value: Tensor) -> Tensor:
         """Return a master weight's ``value`` so that a cast to the model's dtype gives its model weight."""
         return value

@@ -70,9 +70,6 @@ class Visits(StateHome):
             return page_locked.pinned(tensor.cpu(), get_accelerator())
         return place if tensor.data_ptr() == place.data_ptr() else place.copy_(tensor)
 
-    def release(self) -> None:
-        self.transfer.finish()
-
     def _count(self, direction: str, num_bytes: int) -> None:
         name, traffic = f"{direction}_bytes", self._selection.current_traffic
         setattr(traffic, name, getattr(traffic, name) + num_bytes)
