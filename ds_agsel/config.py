@@ -359,6 +359,7 @@ _WORDS = {
     ),
     "sparse_grad.rotation": _Words('"model", "both" or "none"', 'Use "model" to rotate the side of the hidden size.'),
     "sparse_grad.basis": _Words('"matrix" or "kind"', 'Use "matrix" to give each matrix a basis of its own.'),
+    "sparse_grad.choice": _Words('"energy" or "random"', 'Use "energy" for the entries with the most energy.'),
     "sparse_grad.calibration_steps": _Words("an integer", "Use 10; they change no weight.", "[1, inf)"),
     "sparse_grad.refresh_steps": _Words("an integer", "Use null to choose the entries once.", "[1, inf)"),
     "sparse_grad.lr_scale": _Words("a number", "Use null for 5 at 1 % of the entries.", "(0, inf)"),

@@ -21,6 +21,7 @@ class SparseGradConfig(BaseModel):
     modules: tuple[str, ...] | None = None
     rotation: Literal["model", "both", "none"] = "model"
     basis: Literal["matrix", "kind"] = "matrix"
+    choice: Literal["energy", "random"] = "energy"
     calibration_steps: int = Field(10, ge=1)
     refresh_steps: int | None = Field(50, ge=1)
     lr_scale: float | None = Field(None, gt=0)
@@ -41,6 +42,11 @@ class SparseGradConfig(BaseModel):
             yield (
                 f'{path}.basis="kind" shares one basis among all blocks, and {path}.refresh_steps={self.refresh_steps}'
                 ' gives each block a new one by its own clock. Set refresh_steps to null, or basis to "matrix".'
+            )
+        if self.choice == "random" and self.rotation != "none":
+            yield (
+                f'{path}.choice="random" draws entries of the plain matrix, and {path}.rotation="{self.rotation}" rotates'
+                ' it. Set rotation to "none", or choice to "energy".'
             )
         if self.modules == ():
             yield f"{path}.modules=[] is empty. Use null for the matrices of the MLPs."

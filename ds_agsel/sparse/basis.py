@@ -17,7 +17,8 @@ from torch import Tensor
 from ds_agsel.sparse.staircase import captured_fraction, prefix_lengths
 
 Rotation = Literal["model", "both", "none"]
-TILE_LINES = 512  # lines whose products are held at once
+TILE_LINES = 512  # lines whose products are held at once, at most
+LEAST_LINES = 32  # of a tile, if there are as many
 
 
 @dataclass
@@ -93,13 +94,15 @@ class Support:
     direction.
 
     Attributes:
-        lengths: (L,), int64, on the host: how many directions each line has, in the lines' natural order.
+        lengths: (L,), int64, on the host: how many directions each line has, in the lines' natural order: its first
+            ones, unless they are ``scattered``.
         directions: the first directions as columns, (d, widest), in the model's dtype; with ``rotation`` "none" the
             columns of the matrix that they are, (widest,), int64.
         num_directions: d, the matrix's shorter side.
         lines: with "both" the rotation of the lines, (L, L), in the model's dtype; line a is its column a.
         captured: share of the energy of the calibration's gradients in these entries; `captured_fraction`.
         captured_plain: the same for the best entries of the plain basis.
+        scattered: entries that are no prefixes: their places in the flattened (L, widest), (K,), int64, on the host.
     """
 
     lengths: Tensor
@@ -108,25 +111,36 @@ class Support:
     lines: Tensor | None
     captured: float
     captured_plain: float
+    scattered: Tensor | None = None
 
     @property
     def widest(self) -> int:
-        """The length of the longest line: as many directions as are used."""
+        """How many directions are used: with prefixes the length of the longest line."""
         return self.directions.shape[-1]
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        """The lines with entries, `TILE_LINES` at a time, on the directions' device."""
+        """The lines with entries, on the directions' device, in tiles of lines of about one length."""
         order = self.lengths.argsort(descending=True, stable=True)
         order = order[: int((self.lengths > 0).sum())]
-        device = self.directions.device
+        device, mask = self.directions.device, self._scattered_mask()
         tiles = []
-        for lines in order.split(TILE_LINES):
-            counts = self.lengths[lines]
-            width = int(counts[0])
-            places = (torch.arange(width) < counts[:, None]).flatten().nonzero().flatten()
+        for lines in order.split(_tile_sizes(self.lengths[order]) if mask is None else TILE_LINES):
+            if mask is None:
+                width = int(self.lengths[lines[0]])
+                among = torch.arange(width) < self.lengths[lines, None]
+            else:
+                width, among = self.widest, mask[lines]
+            places = among.flatten().nonzero().flatten()
             tiles.append(Tile(lines.to(device), width, places.to(torch.int32).to(device)))
         return tuple(tiles)
+
+    def _scattered_mask(self) -> Tensor | None:
+        if self.scattered is None:
+            return None
+        mask = torch.zeros(len(self.lengths) * self.widest, dtype=torch.bool)
+        mask[self.scattered] = True
+        return mask.view(-1, self.widest)
 
     def to(self, device: torch.device) -> Support:
         """Return the support with its vectors on ``device``."""
@@ -145,6 +159,18 @@ class Support:
             field.name: value.cpu() if isinstance(value := getattr(self, field.name), Tensor) else value
             for field in fields(self)
         }
+
+
+def _tile_sizes(lengths: Tensor) -> list[int]:
+    """Return the sizes of tiles of ``lengths``, which descend: the products that a tile has too many stay few."""
+    sizes, found = [], lengths.tolist()
+    start = 0
+    while start < len(found):
+        shorter = int((lengths[start:] > found[start] // 2).sum())  # the next line that is half as long
+        size = min(max(shorter, LEAST_LINES), TILE_LINES, len(found) - start)
+        sizes.append(size)
+        start += size
+    return sizes
 
 
 def choose(energy: Energy, entries: int, dtype: torch.dtype) -> Support:
@@ -173,6 +199,29 @@ def choose(energy: Energy, entries: int, dtype: torch.dtype) -> Support:
         lines=None if line_vectors is None else line_vectors.to(dtype).contiguous(),
         captured=captured_fraction(lines, values, lengths),
         captured_plain=captured_plain,
+    )
+
+
+def draw(energy: Energy, entries: int, seed: int) -> Support:
+    """Return a support of ``entries`` entries of the plain matrix, each as likely as any other. On the host.
+
+    Args:
+        energy: with ``rotation`` "none"; what the entries hold of it is noted.
+        seed: of the draw; torch's global generator is not touched.
+    """
+    lines, columns = energy.lines.cpu(), energy.directions.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(lines.numel() * columns.numel(), generator=generator)[:entries].sort().values
+    line, column = drawn // columns.numel(), drawn % columns.numel()
+    used, place = column.unique(return_inverse=True)
+    total = float(lines.double().sum() * columns.double().sum())
+    best = choose(energy, entries, torch.float32)
+    return replace(
+        best,
+        lengths=torch.bincount(line, minlength=lines.numel()),
+        directions=used,
+        captured=float((lines[line].double() * columns[column].double()).sum()) / total if total else 0.0,
+        scattered=line * len(used) + place,
     )
 
 

@@ -212,6 +212,11 @@ def is_carrier(name: str) -> bool:
     return name.rpartition(".")[2] == CARRIER
 
 
+def weight_of(carrier: str) -> str:
+    """Return the name of the matrix whose entries the carrier called ``carrier`` holds."""
+    return carrier.removesuffix(CARRIER) + "weight"
+
+
 def detach_all(model: nn.Module) -> None:
     """Detach what an earlier engine attached to ``model``; its matrices keep what they have learned."""
     for module in model.modules():

@@ -15,6 +15,7 @@ With ZeRO-3 each rank writes its own slice of a matrix; only the carriers are ga
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from ds_agsel.errors import CheckpointError, TrainingError
 from ds_agsel.residency.page_locked import pinned
-from ds_agsel.sparse.basis import Energy, Support, choose
+from ds_agsel.sparse.basis import Energy, Support, choose, draw
 from ds_agsel.sparse.linear import added_rows
 from ds_agsel.sparse.record import MatrixRecord, SparseRecord
 from ds_agsel.sparse.targets import Target
@@ -259,12 +260,18 @@ class Carriers:
             for tensor in energy.tensors():
                 dist.all_reduce(tensor)
         dtype = target.weight.dtype
-        support = choose(energy, target.entries, dtype) if dist.get_rank() == 0 else None
+        support = self._chosen(target, energy) if dist.get_rank() == 0 else None
         if ranks > 1:
-            support = _of_rank_0(support, target, self._section.rotation, dtype)
+            support = _of_rank_0(support, target, self._section, dtype)
         if support is None:
             raise RuntimeError("rank 0 gave no entries")
         return support.to(_device())
+
+    def _chosen(self, target: Target, energy: Energy) -> Support:
+        if self._section.choice == "energy":
+            return choose(energy, target.entries, target.weight.dtype)
+        key = (self._stage.selection.config.seed, self._key(target), self.record.matrices[target.name].chosen)
+        return draw(energy, target.entries, zlib.crc32(repr(key).encode()))
 
     def _describe(self, chosen: Mapping[str, int]) -> None:
         for target in self._targets:
@@ -359,10 +366,11 @@ class Carriers:
     def check_compatible(self, state: Mapping[str, Any], source: str) -> None:
         """Raise CheckpointError, naming ``source``, unless ``state`` is of these matrices and this sub-section."""
         here = self._section.model_dump(mode="json")
-        for field in ("entries_percent", "rotation", "basis"):
-            if state["section"].get(field) != here[field]:
+        saved = {"choice": "energy", **state["section"]}  # older files lack it
+        for field in ("entries_percent", "rotation", "basis", "choice"):
+            if saved.get(field) != here[field]:
                 raise CheckpointError(
-                    f"{source} was saved with adagrad_select.sparse_grad.{field}={state['section'].get(field)!r}, and "
+                    f"{source} was saved with adagrad_select.sparse_grad.{field}={saved.get(field)!r}, and "
                     f"this run has {here[field]!r}. Use the saved value, or load the weights alone: "
                     "load_module_only=True."
                 )
@@ -408,7 +416,9 @@ def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def _of_rank_0(support: Support | None, target: Target, rotation: str, dtype: torch.dtype) -> Support:
+def _of_rank_0(
+    support: Support | None, target: Target, section: SparseGradConfig, dtype: torch.dtype
+) -> Support:
     """Return rank 0's support on every rank. Collective."""
     device = _device()
 
@@ -426,13 +436,17 @@ def _of_rank_0(support: Support | None, target: Target, rotation: str, dtype: to
         captured = torch.tensor([support.captured, support.captured_plain], dtype=torch.float64)
     captured = share(captured, (2,), torch.float64)
     lengths = share(given("lengths"), (lines,), torch.int64)
-    widest = int(lengths.max())
-    shape, of = ((widest,), torch.int64) if rotation == "none" else ((directions, widest), dtype)
+    scattered = None
+    if section.choice == "random":
+        scattered = share(given("scattered"), (target.entries,), torch.int64)
+    widest = int(share(None if support is None else torch.tensor(support.widest), (), torch.int64))
+    shape, of = ((widest,), torch.int64) if section.rotation == "none" else ((directions, widest), dtype)
     return Support(
         lengths=lengths,
         directions=share(given("directions"), shape, of),
         num_directions=directions,
-        lines=share(given("lines"), (lines, lines), dtype) if rotation == "both" else None,
+        lines=share(given("lines"), (lines, lines), dtype) if section.rotation == "both" else None,
         captured=float(captured[0]),
         captured_plain=float(captured[1]),
+        scattered=scattered,
     )

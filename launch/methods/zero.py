@@ -9,6 +9,7 @@ import ds_agsel
 from ds_agsel.config import SECTION
 from ds_agsel.ds_config import DsConfig, with_offload_to_cpu
 from ds_agsel.gast_section import GAST
+from ds_agsel.sparse.targets import is_carrier, weight_of
 from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.storage import storage_bytes
@@ -43,7 +44,8 @@ class Zero(Method):
             return None
         blocks = self.selection.blocks
         chosen = self.selection.history[-1].blocks
-        return frozenset(name for index in chosen for name in blocks[index].parameter_names)
+        names = frozenset(name for index in chosen for name in blocks[index].parameter_names)
+        return names | {weight_of(name) for name in names if is_carrier(name)}  # which follow their entries
 
     def gradient_bytes(self) -> int:
         optimizer = self.engine.optimizer

@@ -2,6 +2,7 @@
 
     python launch/reproduce.py --scale tiny             # all of it, small: SmolLM2-135M, built-in data, a CPU
     python launch/reproduce.py --scale small            # evidence: three seeds, differences with intervals, hours
+    python launch/reproduce.py --scale sparse           # a few entries of each matrix, against as many parameters
     python launch/reproduce.py --scale full --cost      # what the paper's own scale would take on one GPU
     python launch/reproduce.py --scale full             # and that
 
@@ -38,7 +39,7 @@ from .running import ROOT, Stopped, Sweep
 
 CONFIGS = ROOT / "configs" / "paper"
 PUBLISHED = CONFIGS / "published.yaml"
-SCALES = ("smoke", "tiny", "small", "full")
+SCALES = ("smoke", "tiny", "small", "sparse", "full")
 CELLS_FAILED, REFUSED, STOPPED = 1, 2, 130
 
 
