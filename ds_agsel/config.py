@@ -215,6 +215,15 @@ def parse_section(section: Mapping[str, Any]) -> SelectionConfig:
     return SelectionConfig(**section)
 
 
+def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section that was saved as JSON with the defaults of fields that it lacks: it may be older."""
+    whole = {**SelectionConfig().model_dump(mode="json"), **saved}
+    for name, kind in _SUB_SECTIONS.items():
+        if isinstance(whole[name], Mapping):
+            whole[name] = {**kind().model_dump(mode="json"), **whole[name]}
+    return whole
+
+
 def section_problems(section: Mapping[str, Any]) -> list[str]:
     """Return all problems of an ``adagrad_select`` section, unknown keys first; empty if it has none."""
     if not isinstance(section, Mapping):

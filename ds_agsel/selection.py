@@ -22,7 +22,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ds_agsel.blocks import Block
-from ds_agsel.config import SelectionConfig
+from ds_agsel.config import SelectionConfig, with_defaults
 from ds_agsel.errors import CheckpointError, TrainingError
 from ds_agsel.lottery import Bound, Lottery
 from ds_agsel.metadata import STATE_VERSIONS, SelectionState, read_selection_state
@@ -84,7 +84,6 @@ class Traffic:
 
 
 _COUNTERS = tuple(counter.name for counter in fields(Traffic) if counter.name != "step")
-_DEFAULTS = SelectionConfig().model_dump(mode="json")
 
 
 @dataclass
@@ -325,7 +324,7 @@ class Selection:
 
     def check_compatible(self, state: SelectionState, source: str) -> None:
         """Raise CheckpointError, naming ``source``, unless ``state`` was saved with the same blocks."""
-        granularity = str({**_DEFAULTS, **state.section}["granularity"])
+        granularity = str(with_defaults(state.section)["granularity"])
         if granularity != self.config.granularity:
             raise CheckpointError(
                 f'{source} was saved with adagrad_select.granularity="{granularity}", and here it is '
@@ -351,7 +350,7 @@ class Selection:
         if not isinstance(state, SelectionState):
             state = read_selection_state(state, "the selection state")
         self.check_compatible(state, "the selection state")
-        same_section = {**_DEFAULTS, **state.section} == self.config.model_dump(mode="json")  # it may lack newer fields
+        same_section = with_defaults(state.section) == self.config.model_dump(mode="json")
         if same_section:
             self.policy.load_state_dict(state.policy)
         self._counts = list(state.update_counts)

@@ -55,7 +55,7 @@ def _with_matrices(traffic: TrafficBytes, sparse: SparseShape, setup: Setup, ste
     """Return ``traffic`` with the matrices of `sparse_grad`, which are frozen weights there.
 
     After an update each needs its base on the accelerator. With stage 3 a matrix that backward doesn't reach is
-    gathered once, not twice, and carriers that are not kept whole are gathered to write it.
+    gathered once, not twice, carriers that are not kept whole are gathered to write it, and it after that if it is.
     """
     h2d = traffic.h2d + sparse.traffic_numel(step.selected, sparse.held_numels(setup.stage, setup.ranks, rank)) * (
         setup.item_bytes
@@ -65,8 +65,12 @@ def _with_matrices(traffic: TrafficBytes, sparse: SparseShape, setup: Setup, ste
     kept_whole = setup.persistence_threshold_numel
     not_reached = [1 - share for share in step.in_backward]
     matrices = [matrix.numel if matrix.numel > kept_whole else 0 for matrix in sparse.matrices]
-    entries = [matrix.entries if matrix.entries > kept_whole else 0 for matrix in sparse.matrices]
-    more = sparse.traffic_numel(step.selected, entries)
+    written = [
+        _padded(matrix.entries, setup.ranks) * (matrix.entries > kept_whole)
+        + _padded(matrix.numel, setup.ranks) * (matrix.numel <= kept_whole)
+        for matrix in sparse.matrices
+    ]
+    more = sparse.traffic_numel(step.selected, written)
     more -= sparse.traffic_numel(not_reached, matrices) * setup.accumulation_steps
     moved = more * setup.item_bytes
     share = moved / setup.ranks
@@ -76,6 +80,10 @@ def _with_matrices(traffic: TrafficBytes, sparse: SparseShape, setup: Setup, ste
         h2d=round(h2d + (share if setup.offload_param != "none" else 0)),
         nvme_read=round(traffic.nvme_read + (share if setup.offload_param == "nvme" else 0)),
     )
+
+
+def _padded(numel: int, ranks: int) -> int:
+    return -(-numel // ranks) * ranks
 
 
 def _traffic(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import distributed
 
 from ds_agsel.files import write_atomically
+from ds_agsel.report.matrices import MATRICES_FILE, as_json
 from ds_agsel.report.runs import BLOCKS_FILE, METRICS_FILE, SELECTION_FILE, SUMMARY_FILE
 from ds_agsel.selection import Record
 
@@ -48,6 +49,8 @@ class JsonLines:
 class SelectionLog:
     """``blocks.json`` and ``selection.jsonl`` of a run, in ``folder``. For one rank, rank 0; not collective.
 
+    With ``sparse_grad`` there is ``sparse_grad.json`` too, written whenever entries were chosen.
+
     Args:
         folder: made where it does not exist. A selection.jsonl in it keeps the lines of the steps that
             the selection has applied (a resumed run's); steps of its history that the file lacks are written
@@ -58,6 +61,8 @@ class SelectionLog:
     def __init__(self, folder: Path, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._selection = optimizer.selection
+        self._folder = folder
+        self._matrices: Any = None  # as they were last written
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / BLOCKS_FILE, json.dumps(self._blocks(), indent=1) + "\n")
         path = folder / SELECTION_FILE
@@ -74,6 +79,7 @@ class SelectionLog:
 
         Call it at least once in `selection.TAIL_STEPS` steps: earlier ones are no longer known, and a warning says so.
         """
+        self._update_matrices()
         new = self._selection.num_steps - self._num_written
         if new == 0:
             return
@@ -95,6 +101,12 @@ class SelectionLog:
     def close(self) -> None:
         """Close the file."""
         self._log.close()
+
+    def _update_matrices(self) -> None:
+        sparse = self._selection.sparse
+        if sparse is not None and sparse.captured is not None and sparse.matrices != self._matrices:
+            write_atomically(self._folder / MATRICES_FILE, json.dumps(as_json(sparse.matrices)) + "\n")
+            self._matrices = dict(sparse.matrices)
 
     def _blocks(self) -> dict[str, Any]:
         blocks = self._selection.blocks

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ds_agsel.files import write_atomically
-from ds_agsel.report import charts
+from ds_agsel.report import charts, matrix_charts
 from ds_agsel.report.outcome import outcome_table
 from ds_agsel.report.rows import share_rows, uses_of_rows
 from ds_agsel.report.runs import Run
@@ -113,6 +113,21 @@ def _charts_of(run: Run, chart: Any, name: str) -> list[Chart]:
               charts.heat_map(run)),
         chart(f"{name}_counts", "Updates of each block", "Over all steps so far.", charts.update_counts(run)),
         chart(f"{name}_phases", "Explore and exploit", "ε, and below which steps explored.", charts.timeline(run)),
+        *_charts_of_matrices(run, chart, name),
+    ]  # fmt: skip
+
+
+def _charts_of_matrices(run: Run, chart: Any, name: str) -> list[Chart]:
+    if not run.matrices:
+        return []
+    share = sum(matrix.entries for matrix in run.matrices) / sum(matrix.numel for matrix in run.matrices)
+    return [
+        chart(f"{name}_energy", "Energy in the trained entries",
+              f"Of the gradients before they were last chosen; {100 * share:.3g} % of the elements of "
+              f"{len(run.matrices)} matrices.", matrix_charts.captured_energy(run.matrices)),
+        chart(f"{name}_entries", "Which entries are trained",
+              "The first directions of each line of the longer side; each kind's mean over the layers.",
+              matrix_charts.entries_by_line(run.matrices)),
     ]  # fmt: skip
 
 

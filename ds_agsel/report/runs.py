@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_agsel.errors import DataError
+from ds_agsel.report.matrices import MATRICES_FILE, Matrix, read_matrices
 from ds_agsel.report.rows import Choice, read_choices
 from ds_agsel.report.text import printable
 
@@ -73,6 +74,7 @@ class Run:
     steps: list[Step] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    matrices: list[Matrix] = field(default_factory=list)  # of which some entries are trained
     summary: dict[str, Any] | None = None
     changed: float | None = None  # when its logs were last written, seconds since the epoch
     problems: list[str] = field(default_factory=list)
@@ -215,6 +217,13 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         num_blocks = 1 + max((max(step.blocks, default=-1) for step in run.steps), default=-1)
         run.block_names = [f"block {index}" for index in range(num_blocks)]
     run.changed = _last_change(folder)
+    text = _read_text(run, MATRICES_FILE)
+    described = None if text is None else _parse(run, MATRICES_FILE, text)
+    if described is not None:
+        try:
+            run.matrices = read_matrices(described)
+        except ValueError as error:
+            run.problem(MATRICES_FILE, f": {error}")
     text = _read_text(run, SUMMARY_FILE)
     if text is not None:
         run.summary = _parse(run, SUMMARY_FILE, text)

@@ -7,6 +7,7 @@ words.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from torch import Tensor
 from ds_agsel.sparse.staircase import captured_fraction, prefix_lengths
 
 Rotation = Literal["model", "both", "none"]
-TILE_LINES = 512  # lines whose products are held at once, at most
-LEAST_LINES = 32  # of a tile, if there are as many
+LONG_LINES = 1 / 8  # share of the lines whose prefixes are longer than what is computed of every line
+LEAST_LINES = 32  # of a tile of long lines, if there are as many
 
 
 @dataclass
@@ -73,17 +74,43 @@ class Energy:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some lines whose entries are computed at once.
+    """Products of some lines with some directions, (lines, directions), computed at once.
 
     Attributes:
-        lines: their indices, (n,), int64.
-        width: how many directions the longest has.
-        places: of their entries in the flattened (n, width) products, (entries,), int32.
+        lines: their places among the long lines; None for all lines of the matrix, in their order.
+        directions: which.
+        start: where the products begin in the buffer of all tiles' products.
     """
 
-    lines: Tensor
-    width: int
+    lines: slice | None
+    directions: slice
+    shape: tuple[int, int]
+    start: int
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Return its products in the flat ``buffer`` of all tiles, (lines, directions)."""
+        lines, directions = self.shape
+        return buffer[self.start : self.start + lines * directions].view(lines, directions)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the entries' products are computed: few large products, with not many more elements than there are entries.
+
+    [Note: Tiles] Most lines have a short prefix, and picking lines out of the activations costs more than their
+    products. So the directions that at least an eighth of the lines have are taken with every line at once: at most
+    eight times the entries. The other lines are long; what they have beyond is tiled by length.
+
+    Attributes:
+        long_lines: (n,), int64, the longest first: at most an eighth of all.
+        places: of the entries in the buffer of all tiles' products, in the carrier's order, (K,), int32.
+        numel: the buffer's elements.
+    """
+
+    tiles: tuple[Tile, ...]
+    long_lines: Tensor
     places: Tensor
+    numel: int
 
 
 @dataclass(frozen=True)
@@ -118,40 +145,39 @@ class Support:
         """How many directions are used: with prefixes the length of the longest line."""
         return self.directions.shape[-1]
 
-    @cached_property
-    def tiles(self) -> tuple[Tile, ...]:
-        """The lines with entries, on the directions' device, in tiles of lines of about one length."""
-        order = self.lengths.argsort(descending=True, stable=True)
-        order = order[: int((self.lengths > 0).sum())]
-        device, mask = self.directions.device, self._scattered_mask()
-        tiles = []
-        for lines in order.split(_tile_sizes(self.lengths[order]) if mask is None else TILE_LINES):
-            if mask is None:
-                width = int(self.lengths[lines[0]])
-                among = torch.arange(width) < self.lengths[lines, None]
-            else:
-                width, among = self.widest, mask[lines]
-            places = among.flatten().nonzero().flatten()
-            tiles.append(Tile(lines.to(device), width, places.to(torch.int32).to(device)))
-        return tuple(tiles)
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How many lines have more than 0, 1, 2, 4, … entries, up to the longest's."""
+        counts = [int((self.lengths > 0).sum())]
+        least = 1
+        while counts[-1]:
+            counts.append(int((self.lengths > least).sum()))
+            least *= 2
+        return tuple(counts)
 
-    def _scattered_mask(self) -> Tensor | None:
+    @cached_property
+    def layout(self) -> Layout:
+        """How the entries' products are computed, on the directions' device. [Note: Tiles]."""
         if self.scattered is None:
-            return None
-        mask = torch.zeros(len(self.lengths) * self.widest, dtype=torch.bool)
-        mask[self.scattered] = True
-        return mask.view(-1, self.widest)
+            found = _layout(self.lengths)
+        else:
+            shape = len(self.lengths), self.widest
+            whole = Tile(None, slice(0, self.widest), shape, 0)
+            found = Layout((whole,), torch.empty(0, dtype=torch.int64), self.scattered, shape[0] * shape[1])
+        device = self.directions.device
+        places = found.places.to(device, torch.int32)
+        return replace(found, long_lines=found.long_lines.to(device), places=places)
 
     def to(self, device: torch.device) -> Support:
         """Return the support with its vectors on ``device``."""
         lines = None if self.lines is None else self.lines.to(device)
         return replace(self, directions=self.directions.to(device), lines=lines)
 
-    def rotate(self, activation: Tensor) -> Tensor:
-        """Return ``activation`` of the shorter side, (T, d), in the used directions, (T, widest)."""
+    def rotate(self, activation: Tensor, directions: slice) -> Tensor:
+        """Return ``activation`` of the shorter side, (T, d), in some of the used directions, (T, n)."""
         if self.directions.dim() == 1:
-            return activation.index_select(1, self.directions)
-        return activation @ self.directions.to(activation.dtype)
+            return activation.index_select(1, self.directions[directions])
+        return activation @ self.directions[:, directions].to(activation.dtype)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds: tensors on the host and numbers."""
@@ -161,16 +187,40 @@ class Support:
         }
 
 
-def _tile_sizes(lengths: Tensor) -> list[int]:
-    """Return the sizes of tiles of ``lengths``, which descend: the products that a tile has too many stay few."""
-    sizes, found = [], lengths.tolist()
+def _layout(lengths: Tensor) -> Layout:
+    """Return the layout of prefixes of ``lengths``, on the host. [Note: Tiles]."""
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[: int((lengths > 0).sum())]
+    by_length = lengths[order]
+    rank = int(LONG_LINES * len(lengths))
+    short = int(by_length[rank]) if rank < len(by_length) else 0
+    tiles = [Tile(None, slice(0, short), (len(lengths), short), 0)] if short else []
+    numel = len(lengths) * short
+    long = by_length[by_length > short]
+    starts: list[int] = []  # of each long line's products
+    for size in _tile_sizes(long - short):
+        first = len(starts)
+        width = int(long[first]) - short
+        tiles.append(Tile(slice(first, first + size), slice(short, short + width), (size, width), numel))
+        starts += range(numel, numel + size * width, width)
+        numel += size * width
+    # Entry by entry, in the carrier's order: its line's number among the longest, its direction.
+    number = torch.arange(len(order)).repeat_interleave(by_length)
+    direction = torch.arange(len(number)) - (by_length.cumsum(0) - by_length)[number]
+    places = order[number] * short + direction
+    beyond = direction >= short
+    places[beyond] = torch.tensor(starts, dtype=torch.int64)[number[beyond]] + direction[beyond] - short
+    return Layout(tuple(tiles), order[: len(long)], places, numel)
+
+
+def _tile_sizes(lengths: Tensor) -> Iterator[int]:
+    """Yield the sizes of tiles of lines of ``lengths``, descending, none less than half as long as its tile's first."""
     start = 0
-    while start < len(found):
-        shorter = int((lengths[start:] > found[start] // 2).sum())  # the next line that is half as long
-        size = min(max(shorter, LEAST_LINES), TILE_LINES, len(found) - start)
-        sizes.append(size)
+    while start < len(lengths):
+        as_long = int((2 * lengths[start:] > lengths[start]).sum())
+        size = min(max(as_long, LEAST_LINES), len(lengths) - start)
+        yield size
         start += size
-    return sizes
 
 
 def choose(energy: Energy, entries: int, dtype: torch.dtype) -> Support:

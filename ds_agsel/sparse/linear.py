@@ -52,14 +52,17 @@ class EntriesGradient(torch.autograd.Function):
 
 def entries_gradient(lines: Tensor, directions: Tensor, support: Support) -> Tensor:
     """Return the gradient of the carrier, (K,), of activations (T, L) and (T, d); the matrix's is their product."""
-    rotated = support.rotate(directions)
     if support.lines is not None:
         lines = lines @ support.lines.to(lines.dtype)
-    pieces = []
-    for tile in support.tiles:
-        products = lines.index_select(1, tile.lines).T @ rotated[:, : tile.width]
-        pieces.append(products.flatten().index_select(0, tile.places))
-    return torch.cat(pieces)
+    layout = support.layout
+    products = lines.new_empty(layout.numel)
+    of_long = lines.index_select(1, layout.long_lines).T @ directions  # all directions: few lines, and any length
+    for tile in layout.tiles:
+        if tile.lines is None:
+            torch.mm(lines.T, support.rotate(directions, tile.directions), out=tile.of(products))
+        else:
+            tile.of(products).copy_(support.rotate(of_long[tile.lines], tile.directions))
+    return products.index_select(0, layout.places)
 
 
 def added_rows(values: Tensor, support: Support, rows: slice, lines_are_rows: bool) -> Tensor:
@@ -67,28 +70,51 @@ def added_rows(values: Tensor, support: Support, rows: slice, lines_are_rows: bo
 
     Args:
         values: the carrier, (K,).
+        rows: with bounds, or all.
         lines_are_rows: whether the matrix is (L, d); else it is (d, L).
     """
-    spread = _spread(values, support)
+    products = values.new_zeros(support.layout.numel, dtype=torch.float32)
+    products.index_copy_(0, support.layout.places.long(), values.float())
     line_rows, direction_rows = (rows, slice(None)) if lines_are_rows else (slice(None), rows)
-    spread = spread[line_rows] if support.lines is None else support.lines[line_rows].float() @ spread
-    if support.directions.dim() == 1:
-        added = spread.new_zeros((spread.shape[0], support.num_directions))
-        added[:, support.directions] = spread
-        added = added[:, direction_rows]
-    else:
-        added = spread @ support.directions[direction_rows].float().T
+    if support.directions.dim() > 1 and support.lines is None:
+        return _added_by_tiles(products, support, line_rows, support.directions[direction_rows], lines_are_rows)
+    added = _added_through_all_lines(products, support, line_rows, direction_rows)
     return added if lines_are_rows else added.T
 
 
-def _spread(values: Tensor, support: Support) -> Tensor:
-    """Return ``values`` at their lines and directions, (L, widest), fp32."""
-    spread = values.new_zeros((support.lengths.numel(), support.widest), dtype=torch.float32)
-    start = 0
-    for tile in support.tiles:
-        piece = values.new_zeros(len(tile.lines) * tile.width, dtype=torch.float32)
-        end = start + len(tile.places)
-        piece.index_copy_(0, tile.places.long(), values[start:end].float())
-        spread[tile.lines, : tile.width] = piece.view(-1, tile.width)
-        start = end
-    return spread
+def _added_by_tiles(
+    products: Tensor, support: Support, line_rows: slice, basis: Tensor, lines_are_rows: bool
+) -> Tensor:
+    """Return `added_rows` of the lines ``line_rows`` and the components that ``basis`` has rows for."""
+    start, end, _ = line_rows.indices(len(support.lengths))
+    shape = (end - start, len(basis)) if lines_are_rows else (len(basis), end - start)
+    added = products.new_zeros(shape)
+    for tile in support.layout.tiles:
+        spread, of_tile = tile.of(products), basis[:, tile.directions].float()
+        if tile.lines is None:
+            _multiply(spread[line_rows], of_tile, lines_are_rows, out=added)
+            continue
+        lines = support.layout.long_lines[tile.lines]
+        if end - start < len(support.lengths):
+            here = (lines >= start) & (lines < end)
+            lines, spread = lines[here] - start, spread[here]
+        added.index_add_(0 if lines_are_rows else 1, lines, _multiply(spread, of_tile, lines_are_rows))
+    return added
+
+
+def _multiply(spread: Tensor, basis: Tensor, lines_are_rows: bool, out: Tensor | None = None) -> Tensor:
+    return torch.mm(*((spread, basis.T) if lines_are_rows else (basis, spread.T)), out=out)
+
+
+def _added_through_all_lines(products: Tensor, support: Support, line_rows: slice, direction_rows: slice) -> Tensor:
+    """Return `added_rows` by line, (lines, d), of the values spread over all lines."""
+    spread = products.new_zeros((len(support.lengths), support.widest))
+    for tile in support.layout.tiles:
+        lines = slice(None) if tile.lines is None else support.layout.long_lines[tile.lines]
+        spread[lines, tile.directions] = tile.of(products)
+    spread = spread[line_rows] if support.lines is None else support.lines[line_rows].float() @ spread
+    if support.directions.dim() > 1:
+        return spread @ support.directions[direction_rows].float().T
+    added = spread.new_zeros((len(spread), support.num_directions))
+    added[:, support.directions] = spread
+    return added[:, direction_rows]

@@ -15,6 +15,8 @@ class MatrixRecord:
             chosen. It is computed as if each entry had the product of its line's and its direction's energy.
         captured_plain: the same for as many entries in the plain basis.
         chosen: how often its entries were chosen.
+        lines: the length of its longer side.
+        reach: how many of the lines have more than 0, 1, 2, 4, … trained entries; empty before they are chosen.
     """
 
     entries: int
@@ -22,6 +24,8 @@ class MatrixRecord:
     captured: float | None = None
     captured_plain: float | None = None
     chosen: int = 0
+    lines: int = 0
+    reach: tuple[int, ...] = ()
 
 
 @dataclass

@@ -15,7 +15,6 @@ With ZeRO-3 each rank writes its own slice of a matrix; only the carriers are ga
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,12 +29,13 @@ from torch import Tensor, nn
 
 from ds_agsel.errors import CheckpointError, TrainingError
 from ds_agsel.residency.page_locked import pinned
-from ds_agsel.sparse.basis import Energy, Support, choose, draw
+from ds_agsel.sparse.basis import Energy, Support
 from ds_agsel.sparse.linear import added_rows
 from ds_agsel.sparse.record import MatrixRecord, SparseRecord
 from ds_agsel.sparse.targets import Target
 from ds_agsel.sparse_grad_section import SparseGradConfig
 from ds_agsel.zero import compat
+from ds_agsel.zero.entry_choice import choose_for_all
 from ds_agsel.zero.tag_files import TagFiles
 
 if TYPE_CHECKING:
@@ -193,11 +193,14 @@ class Carriers:
         targets = [target for target in targets if target.support is not None]
         carriers = [target.carrier for target in targets]
         is_partitioned = any(hasattr(target.weight, "ds_tensor") for target in targets)
+        traffic = self._stage.selection.current_traffic
+        if is_partitioned:
+            traffic.gathered_bytes += sum(compat.gathered_bytes(c) for c in carriers if not compat.is_gathered(c))
         with deepspeed.zero.GatheredParameters(carriers) if is_partitioned else nullcontext():
             for target in targets:
                 self._write_one(target)
         if is_partitioned:
-            compat.gather_again([target.weight for target in targets])
+            traffic.gathered_bytes += compat.gather_again([target.weight for target in targets])
 
     def _write_one(self, target: Target) -> None:
         support, here = target.support, self._slice(target)
@@ -209,7 +212,7 @@ class Carriers:
         first = here.start - rows.start * columns
         base = self._bases[target.name]
         self._stage.selection.current_traffic.h2d_bytes += base.numel() * base.element_size()
-        whole = base.to(added.device, non_blocking=True).float() + added[first : first + base.numel()]
+        whole = added[first : first + base.numel()].add_(base.to(added.device, non_blocking=True))
         here.weights.copy_(whole)
 
     def _restart(self, targets: Sequence[Target]) -> None:
@@ -250,28 +253,11 @@ class Carriers:
         for target in targets:
             key = self._key(target)
             if key not in chosen:
-                chosen[key] = self._choose_one(target, self._energies.pop(key))
+                times = self.record.matrices[target.name].chosen
+                draw_key = (self._stage.selection.config.seed, key, times)
+                chosen[key] = choose_for_all(target, self._energies.pop(key), self._section, draw_key)
             target.support, target.energy = chosen[key], None
         self._describe({target.name: 1 for target in targets})
-
-    def _choose_one(self, target: Target, energy: Energy) -> Support:
-        ranks = dist.get_world_size()
-        if ranks > 1:
-            for tensor in energy.tensors():
-                dist.all_reduce(tensor)
-        dtype = target.weight.dtype
-        support = self._chosen(target, energy) if dist.get_rank() == 0 else None
-        if ranks > 1:
-            support = _of_rank_0(support, target, self._section, dtype)
-        if support is None:
-            raise RuntimeError("rank 0 gave no entries")
-        return support.to(_device())
-
-    def _chosen(self, target: Target, energy: Energy) -> Support:
-        if self._section.choice == "energy":
-            return choose(energy, target.entries, target.weight.dtype)
-        key = (self._stage.selection.config.seed, self._key(target), self.record.matrices[target.name].chosen)
-        return draw(energy, target.entries, zlib.crc32(repr(key).encode()))
 
     def _describe(self, chosen: Mapping[str, int]) -> None:
         for target in self._targets:
@@ -283,6 +269,8 @@ class Carriers:
                 captured=None if support is None else support.captured,
                 captured_plain=None if support is None else support.captured_plain,
                 chosen=(0 if before is None or support is None else before.chosen) + chosen.get(target.name, 0),
+                lines=target.num_lines,
+                reach=() if support is None else support.reach,
             )
         self.record.calibration_left = self._calibration_left
 
@@ -414,39 +402,3 @@ def sparse_state(files: TagFiles) -> Mapping[str, Any]:
 
 def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
-
-
-def _of_rank_0(
-    support: Support | None, target: Target, section: SparseGradConfig, dtype: torch.dtype
-) -> Support:
-    """Return rank 0's support on every rank. Collective."""
-    device = _device()
-
-    def share(tensor: Tensor | None, shape: Sequence[int], of: torch.dtype) -> Tensor:
-        sent = torch.empty(tuple(shape), dtype=of, device=device) if tensor is None else tensor.to(device)
-        dist.broadcast(sent, src=0)
-        return sent.cpu()
-
-    def given(name: str) -> Any:
-        return None if support is None else getattr(support, name)
-
-    lines, directions = target.num_lines, target.num_directions
-    captured = None
-    if support is not None:
-        captured = torch.tensor([support.captured, support.captured_plain], dtype=torch.float64)
-    captured = share(captured, (2,), torch.float64)
-    lengths = share(given("lengths"), (lines,), torch.int64)
-    scattered = None
-    if section.choice == "random":
-        scattered = share(given("scattered"), (target.entries,), torch.int64)
-    widest = int(share(None if support is None else torch.tensor(support.widest), (), torch.int64))
-    shape, of = ((widest,), torch.int64) if section.rotation == "none" else ((directions, widest), dtype)
-    return Support(
-        lengths=lengths,
-        directions=share(given("directions"), shape, of),
-        num_directions=directions,
-        lines=share(given("lines"), (lines, lines), dtype) if section.rotation == "both" else None,
-        captured=float(captured[0]),
-        captured_plain=float(captured[1]),
-        scattered=scattered,
-    )

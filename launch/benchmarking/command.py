@@ -4,14 +4,15 @@
     python launch/benchmark.py --stage 2 3          # and ZeRO-3
     python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
     python launch/benchmark.py --rows exploit-20 all random-20 align-20 random-all align-all   # GAST
+    python launch/benchmark.py --rows exploit-20 all sparse-20 sparse-all                      # SparseGrad
 
 Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `visit-20`, exploit steps
 whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel with every block selected; `floor-20`, a
 hand-written PyTorch loop on the blocks that `exploit-20` drew. `random-20` and `align-20` are `exploit-20` learning
-from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`; they are
-measured where they are named. Each row lives in a process of its own, and all take
-their steps in turn, one at a time: a round is one step of each on the same batch. Ratios are taken within a round and
-their median over the rounds is reported, so that the machine's noise cancels.
+from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`;
+`sparse-20` and `sparse-all` train a percent of the MLPs' entries. These are measured where they are named. Each row
+lives in a process of its own, and all take their steps in turn, one at a time: a round is one step of each on the same
+batch. Ratios are taken within a round and their median over the rounds is reported: the machine's noise cancels.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from .processes import (
     FLOOR,
     FLOOR_PERCENT,
     GAST_ROWS,
+    NAMED_ROWS,
     PERCENTAGES,
     PLAIN,
     VISIT,
@@ -56,10 +58,10 @@ from .processes import (
 
 FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this row draws
 # Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
-EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL, *GAST_ROWS)
+EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL, *NAMED_ROWS)
 EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES), VISIT)
 ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP))
-DEFAULT_ROWS = tuple(row for row in ROWS if row not in GAST_ROWS)
+DEFAULT_ROWS = tuple(row for row in ROWS if row not in NAMED_ROWS)
 WARMUP_STEPS = 2
 # Imported once, by the fork server: most of a row's start. The last two are imported late by those who use them.
 PRELOADED = (
@@ -231,7 +233,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if FLOOR in wanted.rows and FOLLOWED not in wanted.rows:
         parser.error(f"--rows {FLOOR} needs {FOLLOWED}, whose blocks it updates. Add {FOLLOWED}.")
     for row in wanted.rows:
-        base, _ = GAST_ROWS.get(row, (PLAIN, ""))
+        base = NAMED_ROWS.get(row, PLAIN)
         if base not in wanted.rows:
             parser.error(f"--rows {row} needs {base}, which it is compared with. Add {base}.")
     small = not hardware.bf16_is_fast()

@@ -34,6 +34,7 @@ from ds_agsel.blocks import Block, find_blocks
 from ds_agsel.gast_section import GAST
 from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
+from ds_agsel.sparse_grad_section import SPARSE_GRAD
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.states import visiting
 from ds_agsel.zero.states.home import moment_bytes
@@ -54,6 +55,10 @@ GAST_ROWS = {
     f"random-{ALL}": (ALL, "random"),
     f"align-{ALL}": (ALL, "sample"),
 }
+# Rows with `sparse_grad`, and the row that they are compared with.
+SPARSE_ROWS = {f"sparse-{FLOOR_PERCENT}": f"exploit-{FLOOR_PERCENT}", f"sparse-{ALL}": ALL}
+# Rows that are measured where they are named, and what they are compared with.
+NAMED_ROWS = {**{row: base for row, (base, _) in GAST_ROWS.items()}, **SPARSE_ROWS}
 RESET = "reset"  # the command that resets the peak of memory
 
 LEARNING_RATE = 1e-4
@@ -172,6 +177,8 @@ def section(row: str) -> dict[str, Any] | None:
     if row in GAST_ROWS:
         base, draw = GAST_ROWS[row]
         return {**(section(base) or {}), GAST: {"draw": draw}}
+    if row in SPARSE_ROWS:
+        return {**(section(SPARSE_ROWS[row]) or {}), SPARSE_GRAD: {"refresh_steps": None}}
     phase, percent = row.split("-")
     if phase == "exploit":
         return {"policy": "benchmark", "select_percent": int(percent), "explore_rate": 0}
@@ -254,6 +261,16 @@ class DeepSpeedTrainer:
         )
         self._selection = getattr(self._engine, "selection", None)
         self._adapter = adapter_for(self._optimizer)  # its methods work on plain DeepSpeed's optimizer, too
+        self.calibration_cpu_seconds = self._calibrate(workload)
+
+    def _calibrate(self, workload: Workload) -> float:
+        """Take the steps that change nothing, with `sparse_grad`; return their processor seconds."""
+        start = time.process_time()
+        while self._selection is not None and self._selection.sparse and self._selection.sparse.calibration_left:
+            tokens = workload.tokens(-self._selection.sparse.calibration_left).to(self._engine.device)
+            self._engine.backward(self._engine(input_ids=tokens, labels=tokens).loss)
+            self._engine.step()
+        return time.process_time() - start
 
     def start_measuring(self) -> None:
         """Remove the hooks that watched the warm-up's gradients: they would cost time."""
@@ -285,6 +302,7 @@ class DeepSpeedTrainer:
             "state_bytes": moment_bytes(self._optimizer),
             "resident_state_bytes": resident_bytes,
             "most_gradient_bytes": self._most_gradient_bytes,
+            "calibration_cpu_seconds": self.calibration_cpu_seconds,
             "planning_seconds": self._clock.take(),
             "phase": "full",
             "blocks": [block.index for block in self.blocks],

@@ -17,6 +17,7 @@ from .processes import (
     GAST_ROWS,
     PERCENTAGES,
     PLAIN,
+    SPARSE_ROWS,
     VISIT,
     Workload,
     exploit_row,
@@ -27,6 +28,8 @@ PHASES = ("forward", "backward", "optimizer")
 ZERO_ALIGNMENT_NUMEL = 2  # DeepSpeed pads a rank's flat partition to 4 bytes of 2-byte elements (stage_1_and_2.py)
 
 RANDOM_ROWS_LIMIT, ALIGNED_ROWS_LIMIT, ALIGNED_ROWS_OF_ALL_LIMIT = 1.03, 1.35, 1.5
+SPARSE_LIMIT, SPARSE_ALL_LIMIT = 1.10, 1.15
+CALIBRATION_STEPS_LIMIT = 20  # calibration takes at most as long as so many steps
 
 Sample = Mapping[str, Any]
 Samples = Mapping[int, Sample]  # by round
@@ -168,8 +171,30 @@ def bars(samples: Mapping[str, Samples], block_numels: Sequence[int], workload: 
     for row, (base, draw) in GAST_ROWS.items():
         aligned_limit = ALIGNED_ROWS_OF_ALL_LIMIT if base == ALL else ALIGNED_ROWS_LIMIT
         bar(f"{row} step / {base} step", RANDOM_ROWS_LIMIT if draw == "random" else aligned_limit, row, base)
+    for row, base in SPARSE_ROWS.items():
+        bar(f"{row} step / {base} step", SPARSE_ALL_LIMIT if base == ALL else SPARSE_LIMIT, row, base)
+        if row in samples and base in samples:
+            found += _processor_bars(row, base, samples)
     if VISIT in samples:
         found += _visiting_bars(samples[VISIT], block_numels)
+    return found
+
+
+def _processor_bars(row: str, base: str, samples: Mapping[str, Samples]) -> list[Bar]:
+    """Return the bars of a row with `sparse_grad` in processor time, in which calibration's is told."""
+
+    def seconds(sample: Sample) -> float:
+        return float(sample["cpu_seconds"])
+
+    limit = SPARSE_ALL_LIMIT if base == ALL else SPARSE_LIMIT
+    value = statistics.median(ratios(samples[row], samples[base], seconds))
+    found = [Bar(f"{row} step / {base} step, processor time", limit, value)]
+    if base == ALL:
+        calibration = next(iter(samples[row].values()))["calibration_cpu_seconds"]
+        step = statistics.median(map(seconds, samples[base].values()))
+        found.append(
+            Bar(f"{row} calibration / {base} step, processor time", CALIBRATION_STEPS_LIMIT, calibration / step)
+        )
     return found
 
 

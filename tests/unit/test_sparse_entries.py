@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ds_agsel.errors import ConfigError
 from ds_agsel.sparse import staircase
-from ds_agsel.sparse.basis import Energy, choose
+from ds_agsel.sparse.basis import Energy, Support, choose, draw
 from ds_agsel.sparse.linear import added_rows, entries_gradient
 from ds_agsel.sparse.targets import Target, detach_all, find_targets
 from ds_agsel.sparse_grad_section import SparseGradConfig
@@ -100,6 +100,34 @@ def test_without_a_rotation_nothing_but_the_entries_is_added():
     support = choose(energy_of("none"), 30, torch.float32)
     added = added_rows(torch.ones(30), support, slice(None), lines_are_rows=True)
     assert (added != 0).sum() == 30 and (added[added != 0] == 1).all()
+
+
+def test_random_entries_are_anywhere_and_come_from_the_seed_alone():
+    energy = energy_of("none")
+    one, same, other = (draw(energy, 60, seed) for seed in (1, 1, 2))
+    values = torch.arange(1.0, 61.0)
+    added = [added_rows(values, support, slice(None), True) for support in (one, same, other)]
+    assert torch.equal(added[0], added[1]) and not torch.equal(added[0], added[2])
+    assert sorted(added[0][added[0] != 0].tolist()) == values.tolist()
+    assert (one.lengths > 0).sum() > LINES / 2 and one.widest > DIRECTIONS / 2
+    lines, directions = torch.randn(50, LINES), torch.randn(50, DIRECTIONS)
+    gradient = entries_gradient(lines, directions, one)
+    torch.testing.assert_close(gradient @ values, ((lines.T @ directions) * added[0]).sum(), rtol=1e-4, atol=1e-3)
+    shares = [draw(energy, LINES * DIRECTIONS // 4, seed).captured for seed in range(40)]
+    assert sum(shares) / 40 == pytest.approx(0.25, abs=0.05)  # of any energy, as each entry is as likely as another
+
+
+def test_products_are_not_many_more_than_the_entries():
+    generator = torch.Generator().manual_seed(8)
+    for entries in (1, 20, 300, 4000, 300 * 64):
+        energies = torch.rand(300, generator=generator) ** 8, torch.rand(64, generator=generator) ** 8
+        lengths = staircase.prefix_lengths(energies[0], energies[1].sort(descending=True).values, entries)
+        support = Support(lengths, torch.eye(64)[:, : int(lengths.max())], 64, None, 0.0, 0.0)
+        assert support.layout.numel <= 10 * entries + 2 * 32 * 64
+        assert len(support.layout.long_lines) <= 300 / 8 and len(support.layout.tiles) <= 10
+        assert len(set(support.layout.places.tolist())) == entries
+        longer = [int((lengths > least).sum()) for least in (0, 1, 2, 4, 8, 16, 32, 64)]
+        assert list(support.reach) == longer[: len(support.reach)] and support.reach[-1] == 0
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_noted():

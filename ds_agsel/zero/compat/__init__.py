@@ -69,6 +69,7 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
     from ds_agsel.zero.compat.weights import (
         gather_again,
+        gathered_bytes,
         has_leaf_modules,
         is_gathered,
         partition_weights,
@@ -101,6 +102,7 @@ __all__ = [
     "forget_backward",
     "fp32_weights_of",
     "gather_again",
+    "gathered_bytes",
     "gradient_partitions",
     "has_fused_adam",
     "has_leaf_modules",

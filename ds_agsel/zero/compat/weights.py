@@ -26,12 +26,22 @@ def has_leaf_modules(model: torch.nn.Module) -> bool:
     return bool(get_z3_leaf_modules(model))
 
 
-def gather_again(parameters: Sequence[Any]) -> None:
-    """Let those of ``parameters`` that are whole here now show their partitions as they are. Collective."""
+def gather_again(parameters: Sequence[Any]) -> int:
+    """Let those of ``parameters`` that are whole here now show their partitions as they are. Collective.
+
+    Returns: the bytes gathered; 0 on one rank.
+    """
     whole = [parameter for parameter in parameters if is_gathered(parameter)]
     if whole:
         whole[0].partition(whole)
         whole[0].all_gather(whole)
+    return sum(map(gathered_bytes, whole))
+
+
+def gathered_bytes(parameter: Any) -> int:
+    """Return the bytes, with padding, that gathering ``parameter`` hands to a collective; 0 on one rank."""
+    ranks = dist.get_world_size(group=parameter.ds_process_group)
+    return int(parameter.ds_tensor.numel() * ranks * parameter.element_size()) if ranks > 1 else 0
 
 
 def read_weights(optimizer: DeepSpeedZeroOptimizer_Stage3, sub_group: int, flat: torch.Tensor) -> None:
