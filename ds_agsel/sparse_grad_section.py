@@ -45,8 +45,8 @@ class SparseGradConfig(BaseModel):
             )
         if self.choice == "random" and self.rotation != "none":
             yield (
-                f'{path}.choice="random" draws entries of the plain matrix, and {path}.rotation="{self.rotation}" rotates'
-                ' it. Set rotation to "none", or choice to "energy".'
+                f'{path}.choice="random" draws entries of the plain matrix, and {path}.rotation="{self.rotation}"'
+                ' rotates it. Set rotation to "none", or choice to "energy".'
             )
         if self.modules == ():
             yield f"{path}.modules=[] is empty. Use null for the matrices of the MLPs."

@@ -218,10 +218,10 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         run.block_names = [f"block {index}" for index in range(num_blocks)]
     run.changed = _last_change(folder)
     text = _read_text(run, MATRICES_FILE)
-    described = None if text is None else _parse(run, MATRICES_FILE, text)
-    if described is not None:
+    matrices = None if text is None else _parse(run, MATRICES_FILE, text)
+    if matrices is not None:
         try:
-            run.matrices = read_matrices(described)
+            run.matrices = read_matrices(matrices)
         except ValueError as error:
             run.problem(MATRICES_FILE, f": {error}")
     text = _read_text(run, SUMMARY_FILE)

@@ -226,6 +226,30 @@ def test_trains_a_few_entries_of_the_mlps(workers, tmp_path, stage):
     assert all(moved.values()) and any("up_proj" in name for name in moved)
 
 
+@pytest.mark.parametrize(("architecture", "stage"), [("bert", 2), ("roberta", 3), ("gpt2", 2)])
+def test_trains_a_few_entries_of_encoders_and_of_gpt2(workers, tmp_path, architecture, stage):
+    from safetensors.torch import load_file
+
+    section = {"policy": "all", "sparse_grad": {"entries_percent": 5, "calibration_steps": 2, "refresh_steps": 5}}
+    config = ds_config(stage, section=section)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    [run] = workers(1).run(
+        trainers.train, tmp_path, config, architecture=architecture, num_train_epochs=3, save_strategy="epoch"
+    )
+    start = dict(trainers.tiny_other(architecture).named_parameters())
+    matrices = {matrix.name: matrix for matrix in read_run(tmp_path).matrices}
+    ends = {"gpt2": ("mlp.c_fc.weight", "mlp.c_proj.weight")}.get(
+        architecture, ("intermediate.dense.weight", "output.dense.weight")
+    )
+    assert len(matrices) == 4 and all(name.endswith(ends) and ".attention." not in name for name in matrices)
+    [*_, last] = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    saved = load_file(last / "model.safetensors")
+    assert saved.keys() <= start.keys() and matrices.keys() <= saved.keys()
+    assert not [name for name in matrices if torch.equal(saved[name], start[name])]
+    losses = [line["loss"] for line in run["logs"] if "loss" in line]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
 def test_single_matrices_are_selected_and_logged(workers, tmp_path):
     section = {"granularity": "module", "select_percent": 15, "explore_decay": 0.2}
     [run] = workers(1).run(trainers.train, tmp_path, ds_config(section=section))

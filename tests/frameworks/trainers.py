@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import ds_agsel
 from ds_agsel.hf import SelectionCallback
@@ -54,10 +66,28 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         )
 
 
-def rows(number: int = ROWS) -> list[dict[str, list[int]]]:
+def tiny_other(name: str) -> PreTrainedModel:
+    """An encoder with a classifier on it, or GPT-2, whose Linears are Conv1Ds."""
+    small = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "bert":
+            return BertForSequenceClassification(BertConfig(**small))
+        if name == "roberta":
+            return RobertaForSequenceClassification(RobertaConfig(**small))
+        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        shape = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, **ends)
+        return GPT2LMHeadModel(shape)
+
+
+def rows(number: int = ROWS, architecture: str = "llama") -> list[dict[str, Any]]:
+    """Rows of 12 tokens; for an encoder each has a class, by its first token."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         tokens = [torch.randint(1, VOCABULARY, (12,)).tolist() for _ in range(number)]
+    if architecture in ("bert", "roberta"):
+        return [{"input_ids": row, "labels": int(row[0] > VOCABULARY // 2)} for row in tokens]
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
@@ -164,11 +194,12 @@ def train(
     num_rows: int = ROWS,
     callback: bool = True,
     optimizers: str | None = None,
+    architecture: str = "llama",
     **changes: Any,
 ) -> dict[str, Any]:
     """A Trainer's run; ``optimizers="sgd"`` or "adamw" hands it one made by the user."""
     forget_accelerate()
-    model = tiny_llama()
+    model = tiny_llama() if architecture == "llama" else tiny_other(architecture)
     made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     more = {} if optimizers is None else {"optimizers": (made[optimizers](model.parameters(), lr=0.0123), None)}
     heard = Heard()
@@ -179,8 +210,8 @@ def train(
         trainer = Trainer(
             model=model,
             args=arguments(folder, deepspeed, **changes),
-            train_dataset=rows(num_rows),
-            eval_dataset=rows(4),
+            train_dataset=rows(num_rows, architecture),
+            eval_dataset=rows(4, architecture),
             callbacks=[SelectionCallback()] if callback else None,
             **more,
         )

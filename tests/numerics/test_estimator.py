@@ -140,7 +140,7 @@ def _held_of_matrices(carriers: Any) -> dict[str, int] | None:
     kept = [tensor for energy in carriers._energies.values() for tensor in energy.tensors()]
     for target in carriers._targets:
         kept.append(target.support.directions)
-        kept += [tensor for tile in target.support.tiles for tensor in (tile.lines, tile.places)]
+        kept += [target.support.layout.long_lines, target.support.layout.places]
     return {"host": sum(base.nbytes for base in carriers._bases.values()), "accelerator": sum(t.nbytes for t in kept)}
 
 
