@@ -175,8 +175,9 @@ class SelectionConfig(BaseModel):
             )
         if self.granularity == "module" and self.sparse_grad is not None:
             yield (
-                f'{SECTION}.granularity="module" and {SECTION}.sparse_grad exclude each other: the trained entries of a'
-                f' layer\'s matrices are selected with the layer. Set {SECTION}.granularity to "block".'
+                f'{SECTION}.granularity="module" and {SECTION}.sparse_grad exclude each other: modules are drawn until'
+                " their elements fill select_percent, and entries hardly count, so that these matrices would nearly"
+                f' always be drawn. Set {SECTION}.granularity to "block": they are selected with their layer.'
             )
 
     def _scoring_field_problems(self) -> Iterator[str]:

@@ -141,6 +141,22 @@ def test_rows_of_gast_are_compared_with_the_steps_that_learn_from_all_rows(tmp_p
         assert blocks == of_base  # they draw the same blocks, and differ by their rows alone
 
 
+@pytest.mark.slow
+def test_rows_of_sparse_grad_are_compared_with_the_steps_that_train_whole_matrices(tmp_path: Path) -> None:
+    rows = {"sparse-20": ("exploit-20", 1.10), "sparse-all": ("all", 1.15)}
+    done = run_benchmark("--offload", "none", "--rows", "exploit-20", "all", *rows, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    mode = json.loads((tmp_path / "benchmark.json").read_text())["offload"]["none"]
+    bars = {bar["name"]: bar for bar in mode["bars"]}
+    for row, (base, limit) in rows.items():
+        assert bars[f"{row} step / {base} step"]["limit"] == limit
+        assert bars[f"{row} step / {base} step, processor time"]["value"] > 0
+        blocks, of_base = ([sample["blocks"] for sample in mode["samples"][name]] for name in (row, base))
+        assert blocks == of_base  # calibration is over before the first round
+    assert bars["sparse-all calibration / all step, processor time"]["limit"] == 20
+    assert mode["rows"]["sparse-all"]["state_bytes"] < mode["rows"]["all"]["state_bytes"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -244,7 +244,7 @@ def test_trains_a_few_entries_of_encoders_and_of_gpt2(workers, tmp_path, archite
     assert len(matrices) == 4 and all(name.endswith(ends) and ".attention." not in name for name in matrices)
     [*_, last] = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     saved = load_file(last / "model.safetensors")
-    assert saved.keys() <= start.keys() and matrices.keys() <= saved.keys()
+    assert not [name for name in saved if "sparse_grad" in name] and matrices.keys() <= saved.keys()
     assert not [name for name in matrices if torch.equal(saved[name], start[name])]
     losses = [line["loss"] for line in run["logs"] if "loss" in line]
     assert sum(losses[-4:]) < sum(losses[:4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,3 +172,11 @@ def test_options_have_their_defaults_type_and_no_others() -> None:
         methods.make("lora", ["rank=many"])
     with pytest.raises(ConfigError, match=r"'alfa=1' is unknown to lora. It has \(with defaults\): rank=256"):
         methods.make("lora", ["alfa=1"])
+
+
+def test_matrices_that_follow_their_entries_are_trained_too() -> None:
+    names = ("layers.0.up.sparse_grad_values", "layers.0.norm.weight")
+    blocks = [SimpleNamespace(parameter_names=names), SimpleNamespace(parameter_names=("layers.1.norm.weight",))]
+    method = methods.make("adagrad_select")
+    method.selection = SimpleNamespace(blocks=blocks, history=[SimpleNamespace(blocks=(0,))])
+    assert method.trained() == {*names, "layers.0.up.weight"}
