@@ -36,7 +36,7 @@ from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
 from ds_agsel.sparse_grad_section import SPARSE_GRAD
 from ds_agsel.zero.adapters import adapter_for
-from ds_agsel.zero.states import visiting
+from ds_agsel.zero.states import visits
 from ds_agsel.zero.states.home import moment_bytes
 from ds_agsel.zero.window import StepWindow
 
@@ -208,7 +208,7 @@ class PlanningClock:
     """Host seconds that ds_agsel spends on choosing, freezing and planning moves, since the last `take`."""
 
     TIMED = (
-        (StepWindow, "prepare"), (Selection, "choose"), (Selection, "commit"), (visiting, "plan_moves"),
+        (StepWindow, "prepare"), (Selection, "choose"), (Selection, "commit"), (visits, "plan_moves"),
     )  # fmt: skip
 
     def __init__(self) -> None:

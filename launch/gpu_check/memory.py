@@ -13,7 +13,7 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.estimate.setup import read_setup
 from ds_agsel.estimate.shapes import shape_of
 from ds_agsel.estimate.table import as_json, estimate
-from ds_agsel.zero.states.visiting import VisitingStates
+from ds_agsel.zero.states.visits import Visits
 
 from .models import ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait, with_lora
 from .parts import Size
@@ -74,7 +74,7 @@ def _resident(engine: Any) -> int:
 def _pool_to_budget(engine: Any) -> float | None:
     """Return the memory held for states that visit as a multiple of their budget; None where none visit."""
     home = getattr(engine.optimizer, "home", None)
-    if not isinstance(home, VisitingStates):
+    if not isinstance(home, Visits):
         return None
     return home.transfer.arena_bytes / home.budget_bytes
 

@@ -31,4 +31,5 @@ def test_the_dry_run_goes_through(tmp_path: Path) -> None:
     assert {case["outcome"] for case in found["matrix"]["cases"]} == {"ok"}
     assert all(case["estimate"]["accelerator"] > 0 for case in found["memory"]["cases"] if case["outcome"] == "ok")
     page = (folder / "report.md").read_text()
-    assert "| exploit-20 |" in page and "zero3-visit-all" in page and "not measured" not in page
+    assert "| exploit-20 |" in page and "zero3-visit-all" in page
+    assert "| exploit step, our bar | 0.7 |" in page and "step, our bar | 0.7 | not measured" not in page
