@@ -125,7 +125,8 @@ class Int8Moments(MomentForm):
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         values = values.detach()
         codes, state = self._library.quantize_blockwise(values, code=self._table(key, values), blocksize=BLOCK_NUMEL)
-        codes.masked_fill_(values == 0, self._zeros[key])
+        for piece, zeros in zip(codes.split(_PIECE_NUMEL), values.split(_PIECE_NUMEL), strict=True):
+            piece.masked_fill_(zeros == 0, self._zeros[key])
         return {_codes(key): codes, _largest(key): state.absmax}
 
     def pack_again(self, key: str, values: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,8 +36,9 @@ class SplitStates(StatesInPlace):
         device = self._masters[0].device
         self._nothing = torch.zeros(1, device=device)
         self._buffer: Tensor | None = None
-        self._low = [torch.empty(master.numel(), dtype=torch.int16, device=device) for master in self._masters]
-        for group in range(len(self._masters)):
+        self._low: list[Tensor] = []
+        for group, master in enumerate(self._masters):  # one after the other: each gives its fp32 memory back
+            self._low.append(torch.empty(master.numel(), dtype=torch.int16, device=device))
             self._take(group)
 
     # ------------------------------------------------------------------------- a step
