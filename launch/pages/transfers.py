@@ -47,9 +47,10 @@ moments) travel to the accelerator, and those of blocks no longer selected trave
 budget, of the k + 2 largest blocks. A larger `state_budget_bytes` is a cache, in which they stay until their room is
 needed; with room for all, each block travels once and nothing after that. The model in
 `ds_agsel/estimate/timeline.py` puts the moves of `residency.plan_moves` on two links beside a compute stream. *Exposed*
-is the time that updates wait for arrivals. Selections are drawn uniformly, 64 steps, which moves more than the policy's
-own draws, as those repeat. Copies that close gaps in the memory for states (docs/states.md) are left out: they stay on
-the accelerator.
+is the time that updates wait for arrivals; *lean* is that with `"master_weights": "split"` and `"state_dtype": "int8"`,
+of which 4 bytes travel for each element (packing on the card is not counted). Selections are drawn uniformly, 64 steps,
+which moves more than the policy's own draws, as those repeat. Copies that close gaps in the memory for states
+(docs/states.md) are left out: they stay on the accelerator.
 
 Assumed rates:
 """
@@ -66,6 +67,7 @@ class Line:
     exploit: Exposure
     explore: Exposure
     hidden_from_tokens: int | None
+    lean: tuple[Exposure, Exposure]  # exploit, explore
 
 
 def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequence: int) -> str:
@@ -103,8 +105,9 @@ def lines_of(models: Sequence[str], cards: Sequence[Card], percentages: Sequence
 def as_table(lines: Sequence[Line]) -> list[str]:
     """Return the lines as a table in Markdown."""
     return [
-        "| model | card | select | k | moved in | exploit step | exposed | explore step | exposed | hidden from |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | card | select | k | moved in | exploit step | exposed | lean | explore step | exposed | lean "
+        "| hidden from |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, lines),
     ]
 
@@ -113,7 +116,9 @@ def _line(model: ModelShape, card: Card, percent: float, tokens: int) -> Line:
     setup, k = Setup(), num_selected(percent, len(model.blocks))
     exploit = simulate(model, setup, card, k, tokens, "exploit")
     explore = simulate(model, setup, card, k, tokens, "explore")
-    return Line(model, card, percent, k, exploit, explore, hiding_tokens(model, setup, card, k))
+    leaner = setup.but(master_weights="split", state_dtype="int8")
+    lean = simulate(model, leaner, card, k, tokens, "exploit"), simulate(model, leaner, card, k, tokens, "explore")
+    return Line(model, card, percent, k, exploit, explore, hiding_tokens(model, setup, card, k), lean)
 
 
 def _row(line: Line) -> str:
@@ -121,8 +126,8 @@ def _row(line: Line) -> str:
     return (
         f"| {line.model.name} | {line.card.name} | {line.percent:g} % | {line.num_selected} "
         f"| {exploit.h2d_bytes / 2**20:,.0f} MiB "
-        f"| {exploit.step_seconds * 1e3:.1f} ms | {_exposed(exploit)} "
-        f"| {explore.step_seconds * 1e3:.1f} ms | {_exposed(explore)} "
+        f"| {exploit.step_seconds * 1e3:.1f} ms | {_exposed(exploit)} | {_exposed(line.lean[0])} "
+        f"| {explore.step_seconds * 1e3:.1f} ms | {_exposed(explore)} | {_exposed(line.lean[1])} "
         f"| {'never' if least is None else f'{least:,} tokens'} |"
     )
 
@@ -135,6 +140,8 @@ def _reading(table: Sequence[Line], tokens: int) -> list[str]:
     """Return sentences on the table, with numbers taken from it."""
     hidden = sum(line.exploit.is_hidden for line in table)
     explore = [line.explore.exposed_seconds / line.explore.step_seconds for line in table]
+    hidden_lean = sum(line.lean[0].is_hidden for line in table)
+    lean = [line.lean[1].exposed_seconds / line.lean[1].step_seconds for line in table]
     text = (
         f"Of the {len(table)} lines, {hidden} hide every transfer of every exploit step at {tokens} tokens. Hiding "
         "ends where forward and backward are shorter than the states of the newly selected blocks take on the link; "
@@ -145,6 +152,8 @@ def _reading(table: Sequence[Line], tokens: int) -> list[str]:
         "Explore steps know their blocks only when backward has ended, and an update is far shorter than an arrival: "
         f"what they move is exposed, here {min(explore):.0%} to {max(explore):.0%} of the step. Blocks that are there "
         "already cost nothing. More tokens make that share smaller, not the time.",
+        f"With lean states {hidden_lean} of the lines hide every transfer of every exploit step, and of explore steps "
+        f"{min(lean):.0%} to {max(lean):.0%} are exposed.",
     )
     return [line for paragraph in text for line in (*textwrap.wrap(paragraph, 118), "")][:-1]
 

@@ -40,6 +40,7 @@ PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGH
 UNTIMED = {"timers": {"throughput": {"enabled": False}}}
 GATHERING = {"stage3_param_persistence_threshold": 50, "sub_group_size": 300}
 TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
+LEAN = {"state_dtype": "bf16", "master_weights": "split"}
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 ON_DEVICE = Case(config={**UNTIMED, **TORCH_ADAM}, steps=6)
 ON_HOST = Case(config=UNTIMED, offload="cpu", zero=PINNED, steps=6)
@@ -59,6 +60,8 @@ CASES = [
     ON_DEVICE.but(section={**SELECT, **VISIT, "keep_master": "accelerator"}, model="net"),
     # Moments that leave are freed where they are, also while a copy of them to the host is under way.
     ON_DEVICE.but(section={**SELECT, **NARROW, "on_reentry": "reset"}, clip=0.5, steps=4),
+    # Lean states, which are packed and put together there.
+    ON_DEVICE.but(section={**SELECT, **NARROW, **LEAN}, dtype="bf16", clip=0.5, steps=4),
     # Streamed explore steps, on the reduction stream and off it.
     ON_DEVICE.but(section=TOPK, zero={"overlap_comm": True}, steps=3),
     ON_DEVICE.but(section={**FIRST, **VISIT}, accumulation=3),
@@ -67,6 +70,8 @@ CASES = [
     ON_DEVICE.but(stage=3, section={**FIRST, **VISIT, "keep_master": "accelerator"}, accumulation=2, model="net"),
 ]
 SLOW_CASES = [
+    ON_DEVICE.but(stage=3, section={**SELECT, **VISIT, **LEAN, "on_reentry": "reset"}, dtype="bf16", steps=4),
+    ON_DEVICE.but(section={**SELECT, **VISIT, **LEAN, "keep_master": "accelerator"}, dtype="bf16", steps=4),
     ON_DEVICE.but(stage=3, section={**SELECT, **VISIT, "on_reentry": "reset"}, accumulation=2),
     ON_DEVICE.but(section={**SELECT, **VISIT, "on_reentry": "decay"}, dtype="bf16"),
     # GATHERING: most parameters are gathered anew in each forward and backward

@@ -37,7 +37,7 @@ def join(weights: Tensor, low: Tensor, out: Tensor) -> None:
     for (values, halves), upper in zip(_pieces(out, low), weights.split(_PIECE_NUMEL), strict=True):
         bits = values.view(torch.int32)
         bits.copy_(upper.view(torch.int16))
-        bits.bitwise_left_shift_(16).add_(halves)
+        bits.mul_(0x10000).add_(halves)
 
 
 def rounded(values: Tensor) -> Tensor:
@@ -53,4 +53,4 @@ def _pieces(master: Tensor, low: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _lower_bits(bits: Tensor) -> Tensor:
     """Return the lower 16 bits of ``bits``, int32, as a signed number, int32."""
-    return bits.bitwise_left_shift(16).bitwise_right_shift_(16)
+    return bits.add(0x8000).bitwise_and_(0xFFFF).sub_(0x8000)
