@@ -80,6 +80,13 @@ def _kernels_hidden_by_composites() -> Iterator[tuple[str, torch._ops.OpOverload
             yield name, getattr(getattr(torch.ops.aten, base), overload or "default")
 
 
+def _as_tensor(op: torch._ops.OpOverload, position: int, value: Any) -> Any:
+    """Return a number that a composite operator has put in a tensor's place, as `bitwise_and_.Scalar` does, as one."""
+    if isinstance(value, (bool, int, float)) and str(op._schema.arguments[position].type) == "Tensor":
+        return torch.tensor(value)
+    return value
+
+
 class Operators:
     """The kernels of the device type, over ``queue``. ``next_seed`` is asked at the call of a random operator."""
 
@@ -129,6 +136,7 @@ class Operators:
             return value
 
         self._size_empty_outputs(op, plan, args, kwargs)
+        args = tuple(_as_tensor(op, position, value) for position, value in enumerate(args))
         lowered = [lower(value, position in plan.written_positions) for position, value in enumerate(args)]
         named = {name: lower(value, name in plan.written_names) for name, value in kwargs.items()}
         if len(indices) > 1:

@@ -23,6 +23,8 @@ class MomentForm(ABC):
     """How a moment, fp32, (numel,), is kept in fewer bytes. A moment's form is one or more tensors by name."""
 
     name: ClassVar[str]
+    is_random: ClassVar[bool] = False
+    """Whether `pack` with a generator rounds stochastically."""
 
     @classmethod
     @abstractmethod
@@ -77,6 +79,7 @@ class Bf16Moments(MomentForm):
     """
 
     name = "bf16"
+    is_random = True
 
     @classmethod
     def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:

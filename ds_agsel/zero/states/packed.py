@@ -63,7 +63,8 @@ class PackedStates(StatesInPlace):
         state = self.optimizer.optimizer.state[self._masters[group]]
         packed: dict[str, Tensor] = {}
         for number, key in enumerate(MOMENTS):
-            packed |= self._form.pack(key, state[key], self._generator(group, number, state[key].device))
+            generator = self._generator(group, number, state[key].device) if self._form.is_random else None
+            packed |= self._form.pack(key, state[key], generator)
         self._keep(group, packed)
         self._hide(group)
 
