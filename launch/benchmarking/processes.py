@@ -282,6 +282,11 @@ class DeepSpeedTrainer:
             held = sum(self._adapter.held_gradient_bytes(self._optimizer))
             self._most_gradient_bytes = max(self._most_gradient_bytes, held)
 
+    def _state_bytes(self) -> int:
+        """Return the bytes of Adam moments that exist, in the form in which they rest."""
+        optimizer = self._optimizer
+        return int(optimizer.state_bytes()) if hasattr(optimizer, "home") else moment_bytes(optimizer)
+
     def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
         """Take a step on ``tokens``; return its measurements. DeepSpeed's side ignores ``blocks``."""
         engine, watch = self._engine, Stopwatch()
@@ -299,7 +304,7 @@ class DeepSpeedTrainer:
             "loss": loss.item(),
             "accelerator_gradient_bytes": accelerator_bytes,
             "host_gradient_bytes": host_bytes,
-            "state_bytes": moment_bytes(self._optimizer),
+            "state_bytes": self._state_bytes(),
             "resident_state_bytes": resident_bytes,
             "most_gradient_bytes": self._most_gradient_bytes,
             "calibration_cpu_seconds": self.calibration_cpu_seconds,

@@ -12,6 +12,8 @@ from ds_agsel.gast_section import GAST
 from ds_agsel.sparse.targets import is_carrier, weight_of
 from ds_agsel.zero import compat
 from ds_agsel.zero.adapters import adapter_for
+from ds_agsel.zero.selective import SelectiveStep
+from ds_agsel.zero.states.split import SplitStates
 from ds_agsel.zero.storage import storage_bytes
 
 from .base import Method, RunContext, without_section
@@ -55,10 +57,14 @@ class Zero(Method):
 
     def state_bytes(self) -> int:
         optimizer = self.engine.optimizer
+        if isinstance(optimizer, SelectiveStep) and optimizer.home.are_temporary:
+            return optimizer.state_bytes()  # what DeepSpeed sees of them has no storage
         return storage_bytes(held_by(getattr(optimizer, "optimizer", optimizer).state.values()))
 
     def master_bytes(self) -> int:
         optimizer = self.engine.optimizer
+        if isinstance(optimizer, SelectiveStep) and isinstance(optimizer.home, SplitStates):
+            return optimizer.home.master_bytes()
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
             if hasattr(optimizer, name):
                 return storage_bytes(list(getattr(optimizer, name)))

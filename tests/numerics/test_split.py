@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from test_unselected import of_block
 from ds_agsel.zero import compat
 from ds_agsel.zero.states.halves import rounded
 from ds_agsel.zero.storage import storage_bytes
+from launch.methods.zero import Zero
 
 SLOW = pytest.mark.slow
 SPLIT = {**SELECT, "master_weights": "split"}
@@ -140,7 +142,7 @@ def watch_memory(case: Case) -> dict[str, Any]:
         return {
             "masters": storage_bytes(compat.masters(zero)),
             "links": most_linked(engine),
-            "rests": (zero.home.master_bytes(), 2 * sum(numels)),
+            "rests": (Zero.master_bytes(SimpleNamespace(engine=engine)), 2 * sum(numels)),
             "scratch": (zero.home.master_scratch_bytes(), 4 * max(numels) * (event == "step")),
         }
 
