@@ -1,6 +1,7 @@
 """How long backward takes to come to each block, for a policy that weighs scores against time.
 
-On an accelerator by events in its stream, which are read once, at the end of the step; on a CPU by the clock.
+On an accelerator by events in its stream, on a CPU by the clock. Events are read once, after the step's scores, whose
+computation was queued behind the last of them: the host has then waited for all of them.
 """
 
 from __future__ import annotations
@@ -41,22 +42,23 @@ class ArrivalTimes:
     def _seconds(self, begin: Any, end: Any) -> float:
         if self._event is None:
             return float(end - begin)
-        end.synchronize()
+        if not end.query():
+            end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
 
     def seconds(self, group: Any) -> list[float]:
         """Return the mean over the ranks of ``group`` of each block's time, (num_blocks,), equal on all. Collective.
 
-        0 for a block that got no gradient. Waits for the accelerator.
+        0 for a block that got no gradient. Of several ranks it costs one all-reduce and one wait for it.
         """
         shortest = [
             min((self._seconds(begin, ends[block]) for begin, ends in self._backwards if block in ends), default=0.0)
             for block in range(self._num_blocks)
         ]
-        device = get_accelerator().current_device_name()
-        of_ranks = torch.tensor(shortest, dtype=torch.float32, device=device)
         ranks = dist.get_world_size(group=group)
-        if ranks > 1:
-            dist.all_reduce(of_ranks, group=group)
+        if ranks == 1:
+            return shortest
+        of_ranks = torch.tensor(shortest, dtype=torch.float32, device=get_accelerator().current_device_name())
+        dist.all_reduce(of_ranks, group=group)
         found: list[float] = (of_ranks.cpu() / ranks).tolist()
         return found

@@ -1,9 +1,13 @@
-"""Flat gradient buffers, held only for the groups that this step needs."""
+"""Flat gradient buffers, held only for the groups that this step needs.
+
+Holding or letting go of a block's buffers costs what its own groups cost, however many others there are: an explore
+step does it for each block, in the middle of backward.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,79 +17,68 @@ from ds_agsel.residency import page_locked
 from ds_agsel.zero import compat
 
 
-class HostGradientBuffers:
-    """Gives each needed fp32 partition its ``.grad`` and takes it back, reusing buffers of equal size.
-
-    Stock ZeRO-Offload pins one for every partition for good (stage_1_and_2.py:940), and applies what an earlier
-    step left in it to a partition that got no gradient since.
-    """
-
-    def __init__(self, partitions: Sequence[torch.Tensor], pin_memory: bool) -> None:
-        self._partitions = partitions
-        self._pin_memory = pin_memory
-
-    def hold(self, groups: Iterable[int]) -> list[int]:
-        """Make ``groups`` the ones that have a gradient buffer; return those that were given one now.
-
-        A new holder's buffer, fp32 on the host like its partition, may hold old numbers except in the
-        partition's padding, which is 0 and stays so.
-        """
-        wanted = set(groups)
-        free: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for group, partition in enumerate(self._partitions):
-            if group not in wanted and partition.grad is not None:
-                free[partition.numel()].append(partition.grad)
-                partition.grad = None
-        given = [group for group in sorted(wanted) if self._partitions[group].grad is None]
-        for group in given:
-            partition = self._partitions[group]
-            spare = free[partition.numel()]
-            partition.grad = spare.pop() if spare else self._allocate(partition)
-        for buffers in free.values():
-            for buffer in buffers:
-                self._release(buffer)
-        return given
-
-    def _allocate(self, partition: torch.Tensor) -> torch.Tensor:
-        if self._pin_memory:
-            return page_locked.zeros(partition.numel(), partition.dtype, get_accelerator())
-        return torch.zeros_like(partition, requires_grad=False)
-
-    def _release(self, buffer: torch.Tensor) -> None:
-        if self._pin_memory:
-            compat.unpin_memory(buffer)
-
-    def held_bytes(self) -> int:
-        """Return the bytes of the buffers held now, on this rank."""
-        return sum(p.grad.numel() * p.grad.element_size() for p in self._partitions if p.grad is not None)
-
-
 class FlatGradients:
-    """A flat gradient buffer for each group that needs one, of the size of its partition; ZeRO-3's of either kind.
+    """A flat buffer for each group that needs one. Buffers of equal size are used again.
 
-    Stock ZeRO-3 keeps all of them for good (stage3.py:682 and 1456).
+    Stock DeepSpeed keeps one for every group for good (stage_1_and_2.py:940; stage3.py:682 and 1456).
+
+    Args:
+        numels: elements of each group's buffer.
+        zeroes: whether a buffer that is used again is zeroed. If not, it holds old numbers except in the partition's
+            padding, which is 0 and stays so.
+
+    Attributes:
+        held: the buffers by group, (numel,).
     """
 
-    def __init__(self, numels: Sequence[int], dtype: torch.dtype, device: str, pin_memory: bool) -> None:
+    def __init__(
+        self, numels: Sequence[int], dtype: torch.dtype, device: str, pin_memory: bool, zeroes: bool = True
+    ) -> None:
         self._numels = numels
         self._dtype = dtype
         self._device = device
         self._pin_memory = pin_memory
+        self._zeroes = zeroes
+        self._spare: dict[int, list[torch.Tensor]] = defaultdict(list)  # by numel
         self.held: dict[int, torch.Tensor] = {}
 
-    def hold(self, groups: Iterable[int]) -> None:
-        """Make ``groups`` the ones in `held`. A new holder's buffer is zero; one that stays keeps what it has."""
-        wanted = set(groups)
-        free: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for group in self.held.keys() - wanted:
-            free[self._numels[group]].append(self.held.pop(group))
-        for group in sorted(wanted - self.held.keys()):
-            spare = free[self._numels[group]]
-            self.held[group] = spare.pop().zero_() if spare else self._allocate(self._numels[group])
-        if self._pin_memory:
-            for buffers in free.values():
-                for buffer in buffers:
-                    compat.unpin_memory(buffer)
+    def take_over(self, buffers: Mapping[int, torch.Tensor]) -> None:
+        """Hold ``buffers``, by group, which DeepSpeed has made: page-locked if these are."""
+        self.held.update(buffers)
+
+    def let_go(self, groups: Iterable[int]) -> None:
+        """Take the buffers of ``groups``; those that have none are passed over. They are `spare` from then on."""
+        for group in groups:
+            buffer = self.held.pop(group, None)
+            if buffer is not None:
+                self._spare[self._numels[group]].append(buffer)
+
+    def add(self, groups: Iterable[int]) -> list[int]:
+        """Give each of ``groups`` that has none a buffer; return those. Frees the spare ones that do not fit."""
+        given = [group for group in groups if group not in self.held]
+        allocated = []
+        for group in given:
+            spare = self._spare.get(self._numels[group])
+            if spare:
+                self.held[group] = spare.pop().zero_() if self._zeroes else spare.pop()
+            else:
+                allocated.append(group)
+        if allocated:
+            self.free_spare()  # first, so that the peak of memory does not grow by them
+        for group in allocated:
+            self.held[group] = self._allocate(self._numels[group])
+        return given
+
+    @property
+    def spare(self) -> list[torch.Tensor]:
+        """The buffers that no group has."""
+        return [buffer for buffers in self._spare.values() for buffer in buffers]
+
+    def free_spare(self) -> None:
+        """Free the buffers that no group has."""
+        for buffer in self.spare if self._pin_memory else ():
+            compat.unpin_memory(buffer)
+        self._spare.clear()
 
     def _allocate(self, numel: int) -> torch.Tensor:
         if self._pin_memory:
@@ -125,20 +118,44 @@ class Zero3GradientBuffers:
 
     def hold(self, groups: Sequence[int]) -> None:
         """Make ``groups`` the ones that buffers are held for. A new buffer is zero."""
-        zero = self._zero
-        self._partitions.hold(groups)
-        partitions = compat.gradient_partitions(zero)
-        partitions.clear()
+        self.let_go(sorted(self._partitions.held.keys() - set(groups)))
+        self.add(groups)
+        self.free_spare()
+
+    def free_spare(self) -> None:
+        """Free the buffers that no group has any more."""
+        for buffers in self._of_both():
+            buffers.free_spare()
+
+    def spare(self) -> list[torch.Tensor]:
+        """Return the buffers that no group has any more, and that are kept for the next one."""
+        return [buffer for buffers in self._of_both() for buffer in buffers.spare]
+
+    def _of_both(self) -> list[FlatGradients]:
+        return [self._partitions] if self._fp32 is None else [self._partitions, self._fp32]
+
+    def let_go(self, groups: Iterable[int]) -> None:
+        """Take the buffers of ``groups``; those that have none are passed over."""
+        zero, partitions = self._zero, compat.gradient_partitions(self._zero)
         for group in groups:
             for param in zero.fp16_groups[group]:
-                _, start, numel = zero.grad_position[zero.get_param_id(param)]
-                partitions[param.ds_id] = self._partitions.held[group].narrow(0, start, numel)
+                partitions.pop(param.ds_id, None)
+            zero.fp32_partitioned_groups_flat[group].grad = None
+        self._partitions.let_go(groups)
         if self._fp32 is not None:
-            for partition in zero.fp32_partitioned_groups_flat:
-                partition.grad = None
-            self._fp32.hold(groups)
-            for group, gradient in self._fp32.held.items():
-                zero.fp32_partitioned_groups_flat[group].grad = gradient
+            self._fp32.let_go(groups)
+
+    def add(self, groups: Iterable[int]) -> None:
+        """Hold buffers for ``groups`` too. A new one is zero."""
+        zero, partitions = self._zero, compat.gradient_partitions(self._zero)
+        for group in self._partitions.add(groups):
+            buffer = self._partitions.held[group]
+            for param in zero.fp16_groups[group]:
+                _, start, numel = zero.grad_position[zero.get_param_id(param)]
+                partitions[param.ds_id] = buffer.narrow(0, start, numel)
+        if self._fp32 is not None:
+            for group in self._fp32.add(groups):
+                zero.fp32_partitioned_groups_flat[group].grad = self._fp32.held[group]
 
     def holds(self, group: int) -> bool:
         """Return whether there is a buffer for ``group``."""
@@ -150,3 +167,9 @@ class Zero3GradientBuffers:
         if self._fp32 is not None:
             _, start, numel = self._zero.grad_position[self._zero.get_param_id(param)]
             self._fp32.held[group].narrow(0, start, numel).zero_()
+
+
+def spare_buffers(optimizer: compat.ZeROOptimizer) -> list[torch.Tensor]:
+    """Return the buffers that no group of ``optimizer`` has; none of plain DeepSpeed's, which is measured too."""
+    gradients: Any = getattr(optimizer, "_gradients", None)
+    return [] if gradients is None else list(gradients.spare())

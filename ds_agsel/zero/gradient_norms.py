@@ -251,7 +251,7 @@ class GradientNorms(compat.ZeROOptimizer):
         if not every:
             return torch.zeros(len(norms), dtype=self._norm_sum_dtype(), device=device)
         parts = torch.stack(every).square().split([len(of_group) for of_group in norms])
-        sums = torch.stack([part.sum() for part in parts])
+        sums = torch.stack([part.sum() if len(part) != 1 else part[0] for part in parts])
         return sums.to(self._norm_sum_dtype())
 
     def _is_overflow(self) -> bool:

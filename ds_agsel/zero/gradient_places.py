@@ -8,14 +8,14 @@ write there is zeroed before it is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_agsel.zero import compat
-from ds_agsel.zero.gradient_buffers import HostGradientBuffers
+from ds_agsel.zero.gradient_buffers import FlatGradients
 from ds_agsel.zero.staging import HostStaging
 
 
@@ -33,6 +33,19 @@ class AcceleratorGradients:
 
     def hold(self, groups: Sequence[int]) -> None:
         """Make ``groups`` the ones that buffers are held for."""
+
+    def add(self, groups: Sequence[int]) -> None:
+        """Hold buffers for ``groups`` too."""
+
+    def let_go(self, groups: Sequence[int]) -> None:
+        """Take the buffers of ``groups``, with what they hold, for those that come next."""
+
+    def free_spare(self) -> None:
+        """Free buffers that were taken and that no other group has."""
+
+    def spare(self) -> list[Tensor]:
+        """Return the buffers that `free_spare` would free."""
+        return []
 
     def holds(self, group: int) -> bool:
         """Return whether a gradient of ``group`` can be taken now."""
@@ -103,10 +116,14 @@ class HostGradients(AcceleratorGradients):
     def __init__(self, zero: compat.DeepSpeedZeroOptimizer) -> None:
         super().__init__(zero)
         self._partitions = zero.single_partition_of_fp32_groups
-        self._buffers = HostGradientBuffers(self._partitions, zero.cpu_offload_pin_memory)
+        self._ids = [[zero.get_param_id(param) for param in params] for params in zero.params_in_partition]
         numels = [partition.numel() for partition in self._partitions]
         self._staging = HostStaging(numels, zero.dtype, zero.cpu_offload_pin_memory)
         self._free_stock_staging()
+        dtype, pins = zero.master_weights_and_grads_dtype, zero.cpu_offload_pin_memory
+        self._buffers = FlatGradients(numels, dtype, "cpu", pins, zeroes=False)
+        of_stock = {group: partition.grad for group, partition in enumerate(self._partitions)}
+        self._buffers.take_over({group: grad for group, grad in of_stock.items() if grad is not None})
 
     def _free_stock_staging(self) -> None:
         buffers = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
@@ -117,34 +134,49 @@ class HostGradients(AcceleratorGradients):
 
     def _param_ids(self, group: int) -> list[int]:
         """Return the ids of the parameters with a slice in this rank's partition of ``group``."""
-        return [self._zero.get_param_id(param) for param in self._zero.params_in_partition[group]]
+        return self._ids[group]
 
     # ------------------------------------------------------------------------- buffers
 
     def hold(self, groups: Sequence[int]) -> None:
-        zero, held = self._zero, set(groups)
-        for group in self._buffers.hold(groups):
+        self.let_go(sorted(self._buffers.held.keys() - set(groups)))
+        self.add(groups)
+        self.free_spare()
+
+    def free_spare(self) -> None:
+        self._buffers.free_spare()
+
+    def spare(self) -> list[Tensor]:
+        return self._buffers.spare
+
+    def let_go(self, groups: Iterable[int]) -> None:
+        zero = self._zero
+        for group in groups:
+            self._partitions[group].grad = None
+            zero.offload_gradient_dict[group] = None
+            for param_id in self._ids[group]:
+                zero.accumulated_grads_in_cpu.pop(param_id, None)
+        self._buffers.let_go(groups)
+
+    def add(self, groups: Sequence[int]) -> None:
+        for group in self._buffers.add(groups):
+            self._partitions[group].grad = self._buffers.held[group]
             # A reused buffer may hold old numbers in the gaps between parameters, where no gradient is written.
-            self._zero_gradient(group, keep=self._param_ids(group))
-        for group in range(len(self._partitions)):
-            if group not in held:
-                zero.offload_gradient_dict[group] = None
-            elif zero.offload_gradient_dict.get(group) is None:
-                zero.offload_gradient_dict[group] = self.fragments(group)
-        for param_id in [i for i in zero.accumulated_grads_in_cpu if zero._group_of_param[i] not in held]:
-            del zero.accumulated_grads_in_cpu[param_id]
+            self._zero_gradient(group, keep=self._ids[group])
+            self._zero.offload_gradient_dict[group] = self.fragments(group)
 
     def holds(self, group: int) -> bool:
-        return self._partitions[group].grad is not None
+        return group in self._buffers.held
 
     def begin_window(self) -> None:
         for gradient in self._zero.accumulated_grads_in_cpu.values():
             gradient.zero_()  # sums start from 0 also for a parameter that misses the first micro-step
 
     def fragments(self, group: int) -> list[Tensor] | None:
-        if not self.holds(group):
+        flat = self._partitions[group].grad
+        if flat is None:
             return None
-        flat = self._partitions[group].grad.view(-1)
+        flat = flat.view(-1)
         positions = [self._zero.grad_position[param_id] for param_id in self._param_ids(group)]
         return [flat.narrow(0, start, numel) for _, _, start, numel in positions]
 

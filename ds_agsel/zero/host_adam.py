@@ -22,7 +22,7 @@ origin, and multiplies on from there. Origins go into checkpoints (`state_dict`)
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,24 +50,39 @@ class HostAdam:
         weakref.finalize(self, _destroy, self._op, self._ids)
 
     @contextmanager
-    def stepping(self, group: int, partition: torch.Tensor, param_group: dict[str, Any]) -> Iterator[None]:
-        """Let the optimizer's next ``step`` run on the C++ object of ``group``. It must step ``partition`` alone, once.
+    def stepping(
+        self,
+        groups: Sequence[int],
+        partitions: Sequence[torch.Tensor],
+        param_groups: Sequence[Mapping[str, Any]],
+        before: Callable[[int], None] | None = None,
+        after: Callable[[int], None] | None = None,
+    ) -> Iterator[None]:
+        """Let the optimizer's next ``step`` run on the C++ objects of ``groups``.
 
-        ``group`` is any number that stands for the partition; ``param_group`` has its hyperparameters.
+        It must step ``partitions`` alone, once, in their order.
+
+        Args:
+            groups: any numbers that stand for the partitions.
+            param_groups: the hyperparameters of each.
+            before, after: called with each partition's place just before and after its update; by CPU Adam alone.
         """
-        count = self._optimizer.state[partition].get("step", 0) if partition in self._optimizer.state else 0
-        self._bring_to(count, group, param_group)
-        identifier = self._ids[group]
+        state = self._optimizer.state
+        counts = [state[partition].get("step", 0) if partition in state else 0 for partition in partitions]
+        for count, group, param_group in zip(counts, groups, param_groups, strict=True):
+            self._bring_to(count, group, param_group)
+        identifiers = [self._ids[group] for group in groups]
         if isinstance(self._optimizer, compat.FusedAdam):
-            bound = compat.attribute(self._optimizer, multi_tensor_adam=_FusedStep(self._op, identifier))
+            bound = compat.attribute(self._optimizer, multi_tensor_adam=_FusedStep(self._op, identifiers))
         else:
-            bound = compat.attribute(self._optimizer, opt_id=identifier)
+            bound = compat.attribute(self._optimizer, ds_opt_adam=_InTurn(self._op, identifiers, before, after))
         with bound:
             yield
-        self._counts[group] = count + 1
-        betas = _fp32_betas(param_group)
-        if self._origins[group].betas != betas:
-            self._origins[group] = _Origin(count + 1, betas)
+        for count, group, param_group in zip(counts, groups, param_groups, strict=True):
+            self._counts[group] = count + 1
+            betas = _fp32_betas(param_group)
+            if self._origins[group].betas != betas:
+                self._origins[group] = _Origin(count + 1, betas)
 
     def state_dict(self) -> dict[int, list[float]]:
         """Return what step counts do not tell, by group: the count of its origin, and the βs since."""
@@ -78,7 +93,7 @@ class HostAdam:
         self._counts.clear()
         self._origins = {group: _Origin(int(count), (b1, b2)) for group, (count, b1, b2) in state.items()}
 
-    def _bring_to(self, count: int, group: int, param_group: dict[str, Any]) -> None:
+    def _bring_to(self, count: int, group: int, param_group: Mapping[str, Any]) -> None:
         lr, eps, decay = float(param_group["lr"]), param_group["eps"], param_group["weight_decay"]
         if group not in self._ids:
             self._ids[group] = compat.new_cpu_adam_id()
@@ -129,12 +144,35 @@ def _fp32_betas(param_group: Mapping[str, Any]) -> tuple[float, float]:
     return float(np.float32(beta1)), float(np.float32(beta2))
 
 
-class _FusedStep:
-    """`multi_tensor_adam` of DeepSpeed's CPU FusedAdam (csrc/cpu/adam/fused_adam.cpp), on a given C++ object."""
+class _InTurn:
+    """The op of a `DeepSpeedCPUAdam`, whose n-th call is on the n-th of given C++ objects."""
 
-    def __init__(self, op: Any, identifier: int) -> None:
+    def __init__(
+        self,
+        op: Any,
+        identifiers: Sequence[int],
+        before: Callable[[int], None] | None,
+        after: Callable[[int], None] | None,
+    ) -> None:
+        self._op, self._identifiers = op, identifiers
+        self._before, self._after = before, after
+        self._place = 0
+
+    def adam_update(self, _: int, *arguments: Any) -> None:
+        place, self._place = self._place, self._place + 1
+        if self._before is not None:
+            self._before(place)
+        self._op.adam_update(self._identifiers[place], *arguments)
+        if self._after is not None:
+            self._after(place)
+
+
+class _FusedStep:
+    """`multi_tensor_adam` of DeepSpeed's CPU FusedAdam (csrc/cpu/adam/fused_adam.cpp), on given C++ objects in turn."""
+
+    def __init__(self, op: Any, identifiers: Sequence[int]) -> None:
         self._op = op
-        self._identifier = identifier
+        self._identifiers = iter(identifiers)
 
     def __call__(
         self,
@@ -152,7 +190,7 @@ class _FusedStep:
     ) -> None:
         for grad, param, exp_avg, exp_avg_sq in zip(*tensor_lists):
             self._op.adam_update(
-                self._identifier, step, lr, beta1, beta2, eps, weight_decay, bool(bias_correction),
+                next(self._identifiers), step, lr, beta1, beta2, eps, weight_decay, bool(bias_correction),
                 param, grad, exp_avg, exp_avg_sq,
             )  # fmt: skip
 

@@ -71,7 +71,7 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         self._reentry = Reentry(self, selection, home, self._unlink_states)
         self._host_adam = HostAdam(self.optimizer) if self._steps_with_hidden_state() else None
         self.carriers: Carriers | None = None  # with `sparse_grad`
-        self._entered: tuple[int, int] | None = None  # index in DeepSpeed's lists, group; whose state is being updated
+        self._entered: list[tuple[int, int]] = []  # index in DeepSpeed's lists, group; whose states are being updated
 
     def _steps_with_hidden_state(self) -> bool:
         on_cpu = get_accelerator().device_name() == "cpu"
@@ -314,21 +314,25 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         self.home.prefetch(planned)
 
     def _enter(self, shown: int) -> None:
-        """Make the state of the group at index ``shown`` of DeepSpeed's lists ready for its update."""
+        """Make the state of the group at index ``shown`` of DeepSpeed's lists ready for its update, and no other."""
         self._leave()
+        self._enter_too(shown)
+
+    def _enter_too(self, shown: int) -> None:
+        """As `_enter`; the states entered before stay."""
         group = self._shown_groups[shown]
         self._reentry.before_update()
         self.home.enter(shown, group)
-        self._entered = shown, group
+        self._entered.append((shown, group))
         if self.home.masters_are_split and self._updates_on_host():
             self.selection.current_traffic.d2h_bytes += compat.partition_weights(self, shown).nbytes
         self._reentry.entered(shown, self._block_of_group[group])
 
     def _leave(self) -> None:
-        """Return the state of the last entered group to its home, unless that is done."""
-        if self._entered is not None:
-            entered, self._entered = self._entered, None
-            self.home.leave(*entered)
+        """Return the states that have been entered to their home, unless that is done."""
+        entered, self._entered = self._entered, []
+        for shown, group in entered:
+            self.home.leave(shown, group)
 
     @property
     def states_are_on_disk(self) -> bool:

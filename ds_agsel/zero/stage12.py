@@ -11,7 +11,7 @@ Each group's state is where the update runs when DeepSpeed's loop comes to it: s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,18 +23,21 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero12Accessors
+from ds_agsel.zero.gradient_buffers import spare_buffers
 from ds_agsel.zero.gradient_norms import BlockScores, l2_norms
 from ds_agsel.zero.gradient_places import AcceleratorGradients, HostGradients
+from ds_agsel.zero.one_pass import OnePass
 from ds_agsel.zero.one_rank import OneRankReduction
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
 from ds_agsel.zero.traffic import Zero12Traffic
 
 
-class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
+class SelectiveZeroOptimizer(OnePass, Zero12Accessors, Zero12Traffic, OneRankReduction):
     """A `DeepSpeedZeroOptimizer` whose step updates the selected blocks' groups. Made by `adapters.restrict`."""
 
     grads_in_partition: Tensor | None
+    bit16_groups: list[list[nn.Parameter]]
 
     def attach(
         self, selection: Selection, block_of_group: Sequence[int], link: HyperparameterLink, home: StateHome
@@ -42,6 +45,8 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         """Attach the controller and the states' home. ``block_of_group[i]`` is the block of param group i."""
         self._group_of_param = {self.get_param_id(p): g for g, group in enumerate(self.bit16_groups) for p in group}
         self._attach(selection, block_of_group, link, home)
+        self._ranks = [dist.get_rank(group=group) for group in self.real_dp_process_group]  # this one's, by group
+        self._weights_at: dict[int, list[int]] = {}  # by group: where its flat weights and the model's are
         self._holds_gradients = False  # gradients stay where they are until their block has been scored
         self._gradients = HostGradients(self) if self.cpu_offload else AcceleratorGradients(self)
         self._link_accessors()
@@ -142,6 +147,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         self.reduce_ipg_grads()  # before the view: its buckets name groups by their original index
         if self._stream is not None:
             self._stream.flush(and_score=self._explores_on_first_micro_batch())
+            self._gradients.free_spare()
         groups = self._groups_of(sorted(self._blocks_to_keep()))
         with compat.only_groups(self, groups), self._waiting_for_reductions_alone():
             super().independent_gradient_partition_epilogue()
@@ -172,7 +178,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
             return self._start_scores(blocks)
 
     def _keep_gradients(self, block: int, params: list[nn.Parameter]) -> None:
-        self._hold_gradient_buffers()
+        self._gradients.add(self._groups_of((block,)))
         self._gradients.keep(params)
 
     def _forget_block(self, block: int) -> None:
@@ -181,6 +187,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
             for param in self.bit16_groups[group]:
                 param.grad = None
                 self._gradients.forget(self.get_param_id(param))
+        self._gradients.let_go(self._groups_of((block,)))
 
     def _held_slices(self, group: int) -> list[tuple[int, Tensor]]:
         """Return (param id, this rank's slice of its gradient) of ``group``'s parameters, in the middle of backward."""
@@ -224,11 +231,79 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
 
     # -------------------------------------------------------------------- step
 
-    def _only(self, groups: Sequence[int]) -> AbstractContextManager[None]:
-        return compat.only_groups(self, groups)
+    @contextmanager
+    def _only(self, groups: Sequence[int]) -> Iterator[None]:
+        with compat.only_groups(self, groups), compat.attribute(self, bit16_groups=self.bit16_groups):
+            yield
 
     def _before_update(self, groups: Sequence[int]) -> None:
+        super()._before_update(groups)
         self._gradients.stage(groups)
+
+    @compat.overrides
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Before DeepSpeed's loop over groups, which has nothing left to do after [Note: One pass]."""
+        super()._update_scale(has_overflow)
+        at_once, self._at_once = self._at_once, False
+        if at_once and not has_overflow:
+            # DeepSpeed asks for the norm before, until 0.19.6 after this; it is taken once.
+            self._update_at_once(self.scaled_global_norm() if self.compute_grad_norm else None)
+            for shown, group in enumerate(self._shown_groups):
+                self._point_to_weights(shown, group)
+                self._release_gradients(shown)
+            self.bit16_groups = []
+
+    def _bring_gradients(self, shown: Sequence[int]) -> Tensor:
+        masters = [self.single_partition_of_fp32_groups[index] for index in shown]
+        flat = torch.empty(sum(m.numel() for m in masters), dtype=masters[0].dtype, device=masters[0].device)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for index, master, target in zip(shown, masters, flat.split([m.numel() for m in masters])):
+            pieces = self.averaged_gradients[index]
+            whole = getattr(pieces, "flat_partition", None)
+            at = 0
+            for piece in pieces if whole is None else (whole,):
+                targets.append(target[at : at + piece.numel()])
+                sources.append(piece.view(-1))
+                at += piece.numel()
+            target[at:].zero_()  # the last rank's partition is padded
+            master.grad = target
+        torch._foreach_copy_(targets, sources)
+        for index in shown:
+            self._release_gradients(index)
+        return flat
+
+    def _release_gradients(self, shown: int) -> None:
+        """Let go of the gradients of a group, of which the update has a copy or no need any more."""
+        release = getattr(self.averaged_gradients.get(shown), "release_grad_buffers", None)
+        if callable(release):
+            release()
+        self.averaged_gradients[shown] = None
+        if not self.cpu_offload:
+            self.all_grad_tensors[shown] = None
+            for param in (*self.params_in_partition[shown], *self.params_not_in_partition[shown]):
+                param.grad = param.grad_accum = None
+
+    def _write_weights(self, shown: Sequence[int]) -> None:
+        masters = self.single_partition_of_fp32_groups
+        targets = [
+            self.parallel_partitioned_bit16_groups[index][self._ranks[self._shown_groups[index]]].data
+            for index in shown
+        ]
+        if not self.cpu_offload or targets[0].device.type == "cpu":
+            torch._foreach_copy_(targets, [masters[index].data for index in shown])
+            return
+        for index, target in zip(shown, targets):
+            staged = self.param_buffer_of_bit16_for_cpu_offload_groups[index]
+            staged.data.copy_(masters[index].data)
+            target.copy_(staged.data, non_blocking=True)
+
+    def _point_to_weights(self, shown: int, group: int) -> None:
+        """Let the model's parameters be the flat weights, as DeepSpeed does after each step, unless they are."""
+        flat, params = self.bit16_groups_flat[shown], self.bit16_groups[shown]
+        if self._weights_at.get(group) != [flat.data_ptr(), *(param.data_ptr() for param in params)]:
+            self._update_model_bit16_weights(shown)
+            self._weights_at[group] = [flat.data_ptr(), *(param.data_ptr() for param in params)]
 
     def _updates_on_host(self) -> bool:
         return bool(self.cpu_offload)
@@ -288,7 +363,7 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
             super()._optimizer_step(group_no)
         else:
             hyperparameters = self.optimizer.param_groups[group_no]
-            with self._host_adam.stepping(self._shown_groups[group_no], partition, hyperparameters):
+            with self._host_adam.stepping((self._shown_groups[group_no],), (partition,), (hyperparameters,)):
                 super()._optimizer_step(group_no)
         self.home.updated(group_no, self._shown_groups[group_no])
 
@@ -310,7 +385,8 @@ class SelectiveZeroOptimizer(Zero12Accessors, Zero12Traffic, OneRankReduction):
         host: list[Tensor] = []
         if self.cpu_offload:
             host = [p.grad for p in self.single_partition_of_fp32_groups]
-            host += list(self.accumulated_grads_in_cpu.values())
+            host += self.accumulated_grads_in_cpu.values()
+            host += spare_buffers(self)
         return storage_bytes(tensors), storage_bytes(host)
 
     def staging_bytes(self) -> int:

@@ -29,8 +29,9 @@ from ds_agsel.param_groups import HyperparameterLink
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 from ds_agsel.zero.accessors import Zero3Accessors, ZeroParameter
-from ds_agsel.zero.gradient_buffers import Zero3GradientBuffers
+from ds_agsel.zero.gradient_buffers import Zero3GradientBuffers, spare_buffers
 from ds_agsel.zero.gradient_norms import BlockScores, l2_norms
+from ds_agsel.zero.one_pass import OnePass
 from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
@@ -39,7 +40,7 @@ from ds_agsel.zero.traffic import Zero3Traffic
 MOST_WHOLE_WINDOWS = 3  # of [Note: First backward], for models of which no record lasts
 
 
-class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
+class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
     """A `DeepSpeedZeroOptimizer_Stage3` whose step updates the selected blocks. Made by `adapters.restrict`."""
 
     reduce_bucket_size: int
@@ -88,11 +89,9 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         super().zero_grad(set_to_none=set_to_none)
         self._received.clear()  # DeepSpeed's sums begin anew (stage3.py:2374)
 
-    def _hold_gradient_buffers(self, *coming: int) -> None:
-        """Hold buffers for the blocks that have gradients, and for those that are ``coming``."""
+    def _hold_gradient_buffers(self) -> None:
         active = self.selection.active_blocks
-        groups = self._groups_of([*(active if self._stream is None else self._stream.held), *coming])
-        self._gradients.hold(groups)
+        self._gradients.hold(self._groups_of(sorted(active if self._stream is None else self._stream.held)))
         # Buckets no larger than this step's gradients; stock ones are always `reduce_bucket_size` large.
         active_numel = sum(param.ds_numel for group in self._groups_of(active) for param in self.fp16_groups[group])
         self.reduce_bucket_size = min(self._stock_bucket_size, active_numel)
@@ -110,10 +109,11 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             self._arrivals.note(block)
         if self._stream is not None and compat.is_coalescing(self):
             self._stream = None  # all gradients come at once, when none can be freed early
+            self._hold_gradient_buffers()
         stream = self._stream
         is_streamed = stream is not None and not stream.is_over and stream.wants(block)
         if param.ds_id not in compat.gradient_partitions(self):
-            self._hold_gradient_buffers(block)
+            self._gradients.add(self._groups_of((block,)))
         self._make_bucket(self.get_param_comm_dtype(param))
         super().reduce_ready_partitions_and_remove_grads(param)
         if stream is not None and is_streamed and compat.is_in_bucket(param):
@@ -144,6 +144,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         compat.reduce_buckets(self)  # before the view: it fills buffers indexed by sub-group
         if self._stream is not None:
             self._stream.flush(and_score=self._explores_on_first_micro_batch())
+            self._gradients.free_spare()
         with compat.only_sub_groups(self, self._groups_of(sorted(self._blocks_to_keep()))):
             super().independent_gradient_partition_epilogue()
         if self._stream is not None and not compat.at_boundary(self):
@@ -159,14 +160,13 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         return self._start_scores(blocks)
 
     def _keep_gradients(self, block: int, params: list[ZeroParameter]) -> None:
-        self._hold_gradient_buffers()  # for a block that got none; the others have buffers already
+        self._gradients.add(self._groups_of((block,)))  # for a block that got none; the others have buffers already
 
     def _forget_block(self, block: int) -> None:
         self._drop_gradients({block})
-        self._received.difference_update(
-            param.ds_id for group in self._groups_of((block,)) for param in self.fp16_groups[group]
-        )
-        self._hold_gradient_buffers()
+        groups = self._groups_of((block,))
+        self._received.difference_update(param.ds_id for group in groups for param in self.fp16_groups[group])
+        self._gradients.let_go(groups)
 
     # -------------------------------------------------------------------- step
 
@@ -257,22 +257,66 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
 
     @compat.overrides
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        if self._at_once:
+            if sub_group_id == 0:  # DeepSpeed's loop has come to its first sub-group, and has no work with the others
+                self._update_at_once(total_norm)
+            return
         factor = self._clip_factor(total_norm)
         if factor is not None:
             self.fp32_partitioned_groups_flat[sub_group_id].grad.mul_(factor)
 
     @compat.overrides
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        if self._at_once:
+            return
         self._enter(sub_group_id)  # first: the gradient is set on the tensor that will be updated
         super()._prepare_sub_group(sub_group_id, timer_names)
 
     @compat.overrides
     def _release_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        if self._at_once:
+            return
         super()._release_sub_group(sub_group_id, timer_names)  # takes the gradient off the tensor that was updated
         self._leave()
 
     @compat.overrides
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
+        if not self._at_once:
+            super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
+
+    def _before_update(self, groups: Sequence[int]) -> None:
+        super()._before_update(groups)
+        if any(self.fp16_partitioned_groups_flat[group] is None for group in groups):
+            self._at_once = False  # model weights on NVMe
+
+    def _bring_gradients(self, shown: Sequence[int]) -> Tensor:
+        masters = [self.fp32_partitioned_groups_flat[index] for index in shown]
+        flat = torch.empty(sum(m.numel() for m in masters), dtype=masters[0].dtype, device=masters[0].device)
+        sources = [piece for index in shown for piece in self.averaged_gradients[index]]
+        torch._foreach_copy_(list(flat.split([piece.numel() for piece in sources])), [s.view(-1) for s in sources])
+        for index, master, gradient in zip(shown, masters, flat.split([m.numel() for m in masters])):
+            master.grad = gradient
+            self.averaged_gradients[index] = None
+            for param in self.fp16_groups[index]:
+                param.grad = None
+        if not get_accelerator().is_synchronized_device():
+            for piece in sources:
+                if get_accelerator().on_accelerator(piece):
+                    piece.record_stream(get_accelerator().current_stream())
+        return flat
+
+    def _write_weights(self, shown: Sequence[int]) -> None:
+        masters = [self.fp32_partitioned_groups_flat[index].data for index in shown]
+        targets = [self.fp16_partitioned_groups_flat[index].data for index in shown]
+        # The host goes on: what is copied from there does not change before the next step's norm, for which it waits.
+        torch._foreach_copy_(targets, masters, non_blocking=True)
+        for index in shown:
+            self._unflatten_partitioned_parameters(index)
+
+    @compat.overrides
     def _optimizer_step(self, sub_group_id: int) -> None:
+        if self._at_once:
+            return
         partition = self.fp32_partitioned_groups_flat[sub_group_id]
         self.selection.current_traffic.stepped_numel += partition.numel()
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
@@ -283,7 +327,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
             if self._host_adam is None:
                 super()._optimizer_step(sub_group_id)
             else:
-                with self._host_adam.stepping(self._shown_groups[sub_group_id], partition, group):
+                with self._host_adam.stepping((self._shown_groups[sub_group_id],), (partition,), (group,)):
                     super()._optimizer_step(sub_group_id)
         self.home.updated(sub_group_id, self._shown_groups[sub_group_id])
 
@@ -296,7 +340,7 @@ class SelectiveZero3Optimizer(Zero3Accessors, Zero3Traffic):
         """Return the bytes held for gradients now, on this rank: (on the accelerator, on the host by ZeRO-Offload)."""
         buckets = [bucket.buffer for bucket in self.ipg_buckets.values()]
         accelerator = [param.grad for params in self.fp16_groups for param in params] + buckets
-        partitions = list(compat.gradient_partitions(self).values())
+        partitions = [*compat.gradient_partitions(self).values(), *spare_buffers(self)]
         if not self.offload_optimizer:
             return storage_bytes(accelerator + partitions), 0
         return storage_bytes(accelerator), storage_bytes(

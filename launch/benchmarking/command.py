@@ -3,16 +3,20 @@
     python launch/benchmark.py                      # everything, SmolLM2-135M's shape, ZeRO-2 with and without offload
     python launch/benchmark.py --stage 2 3          # and ZeRO-3
     python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
+    python launch/benchmark.py --bars               # what the number of selected parameters, blocks and units costs
     python launch/benchmark.py --rows exploit-20 all random-20 align-20 random-all align-all   # GAST
     python launch/benchmark.py --rows exploit-20 all sparse-20 sparse-all                      # SparseGrad
 
 Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `visit-20`, exploit steps
 whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel with every block selected; `floor-20`, a
-hand-written PyTorch loop on the blocks that `exploit-20` drew. `random-20` and `align-20` are `exploit-20` learning
-from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`;
-`sparse-20` and `sparse-all` train a percent of the MLPs' entries. These are measured where they are named. Each row
-lives in a process of its own, and all take their steps in turn, one at a time: a round is one step of each on the same
-batch. Ratios are taken within a round and their median over the rounds is reported: the machine's noise cancels.
+hand-written PyTorch loop on the blocks that `exploit-20` drew. `modules-3` are exploit steps at 3 % of the matrices;
+`layers-20` and `matrices-20` update the same random layers, as blocks and matrix by matrix; these three are measured
+where they are named, and with ``--bars``, which measures what a bar of the optimizer's phase hangs on, on few tokens,
+so that fixed costs weigh most: some six minutes on two cores. `random-20` and `align-20` are `exploit-20` learning
+from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`; they are
+measured where they are named. Each row lives in a process of its own, and all take
+their steps in turn, one at a time: a round is one step of each on the same batch. Ratios are taken within a round and
+their median over the rounds is reported, so that the machine's noise cancels.
 """
 
 from __future__ import annotations
@@ -41,17 +45,20 @@ from ds_agsel import processor
 
 from ..training import hardware
 from . import processes, report
-from .processes import (
+from .processes import Shape, Workload
+from .rows import (
     ALL,
     FLOOR,
     FLOOR_PERCENT,
     GAST_ROWS,
+    LAYERS,
+    MATRICES,
+    MODULES,
     NAMED_ROWS,
     PERCENTAGES,
     PLAIN,
+    UNIT_ROWS,
     VISIT,
-    Shape,
-    Workload,
     exploit_row,
     explore_row,
 )
@@ -60,8 +67,25 @@ FOLLOWED = exploit_row(FLOOR_PERCENT)  # the floor updates the blocks that this 
 # Which rows are in memory together. Plain DeepSpeed takes part in all rounds.
 EXPLOIT_GROUP = (PLAIN, exploit_row(10), FOLLOWED, FLOOR, exploit_row(30), ALL, *NAMED_ROWS)
 EXPLORE_GROUP = (PLAIN, *(explore_row(percent) for percent in PERCENTAGES), VISIT)
-ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP))
-DEFAULT_ROWS = tuple(row for row in ROWS if row not in NAMED_ROWS)
+UNIT_GROUP = (PLAIN, *UNIT_ROWS)
+ROWS = tuple(dict.fromkeys(EXPLOIT_GROUP + EXPLORE_GROUP + UNIT_GROUP))
+DEFAULT_ROWS = tuple(row for row in ROWS if row not in NAMED_ROWS and row not in UNIT_ROWS)
+GROUPS = (EXPLOIT_GROUP, EXPLORE_GROUP, UNIT_GROUP)
+# With ``--bars`` at most three engines are in memory: 8 GB.
+BAR_GROUPS = (
+    (PLAIN, exploit_row(10), exploit_row(20)),
+    (PLAIN, exploit_row(30), MODULES),
+    (PLAIN, ALL),
+    (PLAIN, LAYERS, MATRICES),
+)
+# What ``--bars`` sets, where the command line does not.
+BARS = {
+    "stage": [2, 3],
+    "rows": list(dict.fromkeys(itertools.chain(*BAR_GROUPS))),
+    "steps": 4,
+    "micro_batch": 1,
+    "sequence_length": 128,
+}
 WARMUP_STEPS = 2
 # Imported once, by the fork server: most of a row's start. The last two are imported late by those who use them.
 PRELOADED = (
@@ -149,14 +173,17 @@ class Measurement:
     block_numels: list[int]
 
 
-def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> Measurement:
-    """Measure ``steps`` rounds of each group of ``rows``."""
+def measure(
+    workload: Workload, rows: Sequence[str], steps: int, logs: Path, groups: Sequence[Sequence[str]] = GROUPS
+) -> Measurement:
+    """Measure ``steps`` rounds of each of ``groups``, the rows that are in memory together, as far as in ``rows``."""
     if workload.stage == 3 or workload.offload != "none":
         rows = [row for row in rows if row != VISIT]
     samples: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
     first_round = 0
+    about: dict[str, Any] = {}
     with row_processes() as processes:
-        for group in (EXPLOIT_GROUP, EXPLORE_GROUP):
+        for group in groups:
             names = [row for row in group if row in rows]
             if names == [PLAIN] and len(rows) > 1:
                 continue
@@ -167,6 +194,7 @@ def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> 
                     _say(f"{workload.mode}: starting {row}")
                     log = logs / f"zero{workload.stage}-{workload.offload}-{row}.log"
                     processes[row] = RowProcess(row, workload, log)
+                    about = processes[row].about if row == PLAIN else about
             for number in range(first_round - WARMUP_STEPS, first_round + steps):
                 measured = _round(processes, names, number)
                 if number == first_round - 1:
@@ -179,7 +207,7 @@ def measure(workload: Workload, rows: Sequence[str], steps: int, logs: Path) -> 
                 kind = "warm-up" if number < first_round else f"round {number - first_round + 1}/{steps}"
                 _say(f"{workload.mode}: {kind}: {seconds}")
             first_round += steps + WARMUP_STEPS
-        return Measurement(samples, **processes[PLAIN].about)
+        return Measurement(samples, **about)
 
 
 def _round(processes: Mapping[str, RowProcess], names: Sequence[str], number: int) -> dict[str, dict[str, Any]]:
@@ -228,6 +256,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help=f"exit with code {BARS_MISSED} where a bar is missed")
+    parser.add_argument("--bars", action="store_true", help="the rows of the optimizer's phase, in all modes")
+    if parser.parse_known_args(arguments)[0].bars:
+        parser.set_defaults(**BARS)
     wanted = parser.parse_args(arguments)
     wanted.rows = [row for row in ROWS if row in wanted.rows or row == PLAIN]
     if FLOOR in wanted.rows and FOLLOWED not in wanted.rows:
@@ -259,7 +290,7 @@ def run(wanted: argparse.Namespace) -> dict[str, Any]:
         workload = Workload(
             shape, wanted.micro_batch, wanted.sequence_length, wanted.precision, offload, wanted.seed, stage
         )
-        measured = measure(workload, wanted.rows, wanted.steps, logs)
+        measured = measure(workload, wanted.rows, wanted.steps, logs, BAR_GROUPS if wanted.bars else GROUPS)
         samples, numels = measured.samples, measured.block_numels
         rows = report.summarize(samples, numels, wanted.micro_batch * wanted.sequence_length)
         judged = report.bars(samples, numels, workload)

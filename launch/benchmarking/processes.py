@@ -2,10 +2,6 @@
 
 `benchmark.py` starts `serve` in a new process and sends ``(batch, blocks)`` for each step; the answers are
 dicts: first the sizes of the blocks, then one per step.
-
-[Note: Steady state] The first step of every row is on all blocks, so that all Adam states exist before anything
-is measured. Otherwise a short run would count, in nearly every step, what happens once in a long one: the first
-update of a block, which allocates its states.
 """
 
 from __future__ import annotations
@@ -29,36 +25,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_agsel
-from ds_agsel import policies
 from ds_agsel.blocks import Block, find_blocks
-from ds_agsel.gast_section import GAST
-from ds_agsel.policies.adagrad_select import AdaGradSelect
 from ds_agsel.selection import Selection
-from ds_agsel.sparse_grad_section import SPARSE_GRAD
 from ds_agsel.zero.adapters import adapter_for
 from ds_agsel.zero.states import visits
 from ds_agsel.zero.states.home import moment_bytes
 from ds_agsel.zero.window import StepWindow
 
 from ..training.costs import peak_resident_bytes, reset_peak_resident
+from .rows import FLOOR, section
 
-PERCENTAGES = (10, 20, 30)
-FLOOR_PERCENT = 20
-PLAIN = "plain"
-ALL = "all"
-FLOOR = f"floor-{FLOOR_PERCENT}"
-VISIT = f"visit-{FLOOR_PERCENT}"
-# Rows that learn from half of the batch's rows: the row that they are compared with, and how they draw.
-GAST_ROWS = {
-    f"random-{FLOOR_PERCENT}": (f"exploit-{FLOOR_PERCENT}", "random"),
-    f"align-{FLOOR_PERCENT}": (f"exploit-{FLOOR_PERCENT}", "sample"),
-    f"random-{ALL}": (ALL, "random"),
-    f"align-{ALL}": (ALL, "sample"),
-}
-# Rows with `sparse_grad`, and the row that they are compared with.
-SPARSE_ROWS = {f"sparse-{FLOOR_PERCENT}": f"exploit-{FLOOR_PERCENT}", f"sparse-{ALL}": ALL}
-# Rows that are measured where they are named, and what they are compared with.
-NAMED_ROWS = {**{row: base for row, (base, _) in GAST_ROWS.items()}, **SPARSE_ROWS}
 RESET = "reset"  # the command that resets the peak of memory
 
 LEARNING_RATE = 1e-4
@@ -66,16 +42,6 @@ WEIGHT_DECAY = 0.01
 CLIPPING = 1.0
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def exploit_row(percent: int) -> str:
-    """Return the name of the row of exploit steps at ``percent``."""
-    return f"exploit-{percent}"
-
-
-def explore_row(percent: int) -> str:
-    """Return the name of the row of explore steps at ``percent``."""
-    return f"explore-{percent}"
 
 
 @dataclass(frozen=True)
@@ -149,59 +115,27 @@ class Workload:
         }
 
 
-@policies.register("benchmark")
-class WarmAdaGradSelect(AdaGradSelect):
-    """`adagrad_select` after one step on every block. [Note: Steady state]."""
-
-    _plans_all = False  # until the first plan: what memory is sized by is a step of the row
-
-    @property
-    def max_selected(self) -> int:
-        """All blocks in step 0, which memory is not sized by: its states pass through."""
-        return self.context.num_blocks if self._plans_all else super().max_selected
-
-    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
-        """Return every block at step 0, and AdaGradSelect's plan from step 1 on."""
-        self._plans_all = step == 0
-        if step == 0:
-            return tuple(range(self.context.num_blocks))
-        return super().plan(step, update_counts)
-
-
-def section(row: str) -> dict[str, Any] | None:
-    """Return the ``adagrad_select`` section of a row that DeepSpeed runs; None for plain DeepSpeed."""
-    if row == PLAIN:
-        return None
-    if row == ALL:
-        return {"policy": "all"}
-    if row in GAST_ROWS:
-        base, draw = GAST_ROWS[row]
-        return {**(section(base) or {}), GAST: {"draw": draw}}
-    if row in SPARSE_ROWS:
-        return {**(section(SPARSE_ROWS[row]) or {}), SPARSE_GRAD: {"refresh_steps": None}}
-    phase, percent = row.split("-")
-    if phase == "exploit":
-        return {"policy": "benchmark", "select_percent": int(percent), "explore_rate": 0}
-    if row == VISIT:
-        return {**(section(exploit_row(FLOOR_PERCENT)) or {}), "step_device": "accelerator"}
-    every_step = {"explore_rate": 1, "explore_decay": 0, "steps_per_epoch": 1_000_000_000}
-    return {"policy": "benchmark", "select_percent": int(percent), **every_step}
-
-
 class Stopwatch:
-    """Seconds of the phases of a step, by name. Waits for the accelerator at both ends of each."""
+    """Seconds of the phases of a step, by name. Waits for the accelerator at both ends of each.
+
+    Attributes:
+        seconds: by the clock.
+        cpu_seconds: of the processor, of all threads.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Any:
         """Time the block inside as phase ``name``."""
         get_accelerator().synchronize()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
         get_accelerator().synchronize()
         self.seconds[name] = time.perf_counter() - start
+        self.cpu_seconds[name] = time.process_time() - cpu_start
 
 
 class PlanningClock:
@@ -311,10 +245,13 @@ class DeepSpeedTrainer:
             "planning_seconds": self._clock.take(),
             "phase": "full",
             "blocks": [block.index for block in self.blocks],
+            "updated_numel": sum(block.numel for block in self.blocks),
+            "cpu_seconds_of": watch.cpu_seconds,
         }
         if self._selection is not None:
             record, plan = self._selection.history[-1], self._selection.plan
             measured["phase"], measured["blocks"] = record.phase, list(record.blocks)
+            measured["updated_numel"] = sum(self._selection.blocks[block].numel for block in record.blocks)
             measured["planned_blocks"] = None if plan.blocks is None else list(plan.blocks)
             measured["traffic"] = asdict(self._selection.traffic[-1])
         return measured
@@ -360,6 +297,8 @@ class FloorTrainer:
             "state_bytes": sum(state.numel() * state.element_size() for state in states),
             "phase": "exploit",
             "blocks": list(chosen),
+            "updated_numel": sum(self.blocks[index].numel for index in chosen),
+            "cpu_seconds_of": watch.cpu_seconds,
         }
 
     @torch.no_grad()

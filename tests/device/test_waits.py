@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from simulator import Counts, simulated
 from simulator.counters import table
 from support import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Case, case_id, train
@@ -102,6 +103,69 @@ def test_nothing_synchronizes_the_device_after_backward(counted):
     for _, backward, step in counted(case):
         assert not (backward.waits_by_name() + step.waits_by_name())["synchronize"]
     assert counted(case.but(section=None))[1][1].waits_by_name()["synchronize"]
+
+
+class TimedEvent:
+    """An event whose time is its place among all events that the device has passed, in milliseconds."""
+
+    passed = made = waits = 0
+
+    def __init__(self, queue: Any, event: Any) -> None:
+        self._queue, self._event = queue, event
+        self._at: int | None = None
+        TimedEvent.made += 1
+
+    def record(self) -> None:
+        self._queue.submit("clock", self._pass, ())
+        self._event.record()
+
+    def _pass(self) -> None:
+        TimedEvent.passed += 1
+        self._at = TimedEvent.passed
+
+    def query(self) -> bool:
+        return self._at is not None
+
+    def synchronize(self) -> None:
+        TimedEvent.waits += 1
+        self._event.synchronize()
+
+    def elapsed_time(self, end: TimedEvent) -> float:
+        if self._at is None or end._at is None:
+            raise RuntimeError("not ready")
+        return end._at - self._at
+
+
+def time_blocks(case: Case) -> tuple[list[dict[str, Any]], int]:
+    """After each step the policy's state and the number of timed events so far; how often the host waited for one."""
+    accelerator = simulated(seed=1)
+    seen: list[dict[str, Any]] = []
+
+    def event(enable_timing: bool = False) -> Any:
+        made = torch.Event(device=accelerator.device())
+        return TimedEvent(accelerator.queue, made) if enable_timing else made
+
+    def observe(event: str, engine: Any, step: int) -> None:
+        if event == "step":
+            seen.append({**engine.selection.state_dict()["policy"], "events": TimedEvent.made})
+
+    with mock.patch.object(type(accelerator), "Event", property(lambda self: event)):
+        train(case, observe)
+    accelerator.queue.finish()
+    return seen, TimedEvent.waits
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_times_of_blocks_come_from_events_for_which_nothing_waits(simulated_workers, stage):
+    """`cost_aware` measures two probing steps. Backward comes to the embedding last, the head's gain first."""
+    section = {"policy": "cost_aware", "select_percent": 34, "score": "norm", "probe_steps": 2, "select_every": 2}
+    case = CASES[0].but(stage=stage, section=section, steps=4)
+    [(seen, waits)] = simulated_workers(1).run(time_blocks, case)
+    times = seen[1]["arrivals"]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    assert all(float(1000 * time).is_integer() for time in times), "by the clock"
+    assert waits == 0
+    assert seen[0]["events"] < seen[1]["events"] == seen[-1]["events"]
 
 
 def test_offload_on_one_rank_copies_gradients_beside_backward(simulated_workers):

@@ -59,7 +59,7 @@ def test_bits_are_those_of_every_call(count: int, calls: int) -> None:
     adam = HostAdam(ours)
     for step in range(3):
         plain.step()
-        with adam.stepping(0, our_partition, ours.param_groups[0]):
+        with adam.stepping((0,), (our_partition,), ours.param_groups):
             ours.step()
         assert ours.ds_opt_adam.calls == calls + step + 1
         for one, other in zip(tensors(plain, plain_partition), tensors(ours, our_partition), strict=True):
@@ -71,6 +71,6 @@ def test_without_the_calls_the_bits_are_others() -> None:
     plain, plain_partition = resumed_at(500)
     plain.step()
     ours, our_partition = resumed_at(500)
-    with HostAdam(ours).stepping(0, our_partition, ours.param_groups[0]):
+    with HostAdam(ours).stepping((0,), (our_partition,), ours.param_groups):
         ours.step()
     assert not torch.equal(plain_partition, our_partition)

@@ -41,6 +41,8 @@ CASES = [
     NVME.but(zero={"sub_group_size": 300}, section={**SELECT, "select_percent": 60, **NARROW}),
     NVME.but(zero={"offload_param": {"device": "cpu"}}, optimizer="Adam", model="net"),
 ]
+# With buffers in memory for little more than one step's units of the smaller kind.
+MODULES = NVME.but(dtype="bf16", clip=0.3, section={**SELECT, "granularity": "module", "select_percent": 20, **NARROW})
 KEPT = ("losses", "norms", "lrs", "weights", "partitions", "skipped")
 SELECTED = ("history", "counts", "plan")
 
@@ -54,7 +56,9 @@ def kept(run: dict[str, Any], *more: str) -> dict[str, Any]:
     return {key: run[key] for key in (*KEPT, *more)}
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [pytest.param(1, CASES, marks=SLOW), (2, CASES[1::2])])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [pytest.param(1, [*CASES, MODULES], marks=SLOW), (2, [*CASES[1::2], MODULES])]
+)
 def test_states_on_nvme_give_the_bits_of_states_on_the_host(workers, ranks, cases):
     for runs in workers(ranks).run(train_all, [variant for case in cases for variant in (case, on_host(case))]):
         for swapped, held in zip(runs[::2], runs[1::2], strict=True):

@@ -81,13 +81,13 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": 0.1, "betas": betas, "eps": 1e-8, "weight_decay": 0.01, "bias_correction": True}
         )
-        self.op, self.opt_id, self.adam_w_mode = op, -1, True
+        self.op, self.ds_opt_adam, self.opt_id, self.adam_w_mode = op, op, -1, True
 
     def step(self, partition: torch.Tensor) -> None:  # type: ignore[override]
         state = self.state[partition]
         state["step"] = state.get("step", 0) + 1
         group = self.param_groups[0]
-        self.op.adam_update(
+        self.ds_opt_adam.adam_update(
             self.opt_id, state["step"], group["lr"], *group["betas"], group["eps"], group["weight_decay"], True,
             partition, partition, partition, partition,
         )  # fmt: skip
@@ -107,7 +107,7 @@ class Run:
     def step(self, group: int = 0) -> tuple[float, float]:
         """Step one partition and return the bias corrections that it got."""
         partition = self.partitions[group]
-        with self.adam.stepping(group, partition, self.optimizer.param_groups[0]):
+        with self.adam.stepping((group,), (partition,), (self.optimizer.param_groups[0],)):
             self.optimizer.step(partition)
         return self.optimizer.op.corrections[-1]
 
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_makes_no_call_of_its_own(op: Op) -> None:
     got = [run.step() for _ in range(30)]
     assert got == [product_corrections(count) for count in range(1, 31)]
     assert op.empty_calls == 0
-    assert run.optimizer.opt_id == -1, "the optimizer has its own object back"
+    assert run.optimizer.ds_opt_adam is op, "the optimizer has its own op back"
 
 
 @pytest.mark.parametrize("count", [1, 7, 400, 3000])
@@ -276,12 +276,12 @@ def test_a_step_that_fails_is_repeated_with_the_same_bits(op: Op) -> None:
     run = Run(op)
     run.step()
     partition = run.partitions[0]
-    with pytest.raises(RuntimeError, match="stop"), run.adam.stepping(0, partition, run.optimizer.param_groups[0]):
+    with pytest.raises(RuntimeError, match="stop"), run.adam.stepping((0,), (partition,), run.optimizer.param_groups):
         run.optimizer.step(partition)
         raise RuntimeError("stop")
     run.optimizer.state[partition]["step"] = 1
     assert run.step() == product_corrections(2)
-    assert run.optimizer.opt_id == -1
+    assert run.optimizer.ds_opt_adam is op
 
 
 @pytest.mark.parametrize("adamw", [True, False])
@@ -326,7 +326,7 @@ def test_fused_adam_on_a_cpu_steps_on_the_objects_too(op: Op, monkeypatch: pytes
     optimizer = Fused(op, [partition])
     optimizer.state[partition]["step"] = 300
     adam = host_adam.HostAdam(optimizer)
-    with adam.stepping(0, partition, optimizer.param_groups[0]):
+    with adam.stepping((0,), (partition,), optimizer.param_groups):
         optimizer.step(partition)
     assert op.corrections == [product_corrections(301)]
     assert op.tensors == [[1, 2, 3, 4]], "parameter, gradient, exp_avg, exp_avg_sq"

@@ -21,6 +21,7 @@ with imports_of_deepspeed():
         has_fused_adam,
         new_adam_state,
         new_cpu_adam_id,
+        share_fused_steps,
         takes_powers_anew,
     )
     from ds_agsel.zero.compat.backward import forget_backward, remove_gradient_hooks
@@ -141,6 +142,7 @@ __all__ = [
     "require_known_engine",
     "restore_offloaded_gradient",
     "set_master",
+    "share_fused_steps",
     "spread_weights",
     "swap_class",
     "swapped_weights_follow",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,3 +83,15 @@ def takes_powers_anew() -> bool:
     groups share a running product.
     """
     return until("0.18.9")
+
+
+def share_fused_steps(optimizer: FusedAdam, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Count the last step of ``param_groups`` for all of their parameters.
+
+    `FusedAdam.step` counts it for the last parameter of each group alone (ops/adam/fused_adam.py:192), and reads it
+    there.
+    """
+    for group in param_groups:
+        count = optimizer.state[group["params"][-1]]["step"]
+        for param in group["params"]:
+            optimizer.state[param]["step"] = count

@@ -21,10 +21,11 @@ packed`         packed
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
 explore step; `begin` when its blocks are final; then for each group, in the order that `begin` returned, `enter` before
 DeepSpeed reads its state, `updated` when AdamW has changed it and the model's weights are still the old ones, and
-`leave` after DeepSpeed has read the updated master weights for the last time. `release_all_but` comes before
-`prefetch`, or between `begin` and the first `enter`; it keeps the step's blocks. Between
-steps, read and write states only inside `readable` or `writable`. Only `adapters.home_for` chooses a home; a new place
-or form of states is a new subclass there.
+`leave` after DeepSpeed has read the updated master weights for the last time. Where `can_enter_all` says so, several
+groups may be entered before they are left, in the same order, and `updated` need not be called. `release_all_but` comes
+before `prefetch`, or between `begin` and the first `enter`; it keeps the step's blocks. Between steps, read and write
+states only inside `readable` or `writable`. Only `adapters.home_for` chooses a home; a new place or form of states is a
+new subclass there.
 """
 
 from __future__ import annotations
@@ -110,6 +111,10 @@ class StateHome(ABC):
         ``shown`` is the group's index in DeepSpeed's lists now, which hold the step's groups alone. The current stream,
         or with NVMe the host, waits for the state's arrival.
         """
+
+    def can_enter_all(self) -> bool:
+        """Return whether the step that has begun may enter all of its groups before it leaves the first one."""
+        return False
 
     def updated(self, shown: int, group: int) -> None:  # noqa: B027 (most homes have nothing to do)
         """Take note that AdamW has updated ``group``, the last one entered; its master weights are cast next."""

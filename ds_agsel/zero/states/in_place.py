@@ -17,6 +17,9 @@ class StatesInPlace(StateHome):
     def begin(self, blocks: Sequence[int]) -> list[int]:
         return self.groups_of(blocks)
 
+    def can_enter_all(self) -> bool:
+        return not self.are_temporary  # a subclass's, which has room for one group's at a time
+
     def enter(self, shown: int, group: int) -> None:
         """Do nothing: the state is in place."""
 

@@ -47,6 +47,9 @@ class VisitingStates(Visits):
 
     # ------------------------------------------------------------------------- step
 
+    def can_enter_all(self) -> bool:
+        return all(move.after is None for move in self._moves)  # else one block waits for another to leave
+
     def enter(self, shown: int, group: int) -> None:
         self._arrive(group)
         tensors = self.transfer.on_device(group)
