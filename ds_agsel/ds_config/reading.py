@@ -32,6 +32,7 @@ class Offload:
     device: str = "none"
     nvme_path: str | None = None
     buffer_count: int = 4
+    pin_memory: bool = False
 
     @property
     def is_on(self) -> bool:
@@ -206,7 +207,8 @@ class _Reader:
         if device not in DEVICES:
             self.unreadable[f"{ZERO}.{name}.device"] = unknown_device(name, device)
         count = self.whole(f"{ZERO}.{name}.buffer_count", buffer_count)
-        return Offload(str(device), str(folder) if folder else None, count)
+        pin_memory = self.flag(f"{ZERO}.{name}.pin_memory", False)
+        return Offload(str(device), str(folder) if folder else None, count, pin_memory)
 
     def precision(self) -> str:
         for name in ("bf16", "fp16"):

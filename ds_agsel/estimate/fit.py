@@ -19,9 +19,9 @@ from ds_agsel.ds_config import DsConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.activations import Activations
 from ds_agsel.estimate.fit_config import ds_config_of
-from ds_agsel.estimate.memory import BUILT, Memory, Stepping, partitions_of, selective_memory
+from ds_agsel.estimate.memory import BUILT, Memory, Stepping, selective_memory
 from ds_agsel.estimate.prediction import Rates, Seconds, Work, full_seconds, selective_seconds
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup, read_setup
+from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape
 from ds_agsel.estimate.sizes import GIB
 from ds_agsel.estimate.steps import Step, Which, typical_step
@@ -266,17 +266,17 @@ class _Evaluation:
         activations = self.activations.peak_bytes(
             self.setting.micro_batch_size * self.job.sequence_length, checkpointing=self.setting.checkpointing
         )
-        memory, rounding = self._once("memory", self._memory), self._once("rounding", self._rounding)
+        memory = self._once("memory", self._memory)
         loading = self._setup.item_bytes * self.model.numel  # each rank reads the whole model into host memory
         card = memory.accelerator.total + activations
-        arrays = max(memory.host.total + rounding, loading)
+        arrays = max(memory.host.total, loading)
         ranks = self.machine.ranks
         host, nvme = ranks * (arrays + PROCESS_BYTES), ranks * memory.nvme.total
         explained = {
             "weights": memory.accelerator.weights, "gradients": memory.accelerator.gradients,
             "states": memory.accelerator.states + memory.accelerator.master_weights,
             "staging": memory.accelerator.staging, "activations": activations, "host": memory.host.total,
-            "rounding": rounding, "loading": loading,
+            "rounding": memory.host.rounding, "loading": loading,
         }  # fmt: skip
         over = self._over(card, host, nvme)
         seconds, full = (None, None) if over else self._seconds()
@@ -326,15 +326,6 @@ class _Evaluation:
             )
         )
 
-    def _rounding(self) -> int:
-        """Return what torch adds to page-locked buffers, which it makes as large as a power of 2."""
-        if not self.setting.pin_memory or self.setting.home == "nvme":
-            return 0
-        sizes = [MASTER_BYTES] if self.setting.keep_master == "host" else []
-        sizes += [MOMENT_BYTES // 2] * 2 if self.setting.home == "visit" else []
-        shares = [partition.numel for partition in partitions_of(self.model.groups, self._setup, 0)]
-        return sum(_power_of_2(share * size) - share * size for share in shares if share for size in sizes)
-
     def _seconds(self) -> tuple[Seconds, Seconds]:
         setting, job = self.setting, self.job
         work = Work(
@@ -358,7 +349,3 @@ class _Evaluation:
         )
         mean = exploit.mixed(explore, EXPLORE_SHARE / self.setting.select_every)
         return mean, full_seconds(self.model, self._setup, work, rates)
-
-
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()

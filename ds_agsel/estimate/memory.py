@@ -1,9 +1,10 @@
-"""Bytes per rank, by kind and place, at the moment when backward has ended.
+"""Bytes per rank, by kind and place: gradients and states when backward has ended, and the most that a step adds.
 
 Gradients, master weights and states are exact: tests compare them with the buffers of real engines. Staging is
-temporary: reduction buckets, one gradient on its way, copies between host and accelerator, weights that
-ZeRO-3 has gathered. With `sparse_grad` it has an upper bound of its bases and energies too, and the host's weights are
-the matrices that the trained entries are added to. Activations, CUDA's own context and fragmentation are left out.
+temporary: reduction buckets, one gradient on its way, copies between host and accelerator, weights that ZeRO-3 has
+gathered, a group's gradient in fp32 for its update; of backward and update, the one that needs more. With `sparse_grad`
+it has an upper bound of its bases and energies too, and the host's weights are the matrices that the trained entries
+are added to. Activations, CUDA's own context and fragmentation are left out.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ BUILT = Features(streaming_top_k=True, lean_host_staging=True)
 
 @dataclass(frozen=True)
 class Bytes:
-    """The bytes in one place, by kind."""
+    """The bytes in one place, by kind. ``rounding``: what torch takes for page-locked buffers beside their own size."""
 
     weights: int = 0
     gradients: int = 0
     master_weights: int = 0
     states: int = 0
     staging: int = 0
+    rounding: int = 0
 
     @property
     def total(self) -> int:
@@ -126,18 +128,25 @@ class _Ledger:
         self._on_host = stepping == "host"
 
     def memory(self) -> Memory:
-        places = {place: dict.fromkeys(("weights", "gradients", "master_weights", "states", "staging"), Fraction(0))
-                  for place in ("accelerator", "host", "nvme")}  # fmt: skip
+        kinds = tuple(field.name for field in fields(Bytes))
+        places = {place: dict.fromkeys(kinds, Fraction(0)) for place in ("accelerator", "host", "nvme")}
         for place, kind, amount in self._entries():
             places[place][kind] += amount
-        return Memory(*(Bytes(**{kind: round(amount) for kind, amount in kinds.items()}) for kinds in places.values()))
+        return Memory(*(Bytes(**{kind: round(amount) for kind, amount in held.items()}) for held in places.values()))
 
     def _entries(self) -> list[tuple[str, str, Fraction | int]]:
-        return [*self._weights(), *self._gradients(), *self._states(), *self._staging(), *self._entries_of_matrices()]
+        return [
+            *self._weights(), *self._gradients(), *self._states(), *self._staging(), *self._entries_of_matrices(),
+            ("host", "rounding", self._rounding()),
+        ]  # fmt: skip
 
     def _sum(self, shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
         """Return Σ over groups of the group's value, times its block's share."""
         return weighted([shares[block] for block in self._blocks], values)
+
+    def _largest(self, shares: Sequence[Fraction], values: Sequence[int]) -> int:
+        """Return the largest value of the groups whose block may be in."""
+        return max((value for block, value in zip(self._blocks, values, strict=True) if shares[block]), default=0)
 
     def _shares(self) -> list[int]:
         return [partition.numel for partition in self._partitions]
@@ -238,51 +247,103 @@ class _Ledger:
 
     def _budget(self) -> int:
         """Return the most bytes that states take on the accelerator: residency/plan.py, [Note: Budget]."""
+        block_bytes = self._block_bytes()
         if self._setup.state_budget_bytes is not None:
-            return self._setup.state_budget_bytes
-        return default_budget_bytes(self._block_bytes(), self._step.bound)
+            return min(self._setup.state_budget_bytes, sum(block_bytes.values()))
+        return default_budget_bytes(block_bytes, self._step.bound)
 
     # ----------------------------------------------------------------- staging
 
     def _staging(self) -> list[tuple[str, str, Fraction | int]]:
-        setup, step = self._setup, self._step
-        reduced_numel = self._sum(step.reduced, [partition.group_numel for partition in self._partitions])
+        """Return what is there for a while: what stays through a step, and the larger of backward's and an update's."""
+        kept_there, kept_on_host = self._kept_staging()
+        update_there, update_on_host = self._in_update()
+        on_accelerator = kept_there + max(self._in_backward(), update_there)
+        return [("accelerator", "staging", on_accelerator), ("host", "staging", kept_on_host + update_on_host)]
+
+    def _kept_staging(self) -> tuple[Fraction | int, Fraction | int]:
+        """Return the bytes of buffers that stay, on the accelerator and on the host."""
+        setup = self._setup
         largest = max(partition.largest_numel for partition in self._partitions)
-        unreduced = Fraction(largest * self._item)  # the one gradient that backward is at, at most
-        if (
-            setup.stage == 1 and not setup.overlap_comm
-        ):  # reduced once backward has ended; until then all gradients are whole
-            width = setup.accumulation_bytes if setup.keeps_fp32_partitions else self._item
-            unreduced = max(unreduced, reduced_numel * width)
-        on_accelerator = self._buckets(reduced_numel) + unreduced
+        there: Fraction | int = 0
         on_host: Fraction | int = 0
         if self._on_host and setup.stage < 3:
-            on_accelerator += largest * self._item  # temp_grad_buffer_for_gpu_offload
-            if self._item != MASTER_BYTES:
-                on_accelerator += largest * MASTER_BYTES  # the same gradient in fp32, before it goes to the host
+            there += largest * self._item  # temp_grad_buffer_for_gpu_offload
             lean = self._features is not None and self._features.lean_host_staging
-            staged = self._sum(step.selected, self._shares()) if lean else sum(self._shares())
+            staged = self._sum(self._step.selected, self._shares()) if lean else sum(self._shares())
             on_host = (staged + largest) * self._item
-        if setup.stage == 3:
-            every = [n for group in [*self._groups, self._frozen] for n in group]
-            gathered = min(sum(every), setup.max_live_numel + max(every))
-            on_accelerator += gathered * self._item
-            if setup.offload_optimizer == "nvme" and self._features is not None:
-                on_host += self._ring()
-            elif setup.offload_optimizer == "nvme":
-                largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
-                on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
-        splits = setup.master_weights != "fp32"
-        packs = setup.state_dtype != "fp32" or (splits and self._stepping == "accelerator")
-        per_element = packs * MOMENT_BYTES + splits * MASTER_BYTES
-        if self._features is not None and per_element:  # one group's states are fp32 in its update
-            scratch = max(self._shares()) * per_element
-            on_host, on_accelerator = (
-                (on_host + scratch, on_accelerator) if self._on_host else (on_host, on_accelerator + scratch)
-            )
+        if setup.stage == 3 and setup.offload_optimizer == "nvme" and self._features is not None:
+            on_host += self._ring()
+        elif setup.stage == 3 and setup.offload_optimizer == "nvme":
+            largest_sub_group = max(max(sub_groups(g, setup.ranks, setup.sub_group_numel)) for g in self._groups)
+            on_host += setup.nvme_buffer_count * largest_sub_group * MASTER_BYTES
+        if self._features is not None:  # one group's states are fp32 in its update
+            splits = setup.master_weights != "fp32"
+            packs = setup.state_dtype != "fp32" or (splits and self._stepping == "accelerator")
+            scratch = max(self._shares()) * (packs * MOMENT_BYTES + splits * MASTER_BYTES)
+            there, on_host = (there, on_host + scratch) if self._on_host else (there + scratch, on_host)
         if self._stepping == "accelerator":  # for states that are still leaving, or arrive early
-            on_accelerator += max(Fraction(0), self._budget() - self._visiting())
-        return [("accelerator", "staging", on_accelerator), ("host", "staging", on_host)]
+            there += max(Fraction(0), self._budget() - self._visiting())
+        return there, on_host
+
+    def _in_backward(self) -> Fraction | int:
+        """Return the bytes on the accelerator that backward needs for a while, at most."""
+        setup, step = self._setup, self._step
+        reduced_numel = self._sum(step.reduced, [partition.group_numel for partition in self._partitions])
+        largest = self._largest(step.reduced, [partition.largest_numel for partition in self._partitions])
+        unreduced = Fraction(largest * self._item)  # the one gradient that backward is at, at most
+        if setup.stage == 1 and not setup.overlap_comm:
+            # Reduced once backward has ended; until then all gradients are whole.
+            width = setup.accumulation_bytes if setup.keeps_fp32_partitions else self._item
+            unreduced = max(unreduced, reduced_numel * width)
+        needed = self._buckets(reduced_numel) + unreduced
+        if self._on_host and setup.stage < 3 and self._item != MASTER_BYTES:
+            needed += largest * MASTER_BYTES  # the same gradient in fp32, before it goes to the host
+        if setup.stage == 3 and (setup.ranks > 1 or setup.offload_param != "none"):  # else weights are used in place
+            every = [n for group in [*self._groups, self._frozen] for n in group]
+            needed += min(sum(every), setup.max_live_numel + max(every)) * self._item
+        return needed
+
+    def _in_update(self) -> tuple[Fraction | int, Fraction | int]:
+        """Return the bytes that the update of the largest group needs for a while, on the accelerator and the host."""
+        setup, shares = self._setup, self._shares()
+        if setup.stage == 3:
+            shares = [max(sub_groups(group, setup.ranks, setup.sub_group_numel)) for group in self._groups]
+        share = self._largest(self._step.selected, shares)
+        packed: Fraction | int = 0  # a group's moments are packed before those that they replace are given up
+        if self._features is not None and setup.state_dtype != "fp32":
+            packed = setup.resting_bytes(share)
+        if self._on_host:
+            return 0, packed
+        flat = 0 if setup.stage < 3 and setup.keeps_fp32_partitions else share * setup.accumulation_bytes
+        in_fp32 = 0 if flat == share * MASTER_BYTES or not flat else share * MASTER_BYTES
+        return flat + in_fp32 + packed, 0
+
+    # ---------------------------------------------------------------- page-locked
+
+    def _rounding(self) -> Fraction | int:
+        """Return what torch's allocator takes beside the sizes of page-locked buffers: it takes powers of 2."""
+        setup, step, shares = self._setup, self._step, self._shares()
+        if not setup.rounds_page_locked:
+            return 0
+        if self._stepping == "accelerator":
+            masters = [_beyond(share * setup.resting_master_bytes) for share in shares]
+            with_moments = step.selected if setup.on_reentry == "reset" else step.with_moments
+            moments = self._sum(with_moments, [2 * _beyond(setup.resting_bytes(share) // 2) for share in shares])
+            return moments + (sum(masters) if setup.keep_master == "host" else 0)
+        if not (self._on_host and setup.pin_memory and setup.offload_optimizer == "cpu"):
+            return 0
+        in_fp32 = [_beyond(share * MASTER_BYTES) for share in shares]
+        extra = self._sum(step.with_gradient, in_fp32)
+        if self._features is None or setup.master_weights == "fp32":
+            extra += sum(in_fp32)
+        if setup.stage == 3:
+            return extra + self._sum(
+                step.with_gradient, [_beyond(share * setup.accumulation_bytes) for share in shares]
+            )
+        if self._features is not None and self._features.lean_host_staging:
+            return extra + _beyond(round(self._sum(step.selected, shares) * self._item))
+        return extra + sum(_beyond(share * self._item) for share in shares)
 
     def _buckets(self, reduced_numel: Fraction) -> Fraction:
         setup = self._setup
@@ -295,3 +356,8 @@ class _Ledger:
             numel = min(numel, reduced_numel)
         width = setup.accumulation_bytes if setup.stage == 1 and setup.keeps_fp32_partitions else self._item
         return numel * width * (2 if setup.overlap_comm and setup.stage < 3 else 1)
+
+
+def _beyond(size: int) -> int:
+    """Return by how much the next power of 2 is larger than ``size`` bytes."""
+    return (1 << (size - 1).bit_length()) - size if size > 0 else 0

@@ -22,6 +22,8 @@ class Setup:
     """The settings that memory and traffic depend on. Sizes of buckets are in elements, as in the ds_config.
 
     ``accumulation_dtype`` is that of gradients summed over micro-steps; DeepSpeed's default is the model's.
+    ``pin_memory`` is that of ``offload_optimizer``. ``rounds_page_locked``: torch takes a power of 2 for each
+    page-locked buffer; False for an accelerator that is the processor, which locks none.
     """
 
     stage: int = 2
@@ -31,6 +33,8 @@ class Setup:
     accumulation_steps: int = 1
     offload_optimizer: Device = "none"
     offload_param: Device = "none"
+    pin_memory: bool = False
+    rounds_page_locked: bool = True
     reduce_bucket_numel: int = 500_000_000
     overlap_comm: bool = False
     contiguous_gradients: bool = True
@@ -110,6 +114,7 @@ def read_setup(raw: Mapping[str, Any], ranks: int = 1) -> Setup:
         accumulation_steps=ds_config.accumulation_steps or 1,
         offload_optimizer=_device(ds_config.offload_optimizer),
         offload_param=_device(ds_config.offload_param),
+        pin_memory=ds_config.offload_optimizer.pin_memory,
         reduce_bucket_numel=ds_config.reduce_bucket_numel,
         overlap_comm=ds_config.overlap_comm,
         contiguous_gradients=ds_config.contiguous_gradients,

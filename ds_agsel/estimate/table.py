@@ -19,10 +19,10 @@ from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traf
 from ds_agsel.lottery import Lottery, build_lottery
 from ds_agsel.selection import Phase
 
-JSON_VERSION = 1
+JSON_VERSION = 2  # 2: with "rounding" among the bytes
 LORA_RANKS = (128, 256)
 GIB = 2**30
-_KINDS = ("weights", "gradients", "master_weights", "states", "staging", "total")
+_KINDS = ("weights", "gradients", "master_weights", "states", "staging", "rounding", "total")
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ def as_text(result: Estimate) -> str:
         f"ZeRO-{setup.stage}, {setup.ranks} rank{'s' if setup.ranks > 1 else ''}, {setup.dtype}, "
         f"offload_optimizer {setup.offload_optimizer}, offload_param {setup.offload_param}, "
         f"{setup.accumulation_steps} micro-step{'s' if setup.accumulation_steps > 1 else ''}.",
-        "GiB per rank when backward has ended, without activations. Paper: 2 · P_selected · 4 bytes / ranks.",
+        "GiB per rank, activations left out. Staging: the most that backward or an update adds for a while. Rounding: "
+        "torch takes a power of 2 for each page-locked buffer. Paper: 2 · P_selected · 4 bytes / ranks.",
         *(f"Assumed: {note}." for note in setup.assumed),
         *_about_sparse_grad(model),
     ]
@@ -267,8 +268,10 @@ def as_text(result: Estimate) -> str:
         "On NVMe": lambda row: row.memory.nvme,
     }
     for title, held in places.items():
-        cells = [(row, [getattr(held(row), kind) for kind in _KINDS]) for row in result.rows if held(row).total]
-        columns = ["weights", "grads", "masters", "states", "staging", "total"]
+        on_host = title == "On the host"
+        kinds = [kind for kind in _KINDS if on_host or kind != "rounding"]
+        cells = [(row, [getattr(held(row), kind) for kind in kinds]) for row in result.rows if held(row).total]
+        columns = [_COLUMNS.get(kind, kind) for kind in kinds]
         if title == "On the accelerator":
             columns.append("paper")
             cells = [(row, [*values, row.paper_bytes]) for row, values in cells]
@@ -290,6 +293,7 @@ def _about_sparse_grad(model: ModelShape) -> list[str]:
     ]
 
 
+_COLUMNS = {"gradients": "grads", "master_weights": "masters"}
 _MOVED = {
     "gather": "gathered", "reduce": "reduced", "H2D": "h2d", "D2H": "d2h", "NVMe in": "nvme_read",
     "NVMe out": "nvme_write",

@@ -95,7 +95,9 @@ def test_full_training_holds_weights_gradients_masters_and_moments():
     assert held.accelerator.gradients == 16 * 2
     assert held.accelerator.master_weights == 16 * 4
     assert held.accelerator.states == 16 * 8
-    assert held.accelerator.staging == (8 + 10) * 2  # the bucket, and the gradient on its way
+    assert held.accelerator.staging == 16 * (2 + 4)  # an update's gradient, flat and in fp32; backward needs less
+    wide = full_memory([(10, 6)], (4,), Setup(reduce_bucket_numel=40))
+    assert wide.accelerator.staging == (40 + 10) * 2  # the bucket, and the gradient on its way
     assert held.host.total == held.nvme.total == 0
 
 
@@ -108,21 +110,48 @@ def test_a_visit_to_the_accelerator_brings_twelve_bytes_an_element():
     assert held.accelerator.states == 6 * 8
     assert held.host.master_weights == 20 * 4
     assert held.host.states == 10 * 8
-    # One gradient, and the rest of a budget of the selection and the two largest blocks.
-    assert held.accelerator.staging == 10 * 2 + (20 - 6) * 12
+    # The update's gradient, and the rest of a budget of the selection and the two largest blocks.
+    assert held.accelerator.staging == 6 * (2 + 4) + (20 - 6) * 12
     tight = selective_memory(model, Setup(state_budget_bytes=100), "accelerator", step)
     assert tight.accelerator.master_weights + tight.accelerator.states == 100  # a budget that is given is filled
-    assert tight.accelerator.staging == 10 * 2
+    assert tight.accelerator.staging == 6 * (2 + 4)
     kept = selective_memory(model, Setup(keep_master="accelerator"), "accelerator", step)
     assert (kept.accelerator.master_weights, kept.host.master_weights) == (20 * 4, 0)
-    assert kept.accelerator.staging == 10 * 2 + (20 - 6) * 8
+    assert kept.accelerator.staging == 6 * (2 + 4) + (20 - 6) * 8
+    roomy = selective_memory(model, Setup(state_budget_bytes=1000), "accelerator", step)
+    assert roomy.accelerator.states + roomy.accelerator.master_weights == 20 * 12  # more than all states is not taken
+
+
+def test_page_locked_buffers_take_a_power_of_2_each():
+    model = model_of((10,), (6,), (4,))
+    step = exact_step("exploit", 3, selected=[0, 1], active=[0, 1, 2], updated=[0, 1])
+    offload = Setup(offload_optimizer="cpu", pin_memory=True)
+    masters = (64 - 40) + (32 - 24)  # those of the third block are 16 bytes
+    assert selective_memory(model, offload, "host", step).host.rounding == 2 * masters  # the staging has 32 bytes
+    assert selective_memory(model, offload.but(master_weights="split"), "host", step).host.rounding == masters
+    assert selective_memory(model, offload.but(stage=3), "host", step).host.rounding == 2 * masters + (32 - 20) + 4
+    assert full_memory([(10, 6, 4)], (), offload).host.rounding == 2 * (128 - 80) + (64 - 40)
+    assert selective_memory(model, Setup(), "accelerator", step).host.rounding == 3 * masters
+    on_card = Setup(keep_master="accelerator")
+    assert selective_memory(model, on_card, "accelerator", step).host.rounding == 2 * masters
+    for setup in (offload.but(pin_memory=False), offload.but(rounds_page_locked=False)):
+        assert selective_memory(model, setup, "host", step).host.rounding == 0
+
+
+def test_moments_in_bf16_are_packed_before_the_old_ones_are_given_up():
+    model, step = model_of((10,), (6,)), exact_step("exploit", 2, selected=[1], active=[0, 1], updated=[1])
+    lean, plain = (
+        selective_memory(model, Setup(offload_optimizer="cpu", state_dtype=dtype), "host", step).host.staging
+        for dtype in ("bf16", "fp32")
+    )
+    assert lean - plain == 10 * 8 + 6 * 4  # the scratch buffer of the largest group, and the selected one's moments
 
 
 def test_what_is_larger_than_the_budget_passes_through_it():
     step = exact_step("exploit", 2, selected=[0, 1], active=[0, 1], updated=[0, 1])
     held = selective_memory(model_of((10,), (6,)), Setup(state_budget_bytes=120), "accelerator", step)
     assert held.accelerator.master_weights + held.accelerator.states == 120
-    assert held.accelerator.staging == 10 * 2
+    assert held.accelerator.staging == 10 * (2 + 4)
 
 
 def test_savings_are_flags():
@@ -146,7 +175,9 @@ def test_stage_3_by_hand():
     assert held.accelerator.gradients == 5 * 2
     assert held.accelerator.master_weights == 5 * 4
     assert held.accelerator.states == 5 * 8
-    assert held.accelerator.staging == 5 * 2 + 5 * 2  # one gradient, and one gathered parameter
+    assert held.accelerator.staging == 5 * (2 + 4)  # the update's gradient
+    in_parts = full_memory(groups, (2,), STAGE3.but(sub_group_numel=2))
+    assert in_parts.accelerator.staging == 5 * 2 + 5 * 2  # backward's: one gradient, and one gathered parameter
     offloaded = full_memory(groups, (2,), STAGE3.but(offload_optimizer="cpu", offload_param="cpu"))
     assert offloaded.accelerator.weights == offloaded.accelerator.gradients == 0
     assert offloaded.host.weights == 6 * 2
@@ -353,7 +384,7 @@ def test_totals_are_the_sums_of_their_parts():
 
 def test_the_json_form_is_fixed():
     form = as_json(estimate(model_of((10,), (6,)), Setup(), SelectionConfig(), [50]))
-    assert form["version"] == 1
+    assert form["version"] == 2
     assert list(form) == ["version", "model", "setup", "assumed", "rows"]
     blocks = [{"name": "b0", "numel": 10}, {"name": "b1", "numel": 6}]
     assert form["model"] == {"name": "small", "numel": 16, "blocks": blocks}
@@ -361,7 +392,7 @@ def test_the_json_form_is_fixed():
         "method", "stepping", "select_percent", "num_selected", "lora_rank", "phase", "selection", "trained_numel",
         "paper_state_bytes", "bytes", "traffic_bytes",
     ]  # fmt: skip
-    kinds = ["weights", "gradients", "master_weights", "states", "staging", "total"]
+    kinds = ["weights", "gradients", "master_weights", "states", "staging", "rounding", "total"]
     assert {place: list(held) for place, held in form["rows"][0]["bytes"].items()} == dict.fromkeys(
         ("accelerator", "host", "nvme"), kinds
     )

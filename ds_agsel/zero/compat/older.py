@@ -30,6 +30,15 @@ def invalid(norms: Sequence[Any]) -> bool:
     return bool((~torch.isfinite(found) | (found < 0)).any())
 
 
+def without_history_until_0189(zero: Any) -> None:
+    """Detach the flat model weights of stages 1 and 2 from their autograd history; see `Zero12Until0189`."""
+    for group, flat in enumerate(zero.bit16_groups_flat):
+        if flat.requires_grad:
+            zero.bit16_groups_flat[group] = flat.detach()
+            partitions = zero.get_data_parallel_partitions(zero.bit16_groups_flat[group], group)
+            zero.parallel_partitioned_bit16_groups[group] = partitions
+
+
 class Zero12Until0184(_Stock):
     """Reduces all buckets at once, and ends backward with `zero_grad`, which is not the user's call of it."""
 
@@ -58,11 +67,7 @@ class Zero12Until0189(_Stock):
     __slots__ = ()
 
     def _link_all_hp_params(self: Any) -> None:
-        for group, flat in enumerate(self.bit16_groups_flat):
-            if flat.requires_grad:
-                self.bit16_groups_flat[group] = flat.detach()
-                partitions = self.get_data_parallel_partitions(self.bit16_groups_flat[group], group)
-                self.parallel_partitioned_bit16_groups[group] = partitions
+        without_history_until_0189(self)
         super()._link_all_hp_params()
 
     def async_accumulate_grad_in_cpu_via_gpu(self: Any, param: Any) -> None:

@@ -223,8 +223,11 @@ def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor
     The bits that bfloat16 lacks carry, with 16 random bits added, into those that it has. Values that are not finite
     are rounded as ``to`` rounds them.
     """
-    noise = torch.empty(values.shape, dtype=torch.int32, device=values.device)
-    noise.random_(0, 1 << 16, generator=generator)
-    bits = noise.add_(values.detach().contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
-    rounded = bits.view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values.detach()).to(torch.bfloat16)
+    result = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    pieces = values.detach().contiguous().view(-1).split(_PIECE_NUMEL)
+    for piece, target in zip(pieces, result.view(-1).split(_PIECE_NUMEL), strict=True):
+        noise = torch.empty(piece.shape, dtype=torch.int32, device=piece.device)
+        noise.random_(0, 1 << 16, generator=generator)
+        bits = noise.add_(piece.view(torch.int32)).bitwise_and_(-(1 << 16))
+        target.copy_(torch.where(piece.isfinite(), bits.view(torch.float32), piece))
+    return result
