@@ -24,6 +24,7 @@ from ds_agsel.residency.plan import default_budget_bytes
 from ds_agsel.residency.swap_plan import default_ring
 
 Stepping = Literal["resident", "host", "accelerator"]
+Moment = Literal["backward", "update"]
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,16 @@ def full_memory(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: in
 
 
 def selective_memory(
-    model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0, features: Features = BUILT
-) -> Memory:
-    """Return the memory of ds_agsel at ``step``.
+    model: ModelShape, setup: Setup, stepping: Stepping, step: Step, rank: int = 0, features: Features = BUILT,
+    moment: Moment | None = None,
+) -> Memory:  # fmt: skip
+    """Return the memory of ds_agsel at ``step``; with ``moment`` staging is that of backward, or of the update, alone.
 
     ``stepping``: "host" is `offload_optimizer`; "accelerator" keeps masters and moments in pinned host memory and has
     the selected blocks' on the accelerator; "resident" keeps all of them there.
     """
     return _Ledger(
-        model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features, model.sparse
+        model.groups, model.block_of_group, model.frozen, setup, rank, step, stepping, features, model.sparse, moment
     ).memory()
 
 
@@ -119,8 +121,9 @@ class _Ledger:
     def __init__(
         self, groups: Sequence[Numels], block_of_group: Sequence[int], frozen: Numels, setup: Setup, rank: int,
         step: Step, stepping: Stepping, features: Features | None, sparse: SparseShape | None = None,
+        moment: Moment | None = None,
     ) -> None:  # fmt: skip
-        self._sparse, self._rank = sparse, rank
+        self._sparse, self._rank, self._moment = sparse, rank, moment
         self._setup, self._step, self._stepping, self._features = setup, step, stepping, features
         self._groups, self._frozen, self._blocks = groups, frozen, block_of_group
         self._partitions = partitions_of(groups, setup, rank)
@@ -256,10 +259,11 @@ class _Ledger:
 
     def _staging(self) -> list[tuple[str, str, Fraction | int]]:
         """Return what is there for a while: what stays through a step, and the larger of backward's and an update's."""
-        kept_there, kept_on_host = self._kept_staging()
-        update_there, update_on_host = self._in_update()
-        on_accelerator = kept_there + max(self._in_backward(), update_there)
-        return [("accelerator", "staging", on_accelerator), ("host", "staging", kept_on_host + update_on_host)]
+        there, on_host = self._kept_staging()
+        moments = {"backward": (self._in_backward(), 0), "update": self._in_update()}
+        counted = [moments[self._moment]] if self._moment else moments.values()
+        there, on_host = there + max(amount for amount, _ in counted), on_host + max(amount for _, amount in counted)
+        return [("accelerator", "staging", there), ("host", "staging", on_host)]
 
     def _kept_staging(self) -> tuple[Fraction | int, Fraction | int]:
         """Return the bytes of buffers that stay, on the accelerator and on the host."""
@@ -282,9 +286,11 @@ class _Ledger:
             packs = setup.state_dtype != "fp32" or (splits and self._stepping == "accelerator")
             scratch = max(self._shares()) * (packs * MOMENT_BYTES + splits * MASTER_BYTES)
             there, on_host = (there, on_host + scratch) if self._on_host else (there + scratch, on_host)
-        if self._stepping == "accelerator":  # for states that are still leaving, or arrive early
-            there += max(Fraction(0), self._budget() - self._visiting())
         return there, on_host
+
+    def _passing(self) -> Fraction | int:
+        """Return the bytes that states take which are still leaving, or arrive early."""
+        return max(Fraction(0), self._budget() - self._visiting()) if self._stepping == "accelerator" else 0
 
     def _in_backward(self) -> Fraction | int:
         """Return the bytes on the accelerator that backward needs for a while, at most."""
@@ -302,7 +308,7 @@ class _Ledger:
         if setup.stage == 3 and (setup.ranks > 1 or setup.offload_param != "none"):  # else weights are used in place
             every = [n for group in [*self._groups, self._frozen] for n in group]
             needed += min(sum(every), setup.max_live_numel + max(every)) * self._item
-        return needed
+        return needed + (0 if step.phase == "explore" else self._passing())  # which knows no blocks to bring yet
 
     def _in_update(self) -> tuple[Fraction | int, Fraction | int]:
         """Return the bytes that the update of the largest group needs for a while, on the accelerator and the host."""
@@ -317,7 +323,7 @@ class _Ledger:
             return 0, packed
         flat = 0 if setup.stage < 3 and setup.keeps_fp32_partitions else share * setup.accumulation_bytes
         in_fp32 = 0 if flat == share * MASTER_BYTES or not flat else share * MASTER_BYTES
-        return flat + in_fp32 + packed, 0
+        return flat + in_fp32 + packed + self._passing(), 0
 
     # ---------------------------------------------------------------- page-locked
 

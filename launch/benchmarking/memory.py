@@ -1,11 +1,15 @@
 """Peak resident memory of real engines on a CPU, beside the estimate: python -m launch.benchmarking.memory.
 
-Each configuration trains a model of SmolLM2-135M's shape, random weights, in a process of its own. What it held before
-the model was made, once a tiny one has been trained so that all libraries are there, is subtracted. On a CPU the
-accelerator's memory and the host's are one, so the estimate is the sum of both, at the largest of the steps that were
-taken. The estimate is of the moment when backward has ended: it is compared with what was resident then, before the
-step's first moments are made, and with the peak of whole steps, which has these moments and what an update takes for a
-while. Rows are short, so that activations, which the estimate leaves out, are small.
+Each configuration trains a model with random weights, of SmolLM2-135M's shape or of about 0.5 B parameters, in a
+process of its own. What it held before the model was made, once a tiny one has been trained so that all libraries are
+there, is subtracted. On a CPU the accelerator's memory and the host's are one, and nothing is page-locked, so the
+estimate is the sum of both without rounding, at the largest of the steps that were taken. Rows are short, so that
+activations, which the estimate leaves out, are small.
+
+[Note: Norms on a CPU] Torch takes a norm in fp64 of a tensor on a CPU from a copy in fp64 (ReduceOpsUtils.h,
+make_reduction), on CUDA inside the kernel (ForeachReduceOp.cu). The estimate is of a card; here the copy of the largest
+gradient whose norm is taken is added: 8 bytes for each of its elements. With offload, and on explore steps, that is in
+backward, else before the update.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +44,26 @@ _ENVIRONMENT = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",  # glibc gives a tensor's memory back when it is freed, not when it sees fit
 }  # fmt: skip
-_HEADINGS = (
-    "configuration",
-    *("resident after backward, MiB", "estimated", "ratio"),
-    *("peak, MiB", "estimated", "ratio"),
-)
+SHAPES: Mapping[str, tuple[int, ...]] = {"135m": (576, 1536, 30, 9, 3, 49152), "0.5b": (896, 4864, 24, 14, 2, 151936)}
+_HEADINGS = ("model", "configuration", "peak, MiB", "estimated", "ratio")
 
 
-def measure(name: str) -> dict[str, int]:
-    """Train the configuration ``name`` in this process; return the measured and the estimated bytes."""
+def measure(model: str, name: str) -> dict[str, int]:
+    """Train ``model`` in the configuration ``name`` in this process; return the measured and the estimated bytes."""
     import ds_agsel
     from ds_agsel.config import parse_section
     from ds_agsel.estimate.setup import read_setup
-    from ds_agsel.estimate.shapes import read_shape
+    from ds_agsel.estimate.shapes import shape_of
     from ds_agsel.estimate.table import with_section
 
     from ..training.costs import peak_resident_bytes, reset_peak_resident
     from .processes import Shape, Workload, connect_alone
 
     stage, offload, fields = CONFIGURATIONS[name]
-    workload = Workload(Shape(), 1, TOKENS, "bf16", offload, seed=0, stage=stage)
+    workload = Workload(Shape(*SHAPES[model]), 1, TOKENS, "bf16", offload, seed=0, stage=stage)
     tiny = replace(workload, shape=Shape(64, 128, 4, 4, 2, 512))
     config = {**workload.ds_config(), "adagrad_select": {**SECTION, **fields}}
-    setup = with_section(read_setup(config), parse_section(config["adagrad_select"]))
+    setup = with_section(read_setup(config), parse_section(config["adagrad_select"])).but(rounds_page_locked=False)
     connect_alone()
 
     def engine_of(work: Workload) -> Any:
@@ -73,27 +75,29 @@ def measure(name: str) -> dict[str, int]:
     warm.destroy()
     before = _resident_bytes()
     engine = engine_of(workload)
-    shape = read_shape("smollm2")
+    shape = shape_of(model, _on_meta(engine.module.config))
     reset_peak_resident()
-    resident = [held - before for held in _train(engine, workload)]
-    estimates = list(_estimates(shape, setup, engine.selection, fields))
-    return {
-        "after_backward": max(resident),
-        "after_backward_estimated": max(before_update for before_update, _ in estimates),
-        "peak": peak_resident_bytes() - before,
-        "peak_estimated": max(after_update for _, after_update in estimates),
-    }
+    _train(engine, workload)
+    peak = peak_resident_bytes() - before
+    return {"peak": peak, "estimated": max(_estimates(shape, setup, engine.selection, fields))}
 
 
-def _train(engine: Any, workload: Any) -> list[int]:
-    """Take `STEPS` steps; return the resident bytes at the end of each backward."""
-    resident = []
+def _on_meta(config: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def _train(engine: Any, workload: Any) -> None:
+    """Take `STEPS` steps."""
     for step in range(STEPS):
         tokens = workload.tokens(step)
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        resident.append(_resident_bytes())
         engine.step()
-    return resident
 
 
 def _resident_bytes() -> int:
@@ -101,59 +105,64 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _estimates(shape: Any, setup: Any, selection: Any, fields: Mapping[str, Any]) -> Iterator[list[int]]:
-    """Yield the estimated bytes of each step that was taken, on accelerator and host: without its moments, and with."""
-    from ds_agsel.estimate.memory import Stepping, selective_memory
+def _estimates(shape: Any, setup: Any, selection: Any, fields: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the estimated bytes of each step that was taken, of accelerator and host together."""
+    from ds_agsel.estimate.memory import Moment, Stepping, selective_memory
     from ds_agsel.estimate.steps import exact_step
 
     stepping: Stepping = "host" if setup.offload_optimizer == "cpu" else "resident"
     stepping = fields.get("step_device", stepping)
     active = range(len(shape.blocks))
-    before: set[int] = set()
+    updated: set[int] = set()
+    moments: tuple[Moment, ...] = ("backward", "update")
     for record in selection.history:
-        after = before | set(record.blocks)
-        found = []
-        for updated in (before, after):
-            step = exact_step(record.phase, len(active), record.blocks, active, updated, streaming=setup.stage > 1)
-            memory = selective_memory(shape, setup, stepping, step)
-            found.append(memory.accelerator.total + memory.host.total)
-        yield found
-        before = after
+        copied = active if record.phase == "explore" else record.blocks  # [Note: Norms on a CPU]
+        norms = 8 * max(max(group) for group, block in zip(shape.groups, shape.block_of_group) if block in copied)
+        in_backward = record.phase == "explore" or stepping == "host"
+        for moment, have in zip(moments, (updated, updated | set(record.blocks))):
+            step = exact_step(record.phase, len(active), record.blocks, active, have, streaming=setup.stage > 1)
+            memory = selective_memory(shape, setup, stepping, step, moment=moment)
+            if moment == "backward":
+                more = norms if in_backward else 0
+            else:  # before an update nothing of its own has been made
+                more = 0 if in_backward else max(0, norms - memory.accelerator.staging)
+            yield memory.accelerator.total + memory.host.total + more
+        updated |= set(record.blocks)
 
 
-def table(found: Mapping[str, Mapping[str, int]]) -> str:
+def table(found: Mapping[tuple[str, str], Mapping[str, int]]) -> str:
     """Return the figures as Markdown, those that differ by more than `NEAR` marked."""
     lines = [*markdown_head(_HEADINGS)]
-    for name, held in found.items():
-        cells = [name]
-        for kind in ("after_backward", "peak"):
-            measured, estimated = held[kind], held[f"{kind}_estimated"]
-            ratio = measured / estimated
-            beyond = "" if abs(ratio - 1) <= NEAR else f", beyond {100 * NEAR:.0f} %"
-            cells += [f"{measured / MIB:,.0f}", f"{estimated / MIB:,.0f}", f"{ratio:.2f}{beyond}"]
-        lines.append(markdown_row(cells))
+    for (model, name), held in found.items():
+        ratio = held["peak"] / held["estimated"]
+        beyond = "" if abs(ratio - 1) <= NEAR else f", beyond {100 * NEAR:.0f} %"
+        sizes = [f"{held[kind] / MIB:,.0f}" for kind in ("peak", "estimated")]
+        lines.append(markdown_row([model, name, *sizes, f"{ratio:.2f}{beyond}"]))
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the configurations, each in a process of its own, and print a table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", choices=SHAPES, nargs="+", default=list(SHAPES), help="0.5b takes up to 14 GB")
     parser.add_argument("--only", choices=CONFIGURATIONS, nargs="+", default=list(CONFIGURATIONS))
-    parser.add_argument("--one", choices=CONFIGURATIONS, help=argparse.SUPPRESS)  # in this process, as JSON
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # model and configuration, in this process, as JSON
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(measure(options.one)))
+        print(json.dumps(measure(*options.one)))
         return 0
+    wanted = list(product(options.models, options.only))
     found = {}
-    for name in options.only:
-        command = [sys.executable, "-m", "launch.benchmarking.memory", "--one", name]
+    for model, name in wanted:
+        command = [sys.executable, "-m", "launch.benchmarking.memory", "--one", model, name]
         result = subprocess.run(command, env=os.environ | _ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         if result.returncode == 0:
-            found[name] = json.loads(result.stdout.splitlines()[-1])
+            found[model, name] = json.loads(result.stdout.splitlines()[-1])
+            print(table({(model, name): found[model, name]}).splitlines()[-1], file=sys.stderr, flush=True)
         else:
-            print(f"{name}: ended with {result.returncode}; -9: was there memory enough?", file=sys.stderr, flush=True)
+            print(f"{model}, {name}: ended with {result.returncode}; -9: was there memory enough?", file=sys.stderr)
     print(table(found))
-    return int(len(found) < len(options.only))
+    return int(len(found) < len(wanted))
 
 
 if __name__ == "__main__":
