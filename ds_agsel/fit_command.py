@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,10 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.sizes import read_bytes
 
 if TYPE_CHECKING:
-    from ds_agsel.estimate.fit import Found
+    from torch import nn
+
+    from ds_agsel.estimate.fit import Found, Unit
+    from ds_agsel.estimate.shapes import ModelShape
 
 
 def add_options(parser: argparse.ArgumentParser, model_help: str) -> None:
@@ -77,7 +81,19 @@ def find(options: argparse.Namespace, micro_batch: int | None) -> Found:
     if options.no_nvme:
         axes = {name: [value for value in values if value != "nvme"] for name, values in axes.items()}
     job = Job(options.sequence_length, options.tokens_per_step, micro_batch)
-    return search(shape, activations_of(model), machine, job, axes)
+    others = other_units(options.model, model)
+    return search(shape, activations_of(model), machine, job, axes, others)
+
+
+def other_units(name: str, model: nn.Module) -> dict[Unit, ModelShape]:
+    """Return the shape of ``model`` in units of single matrices and, if it has matrices for it, with `sparse_grad`."""
+    from ds_agsel.estimate.shapes import shape_of
+    from ds_agsel.sparse_grad_section import SparseGradConfig
+
+    shapes: dict[Unit, ModelShape] = {"module": shape_of(name, model, granularity="module")}
+    with contextlib.suppress(ConfigError):
+        shapes["entries"] = shape_of(name, model, sparse_grad=SparseGradConfig())
+    return shapes
 
 
 def _check(options: argparse.Namespace) -> int | None:

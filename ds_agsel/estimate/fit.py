@@ -1,8 +1,11 @@
 """The search for settings that fit a card and a host: pure, by the estimator's bytes and the predicted seconds.
 
 [Note: Order] Of the settings that fit, those come first that take at most `SLOWER` times as long as the fastest; among
-them more percent comes first, then fewer `LOSSY` fields, then less time. The others follow by time. Times are compared
-in steps of a hundredth of that bound; settings that are equal then are in the order of `AXES`.
+them those that train whole matrices, then more percent, then fewer `LOSSY` fields, then less time. The others follow by
+time. Times are compared in steps of a hundredth of that bound; settings that are equal then are in the order of `AXES`.
+
+[Note: Units] With `unit` "module" single matrices are selected, with "entries" `sparse_grad` trains a few entries of
+each. A model divided that way has a shape of its own; without one the unit is not tried.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from ds_agsel.estimate.activations import Activations
 from ds_agsel.estimate.fit_config import ds_config_of
 from ds_agsel.estimate.memory import BUILT, Memory, Stepping, selective_memory
 from ds_agsel.estimate.prediction import Rates, Seconds, Work, full_seconds, selective_seconds
-from ds_agsel.estimate.setup import Setup, read_setup
+from ds_agsel.estimate.setup import RESTING_BYTES, RESTING_MASTER_BYTES, Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape
 from ds_agsel.estimate.sizes import GIB
 from ds_agsel.estimate.steps import Step, Which, typical_step
@@ -39,6 +42,8 @@ HOME_WORDS: Mapping[Home, str] = {
     "nvme": "states on NVMe",
 }
 
+Unit = Literal["block", "module", "entries"]  # [Note: Units]
+
 # What is tried of each setting; the first is what a tie goes to. One more axis is one more line here and one field of
 # `Setting`. `fit_config` writes it, and `read_setup` reads it back.
 AXES: Mapping[str, Sequence[Any]] = {
@@ -48,14 +53,20 @@ AXES: Mapping[str, Sequence[Any]] = {
     "offload_param": ("none", "cpu", "nvme"),
     "pin_memory": (True, False),
     "keep_master": ("host", "accelerator"),
-    "state_dtype": ("fp32", "bf16"),
+    "master_weights": tuple(RESTING_MASTER_BYTES),
+    "state_dtype": tuple(RESTING_BYTES),
     "select_every": (1, 20),
+    "on_reentry": ("keep", "reset"),
+    "unit": get_args(Unit),
     "explore_on": ("batch", "first_micro_batch"),
     "checkpointing": (False, True),
     "micro_batch_size": (64, 32, 16, 8, 4, 2, 1),
 }
+_FREE_AXES = ("select_percent", "checkpointing", "micro_batch_size")  # go with everything
 # Fields by which a run learns otherwise, with the value by which it doesn't.
-LOSSY: Mapping[str, Any] = {"state_dtype": "fp32", "select_every": 1, "explore_on": "batch"}
+LOSSY: Mapping[str, Any] = {
+    "state_dtype": "fp32", "select_every": 1, "on_reentry": "keep", "unit": "block", "explore_on": "batch"
+}  # fmt: skip
 
 CARD_RESERVE_BYTES, CARD_RESERVE_SHARE = GIB, 0.04  # the driver's context; gaps between the allocator's blocks
 HOST_RESERVE_BYTES, PROCESS_BYTES = 2 * GIB, 2 * GIB  # the system; a rank's process without arrays
@@ -73,8 +84,11 @@ class Setting:
     offload_param: str
     pin_memory: bool
     keep_master: str
+    master_weights: str
     state_dtype: str
     select_every: int
+    on_reentry: str
+    unit: Unit
     explore_on: str
     checkpointing: bool
     micro_batch_size: int
@@ -82,14 +96,29 @@ class Setting:
     @property
     def is_possible(self) -> bool:
         """Whether the fields go together. A field that means nothing in this company has its first value."""
+        is_whole = self.unit != "entries"
         return (
             (self.offload_param == "none" or self.stage == 3)
-            and (self.home != "nvme" or self.stage == 3)
-            and (self.home == "host" or self.state_dtype == "fp32")
+            and (self.home != "nvme" or (self.stage == 3 and is_whole))
+            and (
+                self.home == "host" or (self.pin_memory and (self.master_weights, self.state_dtype) == ("fp32", "fp32"))
+            )
             and (self.explore_on == "batch" or self.stage > 1)
-            and (self.home == "host" or self.pin_memory)
-            and (self.home == "visit" or (self.keep_master, self.select_every) == ("host", 1))
+            and (self.master_weights == "fp32" or (self.offload_param == "none" and is_whole))
+            and (is_whole or self.offload_param != "nvme")
+            and (self.home == "visit" or self.keep_master == "host")
+            and self._is_in_rounds_where_it_pays
+            and (
+                self.unit == "block" or (self.keep_master, self.explore_on, self.pin_memory) == ("host", "batch", True)
+            )
         )
+
+    @property
+    def _is_in_rounds_where_it_pays(self) -> bool:
+        """Whether a selection stands for a step, or for many to save transfers or, as in BAdam, moments at rest."""
+        if self.on_reentry == "reset":
+            return (self.select_every, self.unit, self.explore_on) == (20, "block", "batch") and self.home != "nvme"
+        return self.select_every == 1 or (self.home == "visit" and self.unit == "block")
 
     @property
     def stepping(self) -> Stepping:
@@ -196,27 +225,42 @@ class Found:
 
 
 def search(
-    model: ModelShape, activations: Activations, machine: Machine, job: Job, axes: Mapping[str, Sequence[Any]] = AXES
-) -> Found:
+    model: ModelShape, activations: Activations, machine: Machine, job: Job, axes: Mapping[str, Sequence[Any]] = AXES,
+    others: Mapping[Unit, ModelShape] | None = None,
+) -> Found:  # fmt: skip
     """Return all possible settings of ``axes``, those that fit in their order.
+
+    ``others``: the model's shape in other units than blocks.
 
     Raises ConfigError if the job's tokens can't be dealt out to the ranks.
     """
     rows = job.rows_per_rank(machine.ranks)
-    axes = {**axes, "micro_batch_size": _micro_batches(axes["micro_batch_size"], job, rows)}
+    shapes: dict[Unit, ModelShape] = {"block": model, **(others or {})}
+    axes = {
+        **axes,
+        "micro_batch_size": _micro_batches(axes["micro_batch_size"], job, rows),
+        "unit": [unit for unit in axes["unit"] if unit in shapes],
+    }
     known: dict[Any, Any] = {}
     candidates = [
-        _Evaluation(setting, model, activations, machine, job, known).candidate() for setting in settings(axes)
+        _Evaluation(setting, shapes[setting.unit], activations, machine, job, known).candidate()
+        for setting in settings(axes)
     ]
     return Found(model, machine, job, ordered(candidates), _failing(candidates))
 
 
 def settings(axes: Mapping[str, Sequence[Any]] = AXES) -> Iterator[Setting]:
     """Yield the possible settings of ``axes``, in their order."""
-    for values in product(*axes.values()):
-        setting = Setting(**dict(zip(axes, values, strict=True)))
-        if setting.is_possible:
-            yield setting
+    tied = [name for name in axes if name not in _FREE_AXES]
+    free = {name: axes[name][0] for name in _FREE_AXES}
+    cores = [
+        core for core in (dict(zip(tied, values)) for values in product(*(axes[name] for name in tied)))
+        if Setting(**free, **core).is_possible
+    ]  # fmt: skip
+    for percent, core, *others in product(
+        axes["select_percent"], cores, axes["checkpointing"], axes["micro_batch_size"]
+    ):
+        yield Setting(**dict(zip(_FREE_AXES, (percent, *others), strict=True)), **core)
 
 
 def ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -227,7 +271,9 @@ def ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     def key(candidate: Candidate) -> tuple[float, ...]:
         setting, seconds = candidate.setting, candidate.step_seconds
         is_slow = seconds > bound
-        preferred = (0.0, 0) if is_slow else (-setting.select_percent, setting.lossy)
+        preferred = (False, 0.0, 0)
+        if not is_slow:
+            preferred = (setting.unit == "entries", -setting.select_percent, setting.lossy)
         return (is_slow, *preferred, seconds // (_NOISE * bound))
 
     return tuple(sorted(fitting, key=key))

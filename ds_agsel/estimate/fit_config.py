@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ds_agsel.config import SECTION
+from ds_agsel.sparse_grad_section import SPARSE_GRAD
 
 if TYPE_CHECKING:
     from ds_agsel.estimate.fit import Setting
@@ -13,7 +15,13 @@ _BUCKET_NUMEL = 50_000_000
 # Weights that ZeRO-3 holds beyond those of the layer at work; DeepSpeed's own default is 10^9.
 _MAX_LIVE_NUMEL = 200_000_000
 # The fields of the section that are written if they differ from their defaults.
-_SECTION_DEFAULTS = {"keep_master": "host", "state_dtype": "fp32", "select_every": 1, "explore_on": "batch"}
+_SECTION_DEFAULTS = {
+    "keep_master": "host", "master_weights": "fp32", "state_dtype": "fp32", "select_every": 1, "on_reentry": "keep",
+    "explore_on": "batch",
+}  # fmt: skip
+_UNIT_FIELDS: Mapping[str, dict[str, Any]] = {
+    "block": {}, "module": {"granularity": "module"}, "entries": {SPARSE_GRAD: {}}
+}  # fmt: skip
 
 
 def ds_config_of(setting: Setting, accumulation_steps: int, nvme_path: str) -> dict[str, Any]:
@@ -82,5 +90,6 @@ def _section(setting: Setting) -> dict[str, Any]:
     section: dict[str, Any] = {"policy": "adagrad_select", "select_percent": setting.select_percent}
     if setting.home == "visit":
         section["step_device"] = "accelerator"
+    section |= _UNIT_FIELDS[setting.unit]
     changed = {field: getattr(setting, field) for field in _SECTION_DEFAULTS}
     return section | {field: value for field, value in changed.items() if value != _SECTION_DEFAULTS[field]}

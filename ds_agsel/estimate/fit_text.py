@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from ds_agsel.estimate.fit import (
+    AXES,
     CARD_RESERVE_BYTES,
     CARD_RESERVE_SHARE,
     HOME_WORDS,
     HOST_RESERVE_BYTES,
-    LOSSY,
     PROCESS_BYTES,
     Candidate,
     Found,
@@ -24,8 +24,8 @@ LIMIT_WORDS = {
 }  # fmt: skip
 PLACE_WORDS = {"card": "on the card", "host": "of host memory", "nvme": "on NVMe"}
 _COLUMNS = (
-    ("percent", 8), ("states", 22), ("ZeRO", 5), ("weights", 8), ("batch", 8), ("checkp.", 8), ("card GiB", 9),
-    ("host GiB", 9), ("NVMe GiB", 9), ("s/step", 8), ("/plain", 7), ("limited by", 18),
+    ("percent", 9), ("states", 22), ("ZeRO", 5), ("weights", 8), ("batch", 8), ("checkp.", 8), ("card GiB", 9),
+    ("host GiB", 9), ("NVMe GiB", 9), ("s/step", 8), ("/plain", 7), ("limited by", 18), ("with", 0),
 )  # fmt: skip
 
 
@@ -94,10 +94,14 @@ def describe(setting: Setting) -> str:
     words += [] if setting.pin_memory else ["memory not page-locked"]
     words += [f"micro-batch {setting.micro_batch_size}"]
     words += ["checkpointing"] if setting.checkpointing else []
-    words += [
-        f"{field} {getattr(setting, field)}" for field, exact in LOSSY.items() if getattr(setting, field) != exact
-    ]
-    return ", ".join(words)
+    return ", ".join([*words, *fields_of(setting)])
+
+
+def fields_of(setting: Setting) -> list[str]:
+    """Return the fields of the section that have another value than their default, apart from percent and home."""
+    fields = ("keep_master", "master_weights", "state_dtype", "select_every", "on_reentry", "explore_on")
+    words = [f"{field} {getattr(setting, field)}" for field in fields if getattr(setting, field) != AXES[field][0]]
+    return words + {"block": [], "module": ["granularity module"], "entries": ["sparse_grad"]}[setting.unit]
 
 
 def over_text(candidate: Candidate) -> str:
@@ -124,11 +128,9 @@ def _misses(failing: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _lossy(found: Found, show: int) -> list[str]:
-    fields = {
-        field for candidate in shown(found.fitting, show) for field, exact in LOSSY.items()
-        if getattr(candidate.setting, field) != exact
-    }  # fmt: skip
-    return [f"*: with {', '.join(sorted(fields))}, by which a run learns otherwise: docs/section.md."] if fields else []
+    if not any(candidate.setting.lossy for candidate in shown(found.fitting, show)):
+        return []
+    return ["*: has fields by which a run learns otherwise than with their defaults: docs/section.md has them."]
 
 
 def _table(candidates: Sequence[Candidate]) -> Iterator[str]:
@@ -154,6 +156,7 @@ def _cells(candidate: Candidate) -> list[str]:
         f"{candidate.step_seconds:.2f}",
         f"{candidate.step_seconds / full.total:.2f}" if full else "-",
         LIMIT_WORDS[seconds.limit] if seconds else "-",
+        ", ".join(fields_of(setting)),
     ]
 
 

@@ -22,6 +22,9 @@ from ds_agsel.estimate.traffic import TrafficBytes, full_traffic, selective_traf
 UPDATE_BYTES = (
     28  # AdamW reads and writes master weight and moments (24), reads a gradient and writes a weight (2 each)
 )
+# An update of leaner states reads them and writes them in fp32 before, and the other way round after it.
+LEANER_BYTES = 24
+SPLIT_BYTES = 18
 HOST_BYTES_PER_SECOND = 50e9  # two channels of DDR5; all ranks of the machine share it
 PAGEABLE_SHARE = 0.5  # of the link's rate, for copies from memory that is not page-locked
 
@@ -99,6 +102,8 @@ def selective_seconds(
 
 def full_seconds(model: ModelShape, setup: Setup, work: Work, rates: Rates) -> Seconds:
     """Return the expected seconds of a step of plain DeepSpeed with the same ds_config."""
+    setup = setup.but(state_dtype="fp32", master_weights="fp32")
+    model = model.dense or model
     groups, frozen = model.user_groups, model.frozen
     traffic = full_traffic(groups, frozen, setup)
     fetched = traffic.h2d - full_traffic(groups, frozen, _at_rest(setup)).h2d
@@ -125,7 +130,10 @@ def _seconds(
     states = 2 * min(traffic.nvme_read, traffic.nvme_write)
     weights_read = ranks * (traffic.nvme_read + traffic.nvme_write - states) / rates.nvme_bytes
     swapped = ranks * states / rates.nvme_bytes
-    adam = ranks * share * UPDATE_BYTES / rates.host_bytes if stepping == "host" else 0.0
+    passed = (
+        UPDATE_BYTES + LEANER_BYTES * (setup.state_dtype != "fp32") + SPLIT_BYTES * (setup.master_weights != "fp32")
+    )
+    adam = ranks * share * passed / rates.host_bytes if stepping == "host" else 0.0
     on_link = link_under / rates.link_bytes
     not_hidden = max(0.0, max(on_link, weights_read) - compute)
     passes = 2 if setup.stage == 2 else 1  # stage 2 reduces by all-reduce (use_multi_rank_bucket_allreduce)
@@ -134,7 +142,7 @@ def _seconds(
         compute=compute,
         pcie=link_after / rates.link_bytes + (not_hidden if on_link >= weights_read else 0.0),
         host_adam=adam if adam >= swapped else 0.0,  # a block is stepped while others are read and written
-        update=0.0 if stepping == "host" else share * UPDATE_BYTES / rates.card.memory_bytes,
+        update=0.0 if stepping == "host" else share * passed / rates.card.memory_bytes,
         nvme=(swapped if swapped > adam else 0.0) + (not_hidden if weights_read > on_link else 0.0),
         ranks=sent / rates.card.peer_bytes,
     )

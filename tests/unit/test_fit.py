@@ -28,7 +28,7 @@ from ds_agsel.estimate.fit import (
     search,
     settings,
 )
-from ds_agsel.estimate.fit_text import as_text, sentence, shown
+from ds_agsel.estimate.fit_text import as_text, describe, sentence, shown
 from ds_agsel.estimate.prediction import Rates, Seconds
 from ds_agsel.estimate.setup import read_setup
 from ds_agsel.estimate.sizes import GIB
@@ -43,7 +43,7 @@ MACHINE = Machine(Rates(CARD), 1, 16 * GIB)
 JOB = Job(sequence_length=512, tokens_per_step=4096)
 SMALL: dict[str, Any] = {
     **AXES, "select_percent": (50.0, 10.0), "stage": (2, 3), "offload_param": ("none", "cpu"), "pin_memory": (True,),
-    "micro_batch_size": (8, 1),
+    "micro_batch_size": (8, 1), "master_weights": ("fp32",), "on_reentry": ("keep",), "unit": ("block",),
 }  # fmt: skip
 
 
@@ -131,6 +131,29 @@ def test_every_axis_is_a_field_and_every_combination_is_possible_once():
     assert list(AXES) == list(vars(first))
     assert LOSSY.items() <= {name: values[0] for name, values in AXES.items()}.items()
     assert len(set(settings(SMALL))) == len(list(settings(SMALL)))
+
+
+def test_leaner_states_and_other_units_are_tried_and_ranked_after_what_learns_the_same():
+    single = model_of(*((2_000_000,) for _ in range(56)))  # the same elements, in 56 units
+    axes = {
+        **SMALL, "home": ("host",), "stage": (2,), "offload_param": ("none",), "explore_on": ("batch",),
+        "checkpointing": (False,), "micro_batch_size": (1,), "select_percent": (50.0,),
+        **{name: AXES[name] for name in ("master_weights", "on_reentry", "unit")},
+    }  # fmt: skip
+    found = search(MODEL, ACTIVATIONS, with_card(8, 64), JOB, axes, {"module": single, "entries": single})
+    by_fields = {
+        (c.setting.unit, c.setting.master_weights, c.setting.state_dtype, c.setting.on_reentry): c
+        for c in found.fitting
+    }  # fmt: skip
+    assert len(by_fields) == len(found.fitting) == 4 + 4 + 4 + 2
+    host = {key: candidate.host_bytes for key, candidate in by_fields.items()}
+    plain = ("block", "fp32", "fp32", "keep")
+    assert host["block", "split", "bf16", "keep"] < host["block", "split", "fp32", "keep"] < host[plain]
+    assert host["block", "fp32", "fp32", "reset"] < host[plain] and host["module", "fp32", "fp32", "keep"] < host[plain]
+    order = list(by_fields)
+    assert {order[0], order[1]} == {plain, ("block", "split", "fp32", "keep")}  # nothing by which it learns otherwise
+    assert {unit for unit, *_ in order[-2:]} == {"entries"}  # few elements of a matrix: never before whole ones
+    assert "master_weights split, state_dtype bf16" in describe(by_fields["block", "split", "bf16", "keep"].setting)
 
 
 def test_what_page_locked_buffers_take_is_counted():
