@@ -4,6 +4,9 @@
 them those that train whole matrices, then more percent, then fewer `LOSSY` fields, then less time. The others follow by
 time. Times are compared in steps of a hundredth of that bound; settings that are equal then are in the order of `AXES`.
 
+[Note: Micro-batches] A larger micro-batch is never slower in this model and needs more of the card. So of settings that
+differ in it alone the first that fits is kept, from the largest down; if none does, the last.
+
 [Note: Units] With `unit` "module" single matrices are selected, with "entries" `sparse_grad` trains a few entries of
 each. A model divided that way has a shape of its own; without one the unit is not tried.
 """
@@ -11,8 +14,8 @@ each. A model divided that way has a shape of its own; without one the unit is n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any, Literal, get_args
@@ -24,7 +27,7 @@ from ds_agsel.estimate.activations import Activations
 from ds_agsel.estimate.fit_config import ds_config_of
 from ds_agsel.estimate.memory import BUILT, Memory, Stepping, selective_memory
 from ds_agsel.estimate.prediction import Rates, Seconds, Work, full_seconds, selective_seconds
-from ds_agsel.estimate.setup import RESTING_BYTES, RESTING_MASTER_BYTES, Setup, read_setup
+from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape
 from ds_agsel.estimate.sizes import GIB
 from ds_agsel.estimate.steps import Step, Which, typical_step
@@ -53,8 +56,8 @@ AXES: Mapping[str, Sequence[Any]] = {
     "offload_param": ("none", "cpu", "nvme"),
     "pin_memory": (True, False),
     "keep_master": ("host", "accelerator"),
-    "master_weights": tuple(RESTING_MASTER_BYTES),
-    "state_dtype": tuple(RESTING_BYTES),
+    "master_weights": ("fp32", "split"),
+    "state_dtype": ("fp32", "bf16", "int8"),
     "select_every": (1, 20),
     "on_reentry": ("keep", "reset"),
     "unit": get_args(Unit),
@@ -62,6 +65,7 @@ AXES: Mapping[str, Sequence[Any]] = {
     "checkpointing": (False, True),
     "micro_batch_size": (64, 32, 16, 8, 4, 2, 1),
 }
+_MOST_SPECIALS = 2  # so that the search takes seconds: what is left out is near to what is tried
 _FREE_AXES = ("select_percent", "checkpointing", "micro_batch_size")  # go with everything
 # Fields by which a run learns otherwise, with the value by which it doesn't.
 LOSSY: Mapping[str, Any] = {
@@ -96,29 +100,39 @@ class Setting:
     @property
     def is_possible(self) -> bool:
         """Whether the fields go together. A field that means nothing in this company has its first value."""
-        is_whole = self.unit != "entries"
+        is_whole, is_lean = self.unit != "entries", (self.master_weights, self.state_dtype) != ("fp32", "fp32")
         return (
             (self.offload_param == "none" or self.stage == 3)
-            and (self.home != "nvme" or (self.stage == 3 and is_whole))
-            and (
-                self.home == "host" or (self.pin_memory and (self.master_weights, self.state_dtype) == ("fp32", "fp32"))
-            )
+            and (self.home != "nvme" or (self.stage == 3 and is_whole and not is_lean))
+            and (self.home == "host" or self.pin_memory)
             and (self.explore_on == "batch" or self.stage > 1)
             and (self.master_weights == "fp32" or (self.offload_param == "none" and is_whole))
             and (is_whole or self.offload_param != "nvme")
-            and (self.home == "visit" or self.keep_master == "host")
+            and (self.keep_master == "host" or (self.home == "visit" and not is_lean))
             and self._is_in_rounds_where_it_pays
+            and self._specials <= _MOST_SPECIALS
             and (
                 self.unit == "block" or (self.keep_master, self.explore_on, self.pin_memory) == ("host", "batch", True)
             )
         )
 
     @property
+    def _specials(self) -> int:
+        """How many settings are no first values; the two forms of leaner states count as one."""
+        return sum((
+            self.stage == 1, self.offload_param != "none", not self.pin_memory, self.keep_master != "host",
+            (self.master_weights, self.state_dtype) != ("fp32", "fp32"), self.select_every > 1, self.unit != "block",
+            self.explore_on != "batch",
+        ))  # fmt: skip
+
+    @property
     def _is_in_rounds_where_it_pays(self) -> bool:
         """Whether a selection stands for a step, or for many to save transfers or, as in BAdam, moments at rest."""
         if self.on_reentry == "reset":
-            return (self.select_every, self.unit, self.explore_on) == (20, "block", "batch") and self.home != "nvme"
-        return self.select_every == 1 or (self.home == "visit" and self.unit == "block")
+            is_plain = (self.unit, self.explore_on, self.state_dtype) == ("block", "batch", "fp32")
+            return is_plain and self.select_every == 20 and self.home != "nvme"
+        is_fp32 = (self.master_weights, self.state_dtype) == ("fp32", "fp32")
+        return self.select_every == 1 or (self.home == "visit" and self.unit == "block" and is_fp32)
 
     @property
     def stepping(self) -> Stepping:
@@ -228,7 +242,7 @@ def search(
     model: ModelShape, activations: Activations, machine: Machine, job: Job, axes: Mapping[str, Sequence[Any]] = AXES,
     others: Mapping[Unit, ModelShape] | None = None,
 ) -> Found:  # fmt: skip
-    """Return all possible settings of ``axes``, those that fit in their order.
+    """Return the possible settings of ``axes``, those that fit in their order: [Note: Micro-batches].
 
     ``others``: the model's shape in other units than blocks.
 
@@ -242,10 +256,17 @@ def search(
         "unit": [unit for unit in axes["unit"] if unit in shapes],
     }
     known: dict[Any, Any] = {}
-    candidates = [
-        _Evaluation(setting, shapes[setting.unit], activations, machine, job, known).candidate()
-        for setting in settings(axes)
-    ]
+    candidates: dict[Setting, Candidate] = {}
+    for setting in settings(axes):
+        alike = replace(setting, micro_batch_size=1)
+        if alike not in candidates or not candidates[alike].fits:
+            evaluation = _Evaluation(setting, shapes[setting.unit], activations, machine, job, known)
+            candidates[alike] = evaluation.candidate()
+    return found_of(model, machine, job, candidates.values())
+
+
+def found_of(model: ModelShape, machine: Machine, job: Job, candidates: Collection[Candidate]) -> Found:
+    """Return the answer that ``candidates`` give."""
     return Found(model, machine, job, ordered(candidates), _failing(candidates))
 
 
@@ -263,7 +284,7 @@ def settings(axes: Mapping[str, Sequence[Any]] = AXES) -> Iterator[Setting]:
         yield Setting(**dict(zip(_FREE_AXES, (percent, *others), strict=True)), **core)
 
 
-def ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def ordered(candidates: Collection[Candidate]) -> tuple[Candidate, ...]:
     """Return those that fit, best first: [Note: Order]."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     bound = SLOWER * min((candidate.step_seconds for candidate in fitting), default=0.0)
@@ -279,7 +300,7 @@ def ordered(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(sorted(fitting, key=key))
 
 
-def _failing(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _failing(candidates: Collection[Candidate]) -> tuple[Candidate, ...]:
     failing = [candidate for candidate in candidates if not candidate.fits]
     return tuple(
         sorted(failing, key=lambda candidate: (sum(candidate.over.values()), -candidate.setting.select_percent))
@@ -312,7 +333,8 @@ class _Evaluation:
         activations = self.activations.peak_bytes(
             self.setting.micro_batch_size * self.job.sequence_length, checkpointing=self.setting.checkpointing
         )
-        memory = self._once("memory", self._memory)
+        is_one = self._setup.accumulation_steps == 1  # all that memory depends on
+        memory = self._kept(("memory", self._core, is_one), self._memory)
         loading = self._setup.item_bytes * self.model.numel  # each rank reads the whole model into host memory
         card = memory.accelerator.total + activations
         arrays = max(memory.host.total, loading)
@@ -338,27 +360,36 @@ class _Evaluation:
         return ds_config_of(self.setting, rows // self.setting.micro_batch_size, self.machine.nvme_path)
 
     @cached_property
+    def _core(self) -> Setting:
+        return replace(self.setting, micro_batch_size=1, checkpointing=False)
+
+    @cached_property
     def _config(self) -> SelectionConfig:
-        return SelectionConfig(**self._ds_config[SECTION])
+        return self._kept(("config", self._core), lambda: SelectionConfig(**self._ds_config[SECTION]))
 
     @cached_property
     def _setup(self) -> Setup:
-        return with_section(read_setup(self._ds_config, self.machine.ranks), self._config)
+        accumulation = self.job.rows_per_rank(self.machine.ranks) // self.setting.micro_batch_size
+        key = ("setup", replace(self._core, select_percent=100.0))
+        setup = self._kept(key, lambda: with_section(read_setup(self._ds_config, self.machine.ranks), self._config))
+        return setup.but(accumulation_steps=accumulation)
 
-    def _once(self, what: str, make: Any, *more: Any) -> Any:
-        setup = self._setup.but(accumulation_steps=min(2, self._setup.accumulation_steps)) if not more else self._setup
-        key = (what, setup, repr(self._ds_config[SECTION]), *more)
+    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.known:
-            self.known[key] = make(*more)
+            self.known[key] = make()
         return self.known[key]
 
     def _step(self, phase: Phase, which: Which) -> Step:
         config = self._config
         one_backward = self._setup.accumulation_steps == 1 or config.explore_on == "first_micro_batch"
         streaming = BUILT.streaming_top_k and self._setup.stage > 1 and one_backward
-        numels = [block.numel for block in self.model.blocks]
-        lottery = build_lottery(self.model.blocks, config)
-        return typical_step(numels, lottery, phase, which, streaming, config.select_every)
+        every = config.select_every
+
+        def make() -> Step:
+            numels = [block.numel for block in self.model.blocks]
+            return typical_step(numels, build_lottery(self.model.blocks, config), phase, which, streaming, every)
+
+        return self._kept(("step", self.setting.unit, config.select_percent, phase, which, streaming, every), make)
 
     def _memory(self) -> Memory:
         """Return the larger of both phases' worst, place by place: which phase it is differs."""
@@ -381,12 +412,7 @@ class _Evaluation:
             hidden=self.activations.input_bytes // self._setup.item_bytes,
             layers=self.activations.layers,
         )
-        return self._once("seconds", self._predicted, work, setting.pin_memory)
-
-    def _predicted(self, work: Work, pin_memory: bool) -> tuple[Seconds, Seconds]:
-        rates = Rates(
-            self.machine.rates.card, self.machine.rates.host_bytes, self.machine.rates.nvme_bytes, pin_memory
-        )  # fmt: skip
+        rates = replace(self.machine.rates, is_pinned=setting.pin_memory)
         exploit, explore = (
             selective_seconds(
                 self.model, self._setup, self.setting.stepping, self._step(phase, "expected"), work, rates
@@ -394,4 +420,6 @@ class _Evaluation:
             for phase in ("exploit", "explore")
         )
         mean = exploit.mixed(explore, EXPLORE_SHARE / self.setting.select_every)
-        return mean, full_seconds(self.model, self._setup, work, rates)
+        plain = self._setup.but(keep_master="host", on_reentry="keep", state_dtype="fp32", master_weights="fp32")
+        key = ("full", self.setting.unit, plain, work, setting.pin_memory)
+        return mean, self._kept(key, lambda: full_seconds(self.model, plain, work, rates))

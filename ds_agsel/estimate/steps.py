@@ -122,6 +122,6 @@ def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
     """Return Σ share · value."""
     sums: dict[tuple[int, int], int] = {}  # of the values with one share: there are few shares, and fractions are slow
     for share, value in zip(shares, values, strict=True):
-        key = (share.numerator, share.denominator)
+        key = share.as_integer_ratio()
         sums[key] = sums.get(key, 0) + value
     return sum((Fraction(*share) * value for share, value in sums.items()), Fraction(0))

@@ -26,7 +26,8 @@ JOB = Job(sequence_length=1024, tokens_per_step=16384, micro_batch_size=1)
 # Less than `ds-agsel fit` tries, so that the page is made in seconds: percentages of the paper, exact settings alone.
 PAGE_AXES = {
     **AXES, "select_percent": (30.0, 20.0, 10.0), "stage": (2, 3), "pin_memory": (True,), "keep_master": ("host",),
-    "select_every": (1,), "state_dtype": ("fp32",),
+    "select_every": (1,), "master_weights": ("fp32",), "state_dtype": ("fp32",), "on_reentry": ("keep",),
+    "unit": ("block",),
 }  # fmt: skip
 
 

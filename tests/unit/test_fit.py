@@ -73,7 +73,8 @@ def test_no_better_setting_was_overlooked(gib, host):
     machine = with_card(gib, host)
     found = search(MODEL, ACTIVATIONS, machine, JOB, SMALL)
     everything = (*found.fitting, *found.failing)
-    assert {candidate.setting for candidate in everything} == set(settings(SMALL))
+    tried = [replace(candidate.setting, micro_batch_size=1) for candidate in everything]
+    assert sorted(map(repr, tried)) == sorted({repr(replace(one, micro_batch_size=1)) for one in settings(SMALL)})
     fitting = [
         candidate for candidate in everything
         if candidate.card_bytes <= gib * GIB * (1 - CARD_RESERVE_SHARE) - CARD_RESERVE_BYTES
@@ -114,9 +115,21 @@ def test_bytes_are_those_of_estimate(ranks):
 def test_more_memory_never_loses_a_setting():
     before: set[Any] = set()
     for gib in (3, 4, 8):
-        fitting = {c.setting for c in search(MODEL, ACTIVATIONS, with_card(gib), JOB, SMALL).fitting}
+        found = search(MODEL, ACTIVATIONS, with_card(gib), JOB, SMALL)
+        fitting = {replace(c.setting, micro_batch_size=1) for c in found.fitting}
         assert before <= fitting
         before = fitting
+
+
+def test_of_micro_batches_the_largest_that_fits_is_kept():
+    axes = {**SMALL, "micro_batch_size": (8, 4, 2, 1), "home": ("visit",), "stage": (2,), "select_percent": (10.0,)}
+    machine, sizes = with_card(3), (1, 2, 4, 8)
+    each = {size: search(MODEL, ACTIVATIONS, machine, JOB, {**axes, "micro_batch_size": (size,)}) for size in sizes}
+    fits = {size: {replace(c.setting, micro_batch_size=1) for c in each[size].fitting} for size in sizes}
+    assert fits[8] != fits[1]
+    for candidate in search(MODEL, ACTIVATIONS, machine, JOB, axes).fitting:
+        alike = replace(candidate.setting, micro_batch_size=1)
+        assert candidate.setting.micro_batch_size == max(size for size in sizes if alike in fits[size])
 
 
 def test_an_axis_with_a_single_value_is_kept():
@@ -145,9 +158,10 @@ def test_leaner_states_and_other_units_are_tried_and_ranked_after_what_learns_th
         (c.setting.unit, c.setting.master_weights, c.setting.state_dtype, c.setting.on_reentry): c
         for c in found.fitting
     }  # fmt: skip
-    assert len(by_fields) == len(found.fitting) == 4 + 4 + 4 + 2
+    assert len(by_fields) == len(found.fitting) == 6 + 2 + 6 + 3
     host = {key: candidate.host_bytes for key, candidate in by_fields.items()}
     plain = ("block", "fp32", "fp32", "keep")
+    assert host["block", "split", "int8", "keep"] < host["block", "split", "bf16", "keep"]
     assert host["block", "split", "bf16", "keep"] < host["block", "split", "fp32", "keep"] < host[plain]
     assert host["block", "fp32", "fp32", "reset"] < host[plain] and host["module", "fp32", "fp32", "keep"] < host[plain]
     order = list(by_fields)
