@@ -92,7 +92,7 @@ def other_units(name: str, model: nn.Module) -> dict[Unit, ModelShape]:
 
     shapes: dict[Unit, ModelShape] = {"module": shape_of(name, model, granularity="module")}
     with contextlib.suppress(ConfigError):
-        shapes["entries"] = shape_of(name, model, sparse_grad=SparseGradConfig())
+        shapes["entries"] = shape_of(name, model, sparse_grad=SparseGradConfig.model_validate({}))
     return shapes
 
 

@@ -120,8 +120,8 @@ def full_step(num_groups: int) -> Step:
 
 def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:
     """Return Σ share · value."""
-    sums: dict[tuple[int, int], int] = {}  # of the values with one share: there are few shares, and fractions are slow
+    sums: dict[int, int] = {}  # by denominator: there are few of them, and fractions are slow
     for share, value in zip(shares, values, strict=True):
-        key = share.as_integer_ratio()
-        sums[key] = sums.get(key, 0) + value
-    return sum((Fraction(*share) * value for share, value in sums.items()), Fraction(0))
+        numerator, denominator = share.as_integer_ratio()
+        sums[denominator] = sums.get(denominator, 0) + numerator * value
+    return sum((Fraction(total, denominator) for denominator, total in sums.items()), Fraction(0))

@@ -9,6 +9,7 @@ import pytest
 from ds_agsel import cli
 from ds_agsel.config import SECTION
 from ds_agsel.entry.check import problems_of
+from ds_agsel.estimate import fit
 from ds_agsel.estimate.fit import AXES, settings
 from ds_agsel.estimate.fit_config import ds_config_of
 from ds_agsel.estimate.models import known_models
@@ -21,6 +22,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(known_models()["smollm2"] | {"num_hidden_layers": 3}))
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def fewer_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of a tenth of the time; `test_fit` has the others."""
+    fewer = {"select_percent": (50.0, 10.0), "explore_on": ("batch",), "unit": ("block",), "stage": (2, 3)}
+    monkeypatch.setattr(fit, "AXES", {**AXES, **fewer})
 
 
 PAIRS = [
