@@ -25,8 +25,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def fewer_axes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search of a tenth of the time; `test_fit` has the others."""
+def fewer_axes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A search of a tenth of the time; `test_fit` and the slow tests have the others."""
+    if request.node.get_closest_marker("slow"):
+        return
     fewer = {"select_percent": (50.0, 10.0), "explore_on": ("batch",), "unit": ("block",), "stage": (2, 3)}
     monkeypatch.setattr(fit, "AXES", {**AXES, **fewer})
 
