@@ -1,8 +1,9 @@
 """The search for settings that fit a card and a host: pure, by the estimator's bytes and the predicted seconds.
 
 [Note: Order] Of the settings that fit, those come first that take at most `SLOWER` times as long as the fastest; among
-them those that train whole matrices, then more percent, then fewer `LOSSY` fields, then less time. The others follow by
-time. Times are compared in steps of a hundredth of that bound; settings that are equal then are in the order of `AXES`.
+them more percent comes first, then fewer `LOSSY` fields, then less time. The others follow by time, and after all of
+them, in the same order, what trains single entries. Times are compared in steps of a hundredth of that bound; settings
+that are equal then are in the order of `AXES`.
 
 [Note: Micro-batches] A larger micro-batch is never slower in this model and needs more of the card. So of settings that
 differ in it alone the first that fits is kept, from the largest down; if none does, the last.
@@ -287,15 +288,14 @@ def settings(axes: Mapping[str, Sequence[Any]] = AXES) -> Iterator[Setting]:
 def ordered(candidates: Collection[Candidate]) -> tuple[Candidate, ...]:
     """Return those that fit, best first: [Note: Order]."""
     fitting = [candidate for candidate in candidates if candidate.fits]
-    bound = SLOWER * min((candidate.step_seconds for candidate in fitting), default=0.0)
+    whole = [candidate for candidate in fitting if candidate.setting.unit != "entries"]
+    bound = SLOWER * min((candidate.step_seconds for candidate in whole or fitting), default=0.0)
 
     def key(candidate: Candidate) -> tuple[float, ...]:
         setting, seconds = candidate.setting, candidate.step_seconds
         is_slow = seconds > bound
-        preferred = (False, 0.0, 0)
-        if not is_slow:
-            preferred = (setting.unit == "entries", -setting.select_percent, setting.lossy)
-        return (is_slow, *preferred, seconds // (_NOISE * bound))
+        preferred = (0.0, 0) if is_slow else (-setting.select_percent, setting.lossy)
+        return (setting.unit == "entries", is_slow, *preferred, seconds // (_NOISE * bound))
 
     return tuple(sorted(fitting, key=key))
 

@@ -52,7 +52,7 @@ def test_what_it_writes_is_sound(name, card, host, tmp_path, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{name} fits ") and str(file) in last
     assert cli.main(["check", str(file), "--model", name]) == 0
-    assert capsys.readouterr().out == f"{file}: sound\n"
+    assert capsys.readouterr().out.startswith(f"{file}: sound\n")  # units that are no blocks are listed after it
 
 
 def test_every_setting_that_is_tried_is_sound():
