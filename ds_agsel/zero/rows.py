@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -20,6 +21,9 @@ from ds_agsel.samples.support import SupportData, loss_of
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
 
+if TYPE_CHECKING:
+    from ds_agsel.zero.selective import SelectiveStep
+
 
 def row_choice(root: nn.Module, selection: Selection, block_of: Mapping[int, int]) -> RowChoice | None:
     """Return the choice of rows for the engine of ``root``; None without `adagrad_select.gast`."""
@@ -29,23 +33,22 @@ def row_choice(root: nn.Module, selection: Selection, block_of: Mapping[int, int
     return RowChoice(root, repeated_layers(root), block_of, config.gast, config.seed, dist.get_rank(), record)
 
 
-def run_support(root: nn.Module, rows: RowChoice, data: SupportData, step: int, scale: float) -> None:
+def run_support(stage: SelectiveStep, root: nn.Module, rows: RowChoice, data: SupportData, step: int) -> None:
     """Take the support of ``step``: a forward of ``root`` in evaluation mode and a backward to its selected blocks.
 
-    Called within a forward of ``root`` that begins. Draws no random number, and gives no parameter a gradient.
-
-    Args:
-        scale: of the loss, so that gradients do not underflow in fp16.
+    Called within a forward of ``root`` that begins. Draws no random number, and gives no parameter a gradient. The loss
+    is scaled as that of the step, so that gradients do not underflow in fp16. Collective with ZeRO-3.
     """
     device = torch.device(get_accelerator().current_device_name())
     arguments = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in data.batch(step).items()
     }
     trained = [module for module in root.modules() if module.training]
+    is_partitioned = isinstance(stage, compat.DeepSpeedZeroOptimizer_Stage3)
     root.eval()
     try:
-        with rows.collecting(device) as support:
-            support.run(loss_of(root(**arguments)) * scale)
+        with compat.own_trace(stage) if is_partitioned else nullcontext(), rows.collecting(device) as support:
+            support.run(loss_of(root(**arguments)) * float(stage.loss_scale))
     finally:
         for module in trained:
             module.training = True
@@ -82,12 +85,6 @@ def problems(ds_config: DsConfig, config: SelectionConfig, model: nn.Module | No
             "adagrad_select.gast can't be used with ZeRO-3's leaf modules: DeepSpeed reduces their gradients before "
             "rows are chosen (stage3.py:1532). Leave set_z3_leaf_modules, zero_optimization.leaf_module and "
             "stage3_module_granularity_threshold out, or remove gast."
-        )
-    if config.gast.needs_support_data and ds_config.stage == 3:
-        yield (
-            'adagrad_select.gast.support="data" and zero_optimization.stage=3 can\'t be used together: DeepSpeed '
-            "follows the order of a step's modules, into which the pass over support data does not fit. Use stage 1 or "
-            '2, or support "batch".'
         )
     if model is not None:
         yield from _model_problems(model)

@@ -98,7 +98,7 @@ class StepWindow:
             step = self._selection.plan.step
             self._rows.begin_forward(step, self._selection.active_blocks)
             if self._rows.needs_support and self._root is not None and self._support_data is not None:
-                run_support(self._root, self._rows, self._support_data, step, float(self._stage.loss_scale))
+                run_support(self._stage, self._root, self._rows, self._support_data, step)
 
     def open(self) -> None:
         """Prepare for the planned step. Idempotent. Raises ConfigError if the policy has no plan."""

@@ -211,6 +211,7 @@ def test_an_abandoned_window_leaves_no_trace(workers: Any) -> None:
 # -------------------------------------------------------------------------- support data
 
 SUPPORT = {"support": "data", "support_samples": 3}
+PARTED = {"stage3_param_persistence_threshold": 0}
 
 
 def support_rows() -> list[dict[str, Tensor]]:
@@ -246,15 +247,40 @@ def by_support(case: Case) -> dict[str, Any]:
     return {"taken": taken, "expected": expected, "quiet": quiet and untouched, "drawn": drawn}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("section", [FIXED, {"policy": "all"}], ids=["fixed", "all"])
 def test_rows_are_scored_against_support_data(workers: Any, section: dict[str, Any], stage: int) -> None:
-    case = Case(stage=stage, section={**section, "gast": {**SUPPORT, "draw": "top"}})
+    case = Case(stage=stage, section={**section, "gast": {**SUPPORT, "draw": "top"}}, zero=PARTED)
     runs = workers(2).run(by_support, case)
     for run in runs:
         assert run["taken"] and run["quiet"]
         assert run["taken"] == {block: (run["expected"][block],) for block in run["taken"]}
     assert runs[0]["drawn"] != runs[1]["drawn"]
+
+
+def by_stages(case: Case) -> list[dict[str, Any]]:
+    """Runs of stages 2 and 3: rows taken, weights, and whether DeepSpeed knew the order of a step's modules."""
+    found = []
+    for stage in (2, 3):
+        engine = build(case.but(stage=stage), support_data=support_rows())
+
+        def knows(event: str, engine: Any, step: int) -> bool | None:
+            is_traced = event == "backward" and step > 0 and hasattr(engine.optimizer, "parameter_offload")
+            return engine.optimizer.parameter_offload.param_coordinator.is_complete_trace() if is_traced else None
+
+        result = run_steps(engine, case, observe=knows)
+        rows = [step.as_json() for step in engine.selection.samples.history]
+        found.append({"rows": rows, "known": result["observed"], "weights": finish(engine, result)["weights"]})
+    return found
+
+
+def test_a_support_pass_does_not_disturb_zero_3(workers: Any) -> None:
+    case = Case(steps=4, section={**FIXED, "gast": SUPPORT}, zero=PARTED)
+    for two, three in workers(2).run(by_stages, case):
+        assert three["rows"] == two["rows"]
+        assert three["known"] and all(three["known"])
+        for name, weight in two["weights"].items():
+            torch.testing.assert_close(three["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def support_refusals() -> list[str]:

@@ -21,8 +21,9 @@ def problem(case: Case, model: nn.Module | None = None) -> str:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_every_stage_and_offload_is_taken(stage: int, offload: str) -> None:
-    case = Case(stage=stage, offload=offload, section=GAST)
+@pytest.mark.parametrize("support", ["batch", "data"])
+def test_every_stage_and_offload_is_taken(stage: int, offload: str, support: str) -> None:
+    case = Case(stage=stage, offload=offload, section={"gast": {"support": support}})
     assert problems_of(ds_config(case), tiny_model(case)) == []
 
 
@@ -65,10 +66,4 @@ def test_a_model_without_linears_in_its_layers_is_refused() -> None:
     assert problem(Case(section=GAST), Convolutions()) == (
         "adagrad_select.gast chooses rows for the torch.nn.Linear modules of repeated layers, of which Convolutions "
         "trains none. Remove gast."
-    )
-
-
-def test_support_data_under_stage_3_is_refused() -> None:
-    assert 'gast.support="data" and zero_optimization.stage=3' in problem(
-        Case(stage=3, section={"gast": {"support": "data"}})
     )

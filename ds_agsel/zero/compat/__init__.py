@@ -66,7 +66,7 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.recomputation import keep_recomputed_weights
     from ds_agsel.zero.compat.settings import ds_config_problems, load_ds_config, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
-    from ds_agsel.zero.compat.trace import has_trace, keep_trace
+    from ds_agsel.zero.compat.trace import has_trace, keep_trace, own_trace
     from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
     from ds_agsel.zero.compat.weights import (
         gather_again,
@@ -130,6 +130,7 @@ __all__ = [
     "offloaded_param_ids",
     "only_groups",
     "only_sub_groups",
+    "own_trace",
     "overrides",
     "param_group_of",
     "partition_weights",

@@ -9,11 +9,15 @@ moves on to the module that runs, so that one record of a whole backward serves 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ds_agsel.zero.compat.versions import refusal
+from ds_agsel.zero.compat.views import attribute
 
 _PRIVATE = "_PartitionedParameterCoordinator__"  # Python's mangling of class-private names
 _NAMES = (f"{_PRIVATE}step_id", f"{_PRIVATE}submodule_order", f"{_PRIVATE}param_queue", "trace_prologue")
@@ -42,6 +46,28 @@ def keep_trace(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
             stock(module)
 
         coordinator.trace_prologue = prologue
+
+
+@contextmanager
+def own_trace(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[None]:
+    """Inside, a forward and backward of the model neither follow nor change the record: [Note: Trace].
+
+    Nothing is gathered ahead of time, and weights whose module's backward did not end are released at the end. To be
+    entered and left between steps, where no weight is in flight.
+    """
+    offload: Any = optimizer.parameter_offload
+    apart = copy.copy(offload.param_coordinator)
+    vars(apart).pop("trace_prologue", None)  # `keep_trace`'s is the other one's
+    if apart.is_invalid_trace():
+        apart._clear_trace_structures()  # else it would share its lists, which are appended to
+    else:
+        apart._invalidate_trace()
+    with attribute(offload, param_coordinator=apart):
+        try:
+            yield
+        finally:
+            if hasattr(offload, "release_backward_leftovers"):  # 0.18.9 keeps no list of them
+                offload.release_backward_leftovers()
 
 
 def _order(coordinator: Any) -> Any:
