@@ -168,11 +168,6 @@ class SelectionConfig(BaseModel):
             sub_section = getattr(self, name)
             if sub_section is not None:
                 yield from sub_section.problems(f"{SECTION}.{name}")
-        if self.gast is not None and self.sparse_grad is not None:
-            yield (
-                f"{SECTION}.{GAST} and {SECTION}.{SPARSE_GRAD} exclude each other: a matrix of which some entries are"
-                " trained does not choose its rows yet. Remove one of the two."
-            )
         if self.granularity == "module" and self.sparse_grad is not None:
             yield (
                 f'{SECTION}.granularity="module" and {SECTION}.sparse_grad exclude each other: modules are drawn until'

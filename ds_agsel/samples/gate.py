@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_agsel.errors import TrainingError
+from ds_agsel.samples.matrices import Matrix
 from ds_agsel.samples.scores import Use
 
 Choose = Callable[[dict[int, list[Use]], int], Tensor | None]  # uses by Linear, rows -> taken rows; None: all
@@ -34,7 +35,7 @@ class Gate:
     """The gate of one block in one forward.
 
     Args:
-        weights: of the block's Linears, by which ``choose`` and `tap` number them.
+        matrices: of the block's Linears, by which ``choose`` and `tap` number them.
         choose: given (X, dY) of the Linears that ran, returns the taken rows.
         weigh: of (rows, taken), the weight of a taken row.
         done: called when the gate has run.
@@ -42,15 +43,16 @@ class Gate:
 
     def __init__(
         self,
-        weights: Sequence[nn.Parameter],
+        matrices: Sequence[Matrix],
         choose: Choose,
         weigh: Callable[[int, int], float],
         done: Callable[[Gate], None],
     ) -> None:
-        self._weights, self._choose, self._weigh, self._done = list(weights), choose, weigh, done
+        self._matrices, self._choose, self._weigh, self._done = tuple(matrices), choose, weigh, done
+        self._parameters = [matrix.parameter for matrix in matrices]
         self._uses: dict[int, list[Use]] = {}
-        restore = show_whole(weights)
-        self._token: Tensor | None = _Join.apply(self, *weights)
+        restore = show_whole(self._parameters)
+        self._token: Tensor | None = _Join.apply(self, *self._parameters)
         restore()
 
     def tap(self, number: int, x: Tensor, y: Tensor) -> Tensor:
@@ -64,22 +66,22 @@ class Gate:
         self._uses.setdefault(number, []).append(use)
 
     def gradients(self, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradient over the rows that are chosen now of each weight that is ``wanted``, and end the gate."""
+        """Return the gradient over the rows that are chosen now of each matrix that is ``wanted``, and end the gate."""
         found: list[Tensor | None] = []
         rows = next(iter(self._uses.values()))[0].x.shape[0]
         taken = self._choose(self._uses, rows)
         weight = 1.0 if taken is None else self._weigh(rows, taken.numel())
-        for number, (parameter, is_wanted) in enumerate(zip(self._weights, wanted, strict=True)):
+        for number, (matrix, is_wanted) in enumerate(zip(self._matrices, wanted, strict=True)):
             if not is_wanted:
                 found.append(None)
                 continue
             uses = self._uses.pop(number, [])  # freed one by one
-            parts = [use.gradient(taken, weight) for use in uses]
-            total = sum(parts[1:], start=parts[0]) if parts else _zeros(parameter)
+            parameter = self._parameters[number]
+            total = matrix.gradient(uses, taken, weight) if uses else _zeros(parameter)
             found.append(total.to(parameter.dtype))
         self.drop()
         self._done(self)
-        torch.autograd.Variable._execution_engine.queue_callback(show_whole(self._weights))
+        torch.autograd.Variable._execution_engine.queue_callback(show_whole(self._parameters))
         return found
 
     def drop(self) -> None:
@@ -131,24 +133,26 @@ class _KeptTap(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
-    """An output as it is; in backward, its gradient as it is, and the weight's over rows that are known already."""
+    """An output as it is; in backward, its gradient as it is, and the matrix's over rows that are known already."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, taken: Tensor | None, row_weight: float) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, parameter: Tensor, matrix: Matrix, taken: Tensor | None, row_weight: float
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taken, ctx.row_weight, ctx.dtype = taken, row_weight, weight.dtype
+        ctx.matrix, ctx.taken, ctx.row_weight, ctx.dtype = matrix, taken, row_weight, parameter.dtype
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        use = Use(x.to(dy.dtype), dy)
-        return dy, None, use.gradient(ctx.taken, ctx.row_weight).to(ctx.dtype), None, None
+        gradient = ctx.matrix.gradient([Use(x.to(dy.dtype), dy)], ctx.taken, ctx.row_weight)
+        return dy, None, gradient.to(ctx.dtype), None, None, None
 
 
-def tap_known(x: Tensor, y: Tensor, weight: Tensor, taken: Tensor | None, row_weight: float) -> Tensor:
-    """Return a Linear's output ``y``; its ``weight`` learns from the rows ``taken`` of ``x``, from all with None."""
-    tapped: Tensor = _Tap.apply(y, x.detach(), weight, taken, row_weight)
+def tap_known(x: Tensor, y: Tensor, matrix: Matrix, taken: Tensor | None, row_weight: float) -> Tensor:
+    """Return a Linear's output ``y``; its ``matrix`` learns from the rows ``taken`` of ``x``, from all with None."""
+    tapped: Tensor = _Tap.apply(y, x.detach(), matrix.parameter, matrix, taken, row_weight)
     return tapped
 
 

@@ -12,9 +12,10 @@ from ds_agsel.errors import TrainingError
 from ds_agsel.gast_section import GastConfig
 from ds_agsel.samples.choice import DrawKey, needs_scores, row_weight, take
 from ds_agsel.samples.gate import Gate, tap_for, tap_known, without_weight
-from ds_agsel.samples.linears import GatedForward, gated_linears
+from ds_agsel.samples.linears import Gated, GatedEntries, GatedForward, Place, gated_linears
+from ds_agsel.samples.matrices import Entries, Matrix
 from ds_agsel.samples.record import BlockRows, Samples
-from ds_agsel.samples.scores import Use, of_halves
+from ds_agsel.samples.scores import Use
 from ds_agsel.samples.support import SupportPass
 
 
@@ -41,15 +42,14 @@ class RowChoice:
         record: Samples,
     ) -> None:
         self._config, self._seed, self._rank, self._record = config, seed, rank, record
-        self._weights: dict[int, list[nn.Parameter]] = {}
-        self._forwards: list[GatedForward] = []
+        self._matrices: dict[int, list[Matrix]] = {}
+        self._gated: list[Gated] = []
         names = {id(module): name for name, module in root.named_modules()}
         for block, of_block in gated_linears(layers, block_of).items():
-            self._weights[block] = [weight for weight, _ in of_block]
-            for number, (_, modules) in enumerate(of_block):
-                self._forwards += [
-                    GatedForward(module, names[id(module)], block, number, self._tapped) for module in modules
-                ]
+            self._matrices[block] = [matrix for matrix, _ in of_block]
+            for number, (matrix, modules) in enumerate(of_block):
+                for module in modules:
+                    self._gated.append(self._gate_of(module, Place(names[id(module)], block, number, matrix)))
         self._active: Collection[int] = ()
         self._step = 0
         self._micro_step = -1  # the number of the forward in the window
@@ -60,13 +60,20 @@ class RowChoice:
         self._collects = False  # whether the support pass is running
         self._known: dict[int, Tensor | None] = {}  # the taken rows, by block, where no scores are needed
 
+    def _gate_of(self, module: nn.Module, place: Place) -> Gated:
+        if isinstance(place.matrix, Entries):
+            return GatedEntries(place.matrix.target, place, self._tapped_entries)
+        if isinstance(module, nn.Linear):
+            return GatedForward(module, place, self._tapped)
+        raise TypeError(f"{place.name} is no Linear")
+
     @property
     def blocks(self) -> tuple[int, ...]:
         """The blocks that have gated Linears."""
-        return tuple(sorted(self._weights))
+        return tuple(sorted(self._matrices))
 
     def begin_forward(self, step: int, active: Collection[int]) -> None:
-        """Note that a forward of ``step``'s window begins, whose gradients the blocks ``active`` need."""
+        """Note that a forward of ``step``'s window begins, in which the blocks ``active`` choose rows."""
         self._step, self._active = step, active
         self._micro_step += 1
         self._rows = None
@@ -87,7 +94,7 @@ class RowChoice:
     @property
     def needs_support(self) -> bool:
         """Whether the forward that begins now is the first of a window whose rows are scored against support data."""
-        return self._config.needs_support_data and self._micro_step == 0
+        return self._config.needs_support_data and self._micro_step == 0 and bool(self._active)
 
     def close(self) -> None:
         """End the window: no Linear is gated until the next forward begins."""
@@ -102,26 +109,34 @@ class RowChoice:
     def remove(self) -> None:
         """Give the Linears their own forward again."""
         self.close()
-        for forward in self._forwards:
-            forward.remove()
+        for gated in self._gated:
+            gated.remove()
 
     # -------------------------------------------------------------------------- forward
 
     @torch.compiler.disable
-    def _tapped(self, gated: GatedForward, x: Tensor) -> Tensor:
-        module, block = gated.module, gated.block
-        if block not in self._active or not torch.is_grad_enabled() or not module.weight.requires_grad:
+    def _tapped(self, module: nn.Linear, place: Place, x: Tensor) -> Tensor:
+        if place.block not in self._active or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return nn.functional.linear(x, module.weight, module.bias)
+        return self._through(place, x, without_weight(module, x))
+
+    @torch.compiler.disable
+    def _tapped_entries(self, place: Place, x: Tensor, y: Tensor) -> Tensor | None:
+        return self._through(place, x, y) if place.block in self._active else None
+
+    def _through(self, place: Place, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output ``y`` of a Linear that learns from some rows, tapped."""
+        block, matrix = place.block, place.matrix
         if self._collects and self._support is not None:
-            y = without_weight(module, x)
-            return tap_for(self._support.of_block(block), self._support.token, gated.number, x, y)
-        rows = self._checked_rows(gated.name, x)
-        y = without_weight(module, x)
+            return tap_for(
+                self._support.of_block(block, self._matrices[block]), self._support.token, place.number, x, y
+            )
+        rows = self._checked_rows(place.name, x)
         if needs_scores(self._config, rows):
-            return self._gate(block).tap(gated.number, x, y)
+            return self._gate(block).tap(place.number, x, y)
         taken = self._known_rows(block, rows, x.device)
         weight = 1.0 if taken is None else row_weight(rows, taken.numel())
-        return tap_known(x, y, module.weight, taken, weight)
+        return tap_known(x, y, matrix, taken, weight)
 
     def _checked_rows(self, name: str, x: Tensor) -> int:
         """Return the rows of ``x``. Raises TrainingError, naming the Linear, where they can't be told."""
@@ -148,7 +163,7 @@ class RowChoice:
             def choose(uses: dict[int, list[Use]], rows: int) -> Tensor | None:
                 return self._choose(block, micro_step, uses, rows)
 
-            gate = Gate(self._weights[block], choose, row_weight, self._done)
+            gate = Gate(self._matrices[block], choose, row_weight, self._done)
             self._gates[block] = gate
             self._open.append(gate)
         return gate
@@ -163,10 +178,11 @@ class RowChoice:
     # ------------------------------------------------------------------------- backward
 
     def _choose(self, block: int, micro_step: int, uses: dict[int, list[Use]], rows: int) -> Tensor | None:
+        matrices = self._matrices[block]
         if self._support is not None:
-            scores = self._support.scores(block, uses)
+            scores = self._support.scores(block, matrices, uses)
         else:
-            scores = torch.stack([of_halves(of_linear) for of_linear in uses.values()]).sum(0)
+            scores = torch.stack([matrices[number].of_halves(of_linear) for number, of_linear in uses.items()]).sum(0)
         taken = take(self._config, rows, self._key(block, micro_step), scores, scores.device)
         self._record.note(block, micro_step, BlockRows(rows, taken))
         return taken

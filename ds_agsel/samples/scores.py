@@ -8,6 +8,7 @@ cheaper where tokens are few: each function takes what costs less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,13 @@ class Use:
         x, dy = (tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in (self.x, self.dy))
         return (x.bfloat16(), dy.bfloat16()) if dy.dtype == torch.float16 else (x, dy)
 
+    def of(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return both, of ``rows`` alone; of all if they are None."""
+        return (self.x, self.dy) if rows is None else (self.x.index_select(0, rows), self.dy.index_select(0, rows))
+
     def gradient(self, rows: Tensor | None = None, weight: float = 1.0) -> Tensor:
         """Return the weight's gradient (D_out, D_in): of ``rows``, times ``weight``, or of all as torch computes it."""
-        x, dy = (self.x, self.dy) if rows is None else (self.x.index_select(0, rows), self.dy.index_select(0, rows))
+        x, dy = self.of(rows)
         total = dy.reshape(-1, dy.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
         return total if rows is None else total.mul_(weight)
 
@@ -50,18 +55,18 @@ class Support:
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
-def support_of(uses: list[Use]) -> Support:
+def support_of(uses: Sequence[Use]) -> Support:
     """Return the support that ``uses`` of one Linear are: G or their tokens, whatever is smaller."""
-    x, dy = _joined(uses)
+    x, dy = joined(uses)
     rows, tokens = x.shape[0], x.shape[0] * x.shape[1]
     if tokens * (x.shape[-1] + dy.shape[-1]) < x.shape[-1] * dy.shape[-1]:
         return Support(None, x.flatten(0, 1), dy.flatten(0, 1), rows)
     return Support(_gradient(x, dy), None, None, rows)
 
 
-def against(uses: list[Use], support: Support) -> Tensor:
+def against(uses: Sequence[Use], support: Support) -> Tensor:
     """Return the scores of the rows of ``uses`` against ``support``, fp32, (rows,)."""
-    x, dy = _joined(uses)
+    x, dy = joined(uses)
     if support.gradient is not None:
         return _by_gradient(x, dy, support.gradient) / support.rows
     if support.x is None or support.dy is None:
@@ -69,12 +74,12 @@ def against(uses: list[Use], support: Support) -> Tensor:
     return _by_products(x, dy, support.x, support.dy, 1).sum(1) / support.rows
 
 
-def of_halves(uses: list[Use]) -> Tensor:
+def of_halves(uses: Sequence[Use]) -> Tensor:
     """Return the scores of all rows, each against the mean gradient of the other half, fp32, (rows,).
 
     The first half is rows // 2 rows; there must be at least two rows.
     """
-    x, dy = _joined(uses)
+    x, dy = joined(uses)
     rows, tokens, d_in = x.shape
     half, d_out = rows // 2, dy.shape[-1]
     if half * (rows - half) * tokens * (d_in + d_out) < 2 * rows * d_in * d_out:
@@ -85,7 +90,7 @@ def of_halves(uses: list[Use]) -> Tensor:
     return torch.cat((first, second))
 
 
-def _joined(uses: list[Use]) -> tuple[Tensor, Tensor]:
+def joined(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
     """Return X and dY (rows, tokens, D): several uses are as many more tokens of the same rows."""
     pairs = [use.by_row() for use in uses]
     if len(pairs) == 1:

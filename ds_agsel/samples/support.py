@@ -12,7 +12,8 @@ from torch.utils.data import default_collate
 
 from ds_agsel.errors import ConfigError, DataError
 from ds_agsel.gast_section import GastConfig
-from ds_agsel.samples.scores import Support, Use, against, support_of
+from ds_agsel.samples.matrices import Matrix
+from ds_agsel.samples.scores import Support, Use
 
 _PURPOSE = 0x73757070  # keeps these draws apart from those of blocks and rows
 
@@ -61,19 +62,21 @@ class SupportPass:
         self.token = torch.zeros((), device=device, requires_grad=True)
         self._found: dict[int, dict[int, list[Support]]] = {}
 
-    def of_block(self, block: int) -> BlockSupport:
-        """Return where the Linears of ``block`` leave their support."""
-        return BlockSupport(self._found.setdefault(block, {}))
+    def of_block(self, block: int, matrices: Sequence[Matrix]) -> BlockSupport:
+        """Return where the Linears of ``block``, whose ``matrices`` these are, leave their support."""
+        return BlockSupport(matrices, self._found.setdefault(block, {}))
 
     def run(self, loss: Tensor) -> None:
         """Take the gradients of ``loss`` at all taps. No parameter gets one, and no hook of a parameter is called."""
         torch.autograd.grad(loss, self.token, allow_unused=True)
 
-    def scores(self, block: int, uses: Mapping[int, Sequence[Use]]) -> Tensor:
+    def scores(self, block: int, matrices: Sequence[Matrix], uses: Mapping[int, Sequence[Use]]) -> Tensor:
         """Return the score of each row of ``uses`` against the support, fp32, (rows,); 0 where there is none."""
         found = self._found.get(block, {})
         parts = [
-            against(list(of_linear), support) for number, of_linear in uses.items() for support in found.get(number, ())
+            matrices[number].against(of_linear, support)
+            for number, of_linear in uses.items()
+            for support in found.get(number, ())
         ]
         some = next(iter(uses.values()))[0].dy
         return torch.stack(parts).sum(0) if parts else torch.zeros(some.shape[0], device=some.device)
@@ -82,12 +85,12 @@ class SupportPass:
 class BlockSupport:
     """Takes (X, dY) of the Linears of a block in a support pass."""
 
-    def __init__(self, found: dict[int, list[Support]]) -> None:
-        self._found = found
+    def __init__(self, matrices: Sequence[Matrix], found: dict[int, list[Support]]) -> None:
+        self._matrices, self._found = matrices, found
 
     def keep(self, number: int, use: Use) -> None:
         """Keep the support that Linear ``number`` gives."""
-        self._found.setdefault(number, []).append(support_of([use]))
+        self._found.setdefault(number, []).append(self._matrices[number].support_of([use]))
 
 
 def loss_of(output: Any) -> Tensor:

@@ -65,6 +65,17 @@ def entries_gradient(lines: Tensor, directions: Tensor, support: Support) -> Ten
     return products.index_select(0, layout.places)
 
 
+def entries_products(lines: Tensor, directions: Tensor, support: Support, values: Tensor) -> Tensor:
+    """Return each token's gradient of the carrier times ``values``, (K,): their inner products, (T,), fp32 or fp64.
+
+    Args:
+        lines, directions: activations (T, L) and (T, d), as for `entries_gradient`.
+    """
+    matrix = added_rows(values, support, slice(None), lines_are_rows=True).to(lines.dtype)
+    products = (lines @ matrix).mul_(directions)
+    return products.sum(1, dtype=torch.promote_types(lines.dtype, torch.float32))
+
+
 def added_rows(values: Tensor, support: Support, rows: slice, lines_are_rows: bool) -> Tensor:
     """Return the rows ``rows`` of what ``values`` add to the matrix, in fp32.
 

@@ -8,7 +8,7 @@ ZeRO reduces, clips and steps as any other. Files of weights never hold it: a mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,8 @@ class Target:
         kind: the name without the numbers of layers: matrices of a kind share a basis where the section says so.
         support: the trained entries; None until they are chosen.
         energy: gathers the gradients of this window's backward; None: it does not.
+        tap: given the layer's input and output, returns an output whose backward gives the carrier its gradient; None,
+            or where it returns None: the carrier learns from all rows.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Target:
     lines_are_outputs: bool
     support: Support | None = None
     energy: Energy | None = None
+    tap: Callable[[Tensor, Tensor], Tensor | None] | None = field(default=None, repr=False)
     _handles: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -114,7 +117,8 @@ class Target:
         if not (torch.is_grad_enabled() and carrier.requires_grad and isinstance(output, Tensor)):
             return output
         layer_input = args[0] if args else next(iter(kwargs.values()))
-        return EntriesGradient.apply(output, layer_input.detach(), carrier, self)
+        tapped = None if self.tap is None else self.tap(layer_input, output)
+        return EntriesGradient.apply(output, layer_input.detach(), carrier, self) if tapped is None else tapped
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -217,9 +221,15 @@ def weight_of(carrier: str) -> str:
     return carrier.removesuffix(CARRIER) + "weight"
 
 
+def target_of(module: nn.Module) -> Target | None:
+    """Return the target that is attached to ``module``, if one is."""
+    target: Target | None = module.__dict__.get(_TARGET)
+    return target
+
+
 def detach_all(model: nn.Module) -> None:
     """Detach what an earlier engine attached to ``model``; its matrices keep what they have learned."""
     for module in model.modules():
-        target = module.__dict__.get(_TARGET)
+        target = target_of(module)
         if target is not None:
             target.detach()

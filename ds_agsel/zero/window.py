@@ -95,8 +95,9 @@ class StepWindow:
             self.abandon()  # an exception ended it out of our sight: loss.backward()
         self.prepare()
         if self._rows is not None and self.is_open:
-            step = self._selection.plan.step
-            self._rows.begin_forward(step, self._selection.active_blocks)
+            step, carriers = self._selection.plan.step, self._stage.carriers
+            changes_nothing = carriers is not None and carriers.is_calibrating
+            self._rows.begin_forward(step, () if changes_nothing else self._selection.active_blocks)
             if self._rows.needs_support and self._root is not None and self._support_data is not None:
                 run_support(self._stage, self._root, self._rows, self._support_data, step)
 

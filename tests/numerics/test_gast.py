@@ -274,8 +274,12 @@ def by_stages(case: Case) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_support_pass_does_not_disturb_zero_3(workers: Any) -> None:
-    case = Case(steps=4, section={**FIXED, "gast": SUPPORT}, zero=PARTED)
+@pytest.mark.parametrize(
+    "more", [FIXED, {"policy": "all", "sparse_grad": {"entries_percent": 20.0, "calibration_steps": 1}}],
+    ids=["fixed", "entries"],
+)  # fmt: skip
+def test_a_support_pass_does_not_disturb_zero_3(workers: Any, more: dict[str, Any]) -> None:
+    case = Case(steps=4, section={**more, "gast": SUPPORT}, zero=PARTED)
     for two, three in workers(2).run(by_stages, case):
         assert three["rows"] == two["rows"]
         assert three["known"] and all(three["known"])

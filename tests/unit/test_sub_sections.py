@@ -29,4 +29,3 @@ def test_the_sub_section_sparse_grad() -> None:
     assert 'Set rotation to "none"' in refusal(sparse_grad={"choice": "random"})
     assert refusal(sparse_grad=True).startswith("adagrad_select.sparse_grad=true is not an object")
     assert "exclude each other" in refusal(sparse_grad={}, granularity="module")
-    assert "exclude each other" in refusal(sparse_grad={}, gast={})
