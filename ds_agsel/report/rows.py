@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,12 @@ def uses_of_rows(choices: Iterable[Choice]) -> list[RowUse]:
         for name, (n, taken, expected, variance) in sums.items()
     ]
     return sorted(found, key=lambda use: (use.z, str(use.id)))
+
+
+def share_of_rows(choices: Iterable[Choice], ids: Collection[RowId]) -> float | None:
+    """Return the share of the rows with ``ids`` among the taken ones; None if no row that was taken has an id."""
+    taken = [choice.ids[row] for choice in choices if choice.ids for row in choice.taken]
+    return sum(row in ids for row in taken) / len(taken) if taken else None
 
 
 def refused_text(uses: Sequence[RowUse], limit: int = 10) -> str:

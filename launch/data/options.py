@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BUILTIN = "builtin"
+WRONG_ROWS_FILE = "wrong_rows.json"  # places in the train split of rows with a wrong answer, the truth to grade by
 DATA_VARIABLE = "DS_AGSEL_DATA"  # names a folder of local copies: gsm8k/train.jsonl, gsm8k/test.jsonl, …
 CHAT_TEMPLATE_CHOICES = ("auto", "always", "never")
 

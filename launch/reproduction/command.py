@@ -39,7 +39,7 @@ from .running import ROOT, Stopped, Sweep
 
 CONFIGS = ROOT / "configs" / "paper"
 PUBLISHED = CONFIGS / "published.yaml"
-SCALES = ("smoke", "tiny", "small", "small_gsm8k", "sparse", "full")
+SCALES = ("smoke", "tiny", "small", "small_gsm8k", "sparse", "gast", "full")
 CELLS_FAILED, REFUSED, STOPPED = 1, 2, 130
 
 

@@ -11,6 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ds_agsel.report.rows import share_of_rows
+from ds_agsel.report.runs import read_run
+
+from ..data.options import WRONG_ROWS_FILE
 from ..intervals import wilson_interval
 from . import plan as plans
 from .differences import Rows
@@ -75,6 +79,7 @@ class CellResult:
     accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     answers: tuple[float, ...] = ()  # 1 for each of the run's test problems that was solved, else 0
+    wrong_share: float | None = None  # of wrong training rows among those that the blocks took; None without gast
 
     @property
     def is_whole(self) -> bool:
@@ -148,7 +153,16 @@ def read_cell(
         accuracy=_accuracy(folder),
         answers=_answers(folder),
         faults=tuple(summary.get("faults") or ()),
+        wrong_share=_wrong_share(run),
     )
+
+
+def _wrong_share(run: Path) -> float | None:
+    file = run / WRONG_ROWS_FILE
+    if not file.exists():
+        return None
+    wrong = set(json.loads(file.read_text(encoding="utf-8")))
+    return share_of_rows(read_run(run).choices, wrong)
 
 
 def points_of(records: Iterable[Mapping[str, Any]]) -> tuple[Point, ...]:

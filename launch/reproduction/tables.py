@@ -92,6 +92,7 @@ def _costs(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Iterator
     yield from markdown_head([
         "method", "step median s", "step p90 s", "processor s / step", "optimizer state MiB",
         "master weights MiB", "gradients MiB", "peak memory MiB", "peak in steps MiB", "whole cell s",
+        *(["wrong rows among the taken, %"] if any(m.wrong_share is not None for m in cells) else []),
     ])  # fmt: skip
     for method in plan.methods:
         own = [m for m in cells if m.method == method and m.is_whole]
@@ -106,6 +107,7 @@ def _costs(plan: SweepPlan, model: str, cells: Sequence[CellResult]) -> Iterator
             _median(own, lambda m: _mib(m.peak_memory_bytes), 0),
             _median(own, lambda m: _mib(m.peak_in_steps_bytes), 0),
             _median(own, lambda m: m.seconds, 0),
+            *([_wrong_share(own)] if any(m.wrong_share is not None for m in cells) else []),
         ])  # fmt: skip
     yield ""
 
@@ -169,6 +171,12 @@ def _accuracy_text(value: Accuracy | None) -> str:
 def _median(cells: Sequence[CellResult], read: Callable[[CellResult], float | None], digits: int) -> str:
     values = [value for m in cells if (value := read(m)) is not None]
     return number_text(statistics.median(values) if values else None, digits)
+
+
+def _wrong_share(cells: Sequence[CellResult]) -> str:
+    """Return the mean over seeds, in percent: rows of single batches make single runs' shares differ."""
+    values = [100 * m.wrong_share for m in cells if m.wrong_share is not None]
+    return number_text(statistics.fmean(values) if values else None, 1)
 
 
 def _mib(count: int | None) -> float | None:

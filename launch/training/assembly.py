@@ -26,6 +26,7 @@ from ds_agsel.zero import build_ops
 
 from .. import methods
 from ..data import batches, encoding, packing, sources
+from ..data.options import WRONG_ROWS_FILE
 from ..methods.base import Method, RunContext
 from ..methods.zero import Zero
 from . import hardware, models, options, ranks, run_config
@@ -65,9 +66,6 @@ class RunData:
     def test(self) -> encoding.Encoded:
         """The test split."""
         return self.encoded["test"]
-
-
-WRONG_ROWS_FILE = "wrong_rows.json"  # places in the train split of rows with a wrong answer, the truth to grade by
 
 
 @dataclass(frozen=True)

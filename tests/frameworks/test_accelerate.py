@@ -99,6 +99,7 @@ def train(
             "steps_per_epoch": selection.policy.context.steps_per_epoch,
             "batches": len(loader),
             "rates": rates,
+            "samples": [] if selection.samples is None else [step.as_json() for step in selection.samples.history],
             "decay": {group["weight_decay"] for group in model.optimizer.param_groups},
         }
 
@@ -114,6 +115,15 @@ def test_selects_with_the_users_optimizer_and_scheduler(workers, offload, ranks)
         assert rates[-1] < rates[0] and {round(rate, 9) for rate in rates} <= {
             round(1e-2 * 0.9**step, 9) for step in range(4 * len(rates))
         }
+
+
+def test_blocks_learn_from_some_rows_without_user_code(workers):
+    [run] = workers(1).run(train, ds_config("none", adagrad_select={**SECTION, "select_percent": 100, "gast": {}}))
+    assert_engaged(run, START)
+    assert len(run["samples"]) == run["global_step"]
+    for step in run["samples"]:
+        assert step["rows"] == [2] * ACCUMULATION and step["taken"]
+        assert all(len(rows) == 1 for of_block in step["taken"].values() for rows in of_block)
 
 
 def test_selects_with_the_ds_configs_optimizer_and_scheduler(workers):

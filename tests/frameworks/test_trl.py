@@ -12,6 +12,7 @@ from support import assert_identical
 from trainers import SECTION, assert_engaged, ds_config, forget_accelerate, outcome, tiny_llama
 
 import ds_agsel
+from ds_agsel.report.runs import read_run
 
 pytest.importorskip("trl")
 
@@ -19,15 +20,15 @@ ROOT = Path(__file__).parents[2]
 START = {name: parameter.detach().clone() for name, parameter in tiny_llama().named_parameters()}
 
 
-def train(folder: Path, kind: str, offload: str, lora: bool = False) -> dict[str, Any]:
-    """An SFTTrainer's or DPOTrainer's run on sums."""
+def train(folder: Path, kind: str, offload: str, lora: bool = False, **fields: Any) -> dict[str, Any]:
+    """An SFTTrainer's or DPOTrainer's run on sums. ``fields`` are the section's, beside those of every test."""
     sys.path.insert(0, str(ROOT / "launch" / "examples"))
     import tiny
     import trl
     from peft import LoraConfig
 
     forget_accelerate()
-    section = {**SECTION, "never_select": ["base_model.model.model.layers.1"]} if lora else SECTION
+    section = {**SECTION, "never_select": ["base_model.model.model.layers.1"]} if lora else {**SECTION, **fields}
     settings = vars(trainers.arguments(folder, None))
     kept = ("output_dir", "num_train_epochs", "learning_rate", "logging_steps", "save_strategy", "use_cpu")
     config_class = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[kind]
@@ -79,6 +80,14 @@ def test_selects(workers, tmp_path, kind, offload, ranks):
         assert losses[-1] < losses[0]
         if kind == "dpo":  # the reference model, whose engine has our section and no optimizer, stays as it was
             assert_identical(START, run["reference"])
+
+
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_blocks_learn_from_some_rows_without_user_code(workers, tmp_path, kind):
+    [run] = workers(1).run(train, tmp_path, kind, "none", gast={})
+    assert_engaged(run, START)
+    choices = read_run(tmp_path).choices
+    assert choices and all(2 * len(choice.taken) == choice.rows for choice in choices)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -11,7 +11,7 @@ import pytest
 from test_report import write_run
 
 from ds_agsel import cli
-from ds_agsel.report.rows import read_choices, shares_of_blocks, uses_of_rows
+from ds_agsel.report.rows import read_choices, share_of_rows, shares_of_blocks, uses_of_rows
 from ds_agsel.report.runs import read_run
 from ds_agsel.samples.record import BlockRows, Samples
 
@@ -54,6 +54,8 @@ def test_the_record_is_written_and_read_again() -> None:
 def test_rows_are_summed_and_the_most_refused_come_first() -> None:
     choices = read_choices(SAMPLES, 4)
     assert shares_of_blocks(choices) == {1: 0.5, 2: 0.5}
+    assert share_of_rows(choices, {7, 9}) == 5 / 8  # of 7, 8 | 7, 9 | 7, "x" | 7, 8
+    assert share_of_rows(choices[:0], {7}) is None
     uses = uses_of_rows(choices)
     assert [(use.id, use.taken, use.choices) for use in uses] == [
         (6, 0, 2),

@@ -261,6 +261,19 @@ def test_cells_are_read(swept: Sweep) -> None:
     assert "its files can't be read" in str(results.collect(swept)[0].message)
 
 
+def test_the_share_of_wrong_rows_among_the_taken_is_in_the_tables(swept: Sweep) -> None:
+    run = swept.folder(plan.final_cells(swept.plan)[0]) / running.RUN
+    (run / "wrong_rows.json").write_text("[3, 5]")
+    (run / "blocks.json").write_text(json.dumps({"blocks": [{"name": "a", "numel": 1}]}))
+    samples = {"rows": [4], "taken": {"0": [[0, 2]]}, "ids": [[3, 4, 6, 5]]}
+    line = {"step": 0, "phase": "exploit", "blocks": [0], "samples": samples}
+    (run / "selection.jsonl").write_text(json.dumps(line) + "\n")
+    ours, *others = results.collect(swept)
+    assert ours.wrong_share == 0.5 and all(cell.wrong_share is None for cell in others)
+    page = tables.page(swept.plan, [ours, *others], [], {"source": "", "claims": []}, "")
+    assert "| wrong rows among the taken, % |" in page and "| 50.0 |" in page
+
+
 def test_an_evaluation_counts_instead_of_the_run_s_own_test(swept: Sweep) -> None:
     folder = swept.folder(plan.final_cells(swept.plan)[0]) / running.EVALUATIONS / "gsm8k"
     folder.mkdir(parents=True)
