@@ -17,7 +17,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,11 +181,11 @@ def run_task(task: Task, gast: Mapping[str, Any] | None, steps: int, rows: int) 
     return Outcome(output.loss.item(), right, statistics.fmean(shares), statistics.median(seconds))
 
 
-def task_table(seeds: int, steps: int, rows: int) -> Iterator[str]:
+def task_table(seeds: int, steps: int, rows: int, wrong_percent: Sequence[float]) -> Iterator[str]:
     """Yield the lines of the table of the task; intervals are of the paired differences from all rows."""
     yield "| wrong rows | learned from | held-out loss | against all rows | accuracy | wrong among taken | step, ms |"
     yield "|---|---|---|---|---|---|---|"
-    for wrong in (0.0, 0.1, 0.3):
+    for wrong in (percent / 100 for percent in wrong_percent):
         plain: list[Outcome] = []
         for name, gast in METHODS.items():
             found = [run_task(Task(wrong, seed), gast, steps, rows) for seed in range(seeds)]
@@ -210,12 +210,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--wrong", nargs="+", type=float, default=[0, 10, 30], metavar="PERCENT", help="of rows")
     wanted = parser.parse_args()
     start()
     lines = (
         cost(wanted.rounds, wanted.rows, wanted.length, wanted.layers)
         if wanted.table == "cost"
-        else task_table(wanted.seeds, wanted.steps, wanted.rows)
+        else task_table(wanted.seeds, wanted.steps, wanted.rows, wanted.wrong)
     )
     for line in lines:
         print(line, flush=True)
