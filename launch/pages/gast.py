@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import os
 import socket
@@ -58,15 +59,22 @@ def start() -> None:
 
 
 def engine_of(
-    shape: Mapping[str, int], section: Mapping[str, Any], rows: int, lr: float, seed: int, **more: Any
+    shape: Mapping[str, int],
+    section: Mapping[str, Any],
+    rows: int,
+    lr: float,
+    seed: int,
+    bf16: bool = False,
+    **more: Any,
 ) -> Any:
-    """Return an engine of a Llama of ``shape`` in fp32."""
+    """Return an engine of a Llama of ``shape`` in fp32, or in bf16."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, use_cache=False))
     config = {
         "train_micro_batch_size_per_gpu": rows,
         "zero_optimization": {"stage": 2, "overlap_comm": False},
         "optimizer": {"type": "AdamW", "params": {"lr": lr}},
+        "bf16": {"enabled": bf16},
         "steps_per_print": 1_000_000,
         "adagrad_select": {**section, "seed": seed},
     }
@@ -84,18 +92,37 @@ def step(engine: Any, batch: Mapping[str, Tensor]) -> float:
 # ---------------------------------------------------------------------------------- cost
 
 
-def cost(rounds: int, rows: int, length: int, layers: int) -> Iterator[str]:
+def peak_bytes(engine: Any, batch: Mapping[str, Tensor]) -> int:
+    """Return the most memory that a step held beyond what there was when it began."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(engine, batch)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def layer_bytes(engine: Any, tokens: int) -> int:
+    """Return the bytes of inputs and output gradients of a layer's Linears; what Linears share counts once."""
+    linears = [module for module in engine.module.model.layers[0].modules() if isinstance(module, torch.nn.Linear)]
+    shared = {"k_proj", "v_proj", "up_proj"}  # their input is q_proj's, or gate_proj's
+    names = {id(module): name.rpartition(".")[2] for name, module in engine.module.named_modules()}
+    sides = sum(m.out_features + (0 if names[id(m)] in shared else m.in_features) for m in linears)
+    return tokens * sides * linears[0].weight.element_size()
+
+
+def cost(rounds: int, rows: int, length: int, layers: int, bf16: bool) -> Iterator[str]:
     """Yield the lines of the table of costs."""
     shape = {
         "vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers,
         "num_attention_heads": 9, "num_key_value_heads": 3,
     }  # fmt: skip
-    yield f"| blocks | rows | step against all rows ({rows} rows of {length} tokens, {rounds} rounds) |"
-    yield "|---|---|---|"
+    step_head = f"step against all rows ({rows} rows of {length} tokens, {rounds} rounds)"
+    yield f"| blocks | rows | {step_head} | memory added at the peak, of a layer's X and dY |"
+    yield "|---|---|---|---|"
     for name, (section, draws) in COSTS.items():
-        engines = {"": engine_of(shape, section, rows, 1e-4, 0)}
+        engines = {"": engine_of(shape, section, rows, 1e-4, 0, bf16)}
         for draw in draws:
-            engines[draw] = engine_of(shape, {**section, "gast": {"draw": draw}}, rows, 1e-4, 0)
+            engines[draw] = engine_of(shape, {**section, "gast": {"draw": draw}}, rows, 1e-4, 0, bf16)
         ratios: dict[str, list[float]] = {draw: [] for draw in draws}
         for number in range(rounds + 2):
             ids = torch.randint(4096, (rows, length), generator=torch.Generator().manual_seed(number))
@@ -104,9 +131,13 @@ def cost(rounds: int, rows: int, length: int, layers: int) -> Iterator[str]:
             if number >= 2:  # the first allocate
                 for draw in draws:
                     ratios[draw].append(seconds[draw] / seconds[""])
+        peaks = {draw: peak_bytes(engine, {"input_ids": ids, "labels": ids}) for draw, engine in engines.items()}
+        whole = layer_bytes(engines[""], rows * length)
         for draw, shown in draws.items():
+            added = (peaks[draw] - peaks[""]) / whole
             low, *_, high = statistics.quantiles(ratios[draw], n=4)
-            yield f"| {name} | {shown} | {statistics.median(ratios[draw]):.2f} (quartiles {low:.2f} to {high:.2f}) |"
+            ratio = f"{statistics.median(ratios[draw]):.2f} (quartiles {low:.2f} to {high:.2f})"
+            yield f"| {name} | {shown} | {ratio} | {added:+.2f} |"
         for engine in engines.values():
             engine.destroy()
         del engines
@@ -208,13 +239,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="of a micro-batch")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="of the costs; default: fp32")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--wrong", nargs="+", type=float, default=[0, 10, 30], metavar="PERCENT", help="of rows")
     wanted = parser.parse_args()
     start()
     lines = (
-        cost(wanted.rounds, wanted.rows, wanted.length, wanted.layers)
+        cost(wanted.rounds, wanted.rows, wanted.length, wanted.layers, wanted.bf16)
         if wanted.table == "cost"
         else task_table(wanted.seeds, wanted.steps, wanted.rows, wanted.wrong)
     )
