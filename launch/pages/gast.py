@@ -191,7 +191,8 @@ def run_task(task: Task, gast: Mapping[str, Any] | None, steps: int, rows: int) 
     }  # fmt: skip
     train, wrong = task.data(0)
     clean = replace(task, wrong=0.0)
-    more = {"support_data": clean.data(2)[0][:64]} if gast and gast.get("support") == "data" else {}
+    from_data = gast is not None and gast.get("support") == "data"
+    more: dict[str, Any] = {"support_data": clean.data(2)[0][:64]} if from_data else {}
     engine = engine_of(shape, {"policy": "all", "gast": gast and dict(gast)}, rows, 3e-3, task.seed, **more)
     generator, seconds, shares = torch.Generator().manual_seed(task.seed), [], []
     for _ in range(steps):
