@@ -96,6 +96,11 @@ class RowChoice:
         """Whether the forward that begins now is the first of a window whose rows are scored against support data."""
         return self._config.needs_support_data and self._micro_step == 0 and bool(self._active)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a block that needs gradients in this window has gated Linears."""
+        return any(block in self._active for block in self._matrices)
+
     def close(self) -> None:
         """End the window: no Linear is gated until the next forward begins."""
         for gate in self._open:

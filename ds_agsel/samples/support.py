@@ -70,6 +70,11 @@ class SupportPass:
         """Take the gradients of ``loss`` at all taps. No parameter gets one, and no hook of a parameter is called."""
         torch.autograd.grad(loss, self.token, allow_unused=True)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no Linear was reached."""
+        return not any(self._found.values())
+
     def scores(self, block: int, matrices: Sequence[Matrix], uses: Mapping[int, Sequence[Use]]) -> Tensor:
         """Return the score of each row of ``uses`` against the support, fp32, (rows,); 0 where there is none."""
         found = self._found.get(block, {})

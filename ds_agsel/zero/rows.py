@@ -14,7 +14,7 @@ from torch import nn
 from ds_agsel.blocks import repeated_layers
 from ds_agsel.config import SelectionConfig
 from ds_agsel.ds_config import DsConfig
-from ds_agsel.errors import ConfigError
+from ds_agsel.errors import ConfigError, TrainingError
 from ds_agsel.samples.linears import gated_linears
 from ds_agsel.samples.rows import RowChoice
 from ds_agsel.samples.support import SupportData, loss_of
@@ -37,7 +37,8 @@ def run_support(stage: SelectiveStep, root: nn.Module, rows: RowChoice, data: Su
     """Take the support of ``step``: a forward of ``root`` in evaluation mode and a backward to its selected blocks.
 
     Called within a forward of ``root`` that begins. Draws no random number, and gives no parameter a gradient. The loss
-    is scaled as that of the step, so that gradients do not underflow in fp16. Collective with ZeRO-3.
+    is scaled as that of the step, so that gradients do not underflow in fp16. Collective with ZeRO-3. Raises
+    TrainingError if it reaches none of the blocks that choose.
     """
     device = torch.device(get_accelerator().current_device_name())
     arguments = {
@@ -49,6 +50,12 @@ def run_support(stage: SelectiveStep, root: nn.Module, rows: RowChoice, data: Su
     try:
         with compat.own_trace(stage) if is_partitioned else nullcontext(), rows.collecting(device) as support:
             support.run(loss_of(root(**arguments)) * float(stage.loss_scale))
+        if support.is_empty and rows.chooses:
+            raise TrainingError(
+                'adagrad_select.gast.support="data": the pass over support data reached none of the selected blocks, '
+                "so that rows have no scores. Reentrant activation checkpointing that is on in evaluation mode, too, "
+                'hides them: set use_reentrant=False, or use support "batch".'
+            )
     finally:
         for module in trained:
             module.training = True

@@ -27,7 +27,7 @@ from support import (
 )
 from torch import Tensor
 
-from ds_agsel.errors import ConfigError
+from ds_agsel.errors import ConfigError, TrainingError
 from ds_agsel.gast_section import GastConfig
 from ds_agsel.samples.choice import DrawKey, take
 
@@ -293,7 +293,14 @@ def support_refusals() -> list[str]:
         with pytest.raises(ConfigError) as caught:
             build(Case(section=section), support_data=data)
         messages.append(str(caught.value))
-    return messages
+    case = Case(model="net", section={"policy": "all", "gast": SUPPORT})
+    model: Any = tiny_model(case)
+    model.checkpointing = "reentrant"  # in evaluation mode, too
+    engine = build(case, model, support_data=support_rows())
+    with pytest.raises(TrainingError) as hidden:
+        engine(**batch(case, 0, 0, 0))
+    engine.destroy()
+    return [*messages, str(hidden.value)]
 
 
 def test_support_data_and_its_setting_go_together(workers: Any) -> None:
@@ -301,3 +308,4 @@ def test_support_data_and_its_setting_go_together(workers: Any) -> None:
     assert "needs support data, which was not given" in messages[0]
     assert "is read only with adagrad_select.gast.support" in messages[1]
     assert "has no rows that can be drawn by their index" in messages[2]
+    assert "reached none of the selected blocks" in messages[3] and "use_reentrant=False" in messages[3]
