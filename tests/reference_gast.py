@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_agsel.sparse.linear import added_rows
+from ds_agsel.sparse.targets import Target
+
 Batch = Mapping[str, Tensor]
 
 
@@ -23,6 +26,13 @@ def row_gradients(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     model.zero_grad(set_to_none=True)
     return found
+
+
+def what_entries_add(target: Target) -> Tensor:
+    """What each value of the target's carrier adds to its matrix, which is linear in them: (K, rows, columns)."""
+    assert target.support is not None
+    units = torch.eye(target.entries)
+    return torch.stack([added_rows(unit, target.support, slice(None), target.lines_are_rows) for unit in units])
 
 
 def gated_names(model: nn.Module, block: Sequence[str]) -> list[str]:

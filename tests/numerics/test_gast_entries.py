@@ -13,7 +13,6 @@ from torch.func import functional_call
 
 from ds_agsel.gast_section import GastConfig
 from ds_agsel.samples.choice import DrawKey, take
-from ds_agsel.sparse.linear import added_rows
 from ds_agsel.sparse.targets import is_carrier
 
 CALIBRATION, ROWS = 2, 2 * BATCH
@@ -65,6 +64,7 @@ def by_rows(
     model = tiny_model(case)
     fixed = {name: tensor for name, tensor in weights.items() if not is_carrier(name)}
     targets = {target.name: target for target in carriers._targets}
+    of_values = {name: twin.what_entries_add(target) for name, target in targets.items()}
     trained = {name: torch.zeros(target.entries, requires_grad=True) for name, target in targets.items()}
     for names in blocks.values():
         for name in twin.gated_names(model, [n for n in names if "layers" in n]):
@@ -74,9 +74,7 @@ def by_rows(
 
     def loss(row: int) -> Tensor:
         moved = {
-            name: fixed[name] + added_rows(value, targets[name].support, slice(None), targets[name].lines_are_rows)
-            if name in targets
-            else value
+            name: fixed[name] + torch.tensordot(value, of_values[name], 1) if name in targets else value
             for name, value in trained.items()
         }
         of_row = {key: value[row : row + 1] for key, value in data.items()}

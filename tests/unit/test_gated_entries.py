@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import reference_gast as twin
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -16,7 +17,6 @@ from ds_agsel.samples.record import Samples
 from ds_agsel.samples.rows import RowChoice
 from ds_agsel.samples.scores import Use
 from ds_agsel.sparse.basis import choose
-from ds_agsel.sparse.linear import added_rows
 from ds_agsel.sparse.targets import Target, find_targets
 from ds_agsel.sparse_grad_section import SparseGradConfig
 
@@ -45,11 +45,10 @@ def test_scores_and_gradients_are_those_of_the_carriers_per_row_by_torch_func(
     x = torch.randn(ROWS, TOKENS, d_in, generator=generator, dtype=torch.float64)
     wanted = torch.randn(ROWS, TOKENS, d_out, generator=generator, dtype=torch.float64)
     linear, weight = nn.Linear(d_in, d_out, bias=False).double(), target.weight.detach()
-    assert target.support is not None
-    chosen = target.support
+    of_values = twin.what_entries_add(target).double()
 
     def loss(values: Tensor, x: Tensor, wanted: Tensor) -> Tensor:
-        moved = weight + added_rows(values, chosen, slice(None), target.lines_are_rows)
+        moved = weight + torch.tensordot(values, of_values, 1)
         return (functional_call(linear, {"weight": moved}, (x,)) - wanted).square().sum() / 2
 
     per_row = vmap(grad(loss), in_dims=(None, 0, 0))(torch.zeros_like(target.carrier), x, wanted)
