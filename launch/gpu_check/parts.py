@@ -100,7 +100,7 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
         Part("transfers", "measured rates, and exposed time against the model", 150, transfers(size)),
     ]
     if is_dry:
-        yield from (replace(part, limit_seconds=min(part.limit_seconds, 150)) for part in found if part.name != "build")
+        yield from (replace(part, limit_seconds=min(part.limit_seconds, 300)) for part in found if part.name != "build")
         return
     yield from found
     yield Part("smollm2", "SmolLM2-135M learns sums, where its weights are at hand", 240, command=_finetune(output))
