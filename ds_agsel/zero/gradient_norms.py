@@ -25,7 +25,8 @@ from ds_agsel.zero import block_scores, compat
 def l2_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norm of each of ``gradients``, of no dimension, in the dtype that DeepSpeed takes norms in.
 
-    The sums are in that dtype without a copy of a gradient in it, which would take 8 bytes an element in mid-backward.
+    CUDA's kernels sum in that dtype without a copy of a gradient in it, 8 bytes an element in mid-backward. On a CPU torch makes
+    one, of one gradient at a time.
     """
     if not gradients:
         return []
