@@ -15,7 +15,7 @@ With ZeRO-3 each rank writes its own slice of a matrix; only the carriers are ga
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +90,11 @@ class Carriers:
         """Whether the next step gathers energies and changes nothing: until all entries are chosen, and never again."""
         return any(target.support is None for target in self._targets)
 
-    def begin_window(self) -> None:
-        """Let the backward of this window gather energies where they are due."""
+    def gather_from(self, blocks: Collection[int]) -> None:
+        """Let the next backward gather the energies that are due of matrices of ``blocks``."""
         for target in self._targets:
-            target.energy = self._energy(target) if self._is_due(target) else None
+            is_due = self._block_of[target.name] in blocks and self._is_due(target)
+            target.energy = self._energy(target) if is_due else None
 
     def _is_due(self, target: Target) -> bool:
         refresh = self._section.refresh_steps

@@ -25,8 +25,8 @@ from ds_agsel.zero import block_scores, compat
 def l2_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norm of each of ``gradients``, of no dimension, in the dtype that DeepSpeed takes norms in.
 
-    CUDA's kernels sum in that dtype without a copy of a gradient in it, 8 bytes an element in mid-backward. On a CPU torch makes
-    one, of one gradient at a time.
+    CUDA's kernels sum in that dtype without a copy of a gradient in it, 8 bytes an element in mid-backward. On a CPU
+    torch makes one.
     """
     if not gradients:
         return []

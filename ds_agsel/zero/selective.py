@@ -86,9 +86,13 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
     def _is_calibrating(self) -> bool:
         return self.carriers is not None and self.carriers.is_calibrating
 
-    def blocks_in_backward(self) -> Sequence[int]:
-        """Return the blocks that this window's backward goes through: while entries are chosen, all of the lottery."""
+    def needed_blocks(self) -> Sequence[int]:
+        """Return the blocks whose gradients the next backward is for: while entries are chosen, all of the lottery."""
         return self.selection.lottery.active if self._is_calibrating else self.selection.active_blocks
+
+    def blocks_in_backward(self) -> Sequence[int]:
+        """Return the blocks that the next backward goes through, `needed_blocks` at least."""
+        return self.needed_blocks()
 
     # -------------------------------------------------- what each stage does its way
 
@@ -109,8 +113,6 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         self._blocks_with_gradient.clear()
         times_it = self.selection.policy.measures_times and self.selection.plan.blocks is None
         self._arrivals = ArrivalTimes(len(self.selection.blocks)) if times_it else None
-        if self.carriers is not None:
-            self.carriers.begin_window()
         self._forget_norms()
         self._stream = self._new_stream() if self._can_stream() else None
         self._hold_gradient_buffers()

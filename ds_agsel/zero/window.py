@@ -122,6 +122,8 @@ class StepWindow:
         self.open()
         if self._input_gradients is not None:
             self._input_gradients.take_over()  # a framework may switch checkpointing on at any time
+        if self._stage.carriers is not None:
+            self._stage.carriers.gather_from(set(self._stage.needed_blocks()))
         wanted = set(self._stage.blocks_in_backward())
         unwanted = [parameters for block, parameters in enumerate(self._parameters) if block not in wanted]
         self._mask.put(chain.from_iterable(unwanted))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support import SELECT, VISIT, Case, build, case_id, forward_backward, run_steps, where_it_runs
+from torch import Tensor
+
+from ds_agsel.zero import one_pass
 
 VISITING = {**SELECT, **VISIT}
 CASES = [
@@ -95,16 +100,16 @@ def interrupt(case: Case) -> dict[str, Any]:
     with zero.home.readable():
         before = [master.detach().clone() for master in masters]
     forward_backward(engine, case, 2, 0)
-    step, calls = zero._optimizer_step, []
+    bring, calls = zero._bring_gradients, []
 
-    def failing(group: int) -> None:
-        calls.append(group)
+    def failing(shown: Sequence[int]) -> Tensor:
+        calls.append(shown)
         if len(calls) == 2:
             raise Interrupt
-        step(group)
+        return bring(shown)
 
-    zero._optimizer_step = failing
-    with pytest.raises(Interrupt):
+    zero._bring_gradients = failing
+    with mock.patch.object(one_pass, "BATCH_NUMEL", 1), pytest.raises(Interrupt):  # each group is a batch
         engine.step()
     same = before_names == [id(master) for master in masters]
     with zero.home.readable():
