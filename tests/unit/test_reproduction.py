@@ -392,7 +392,8 @@ def test_cost_of_full_scale() -> None:
         hours = {method: found[model, method].hours for method in read.methods}
         assert hours["random_20"] < hours["adagrad_select_20"] < hours["gradient_topk_20"]
         assert hours["adagrad_select_20"] < hours["full"]
-        held = [found[model, f"adagrad_select_{percent}"].accelerator_bytes for percent in (10, 20, 30)]
+        alike = {f"adagrad_select_{percent}" for percent in (10, 20, 30)} - set(read.models[model].methods)
+        held = [found[model, method].accelerator_bytes for method in sorted(alike)]
         assert held == sorted(held) and held[0] < held[-1]
     assert (
         found["qwen2.5-0.5b", "adagrad_select_30"].accelerator_bytes < found["qwen2.5-0.5b", "full"].accelerator_bytes
