@@ -110,10 +110,10 @@ def layer_bytes(engine: Any, tokens: int) -> int:
     return tokens * sides * linears[0].weight.element_size()
 
 
-def cost(rounds: int, rows: int, length: int, layers: int, bf16: bool) -> Iterator[str]:
+def cost(rounds: int, rows: int, length: int, layers: int, vocabulary: int, bf16: bool) -> Iterator[str]:
     """Yield the lines of the table of costs."""
     shape = {
-        "vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers,
+        "vocab_size": vocabulary, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers,
         "num_attention_heads": 9, "num_key_value_heads": 3,
     }  # fmt: skip
     step_head = f"step against all rows ({rows} rows of {length} tokens, {rounds} rounds)"
@@ -125,7 +125,7 @@ def cost(rounds: int, rows: int, length: int, layers: int, bf16: bool) -> Iterat
             engines[draw] = engine_of(shape, {**section, "gast": {"draw": draw}}, rows, 1e-4, 0, bf16)
         ratios: dict[str, list[float]] = {draw: [] for draw in draws}
         for number in range(rounds + 2):
-            ids = torch.randint(4096, (rows, length), generator=torch.Generator().manual_seed(number))
+            ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(number))
             order = list(engines) if number % 2 else list(reversed(engines))
             seconds = {draw: step(engines[draw], {"input_ids": ids, "labels": ids}) for draw in order}
             if number >= 2:  # the first allocate
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="of a micro-batch")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of the costs")
     parser.add_argument("--bf16", action="store_true", help="of the costs; default: fp32")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
     parser.add_argument("--steps", type=int, default=150)
@@ -247,7 +248,7 @@ def main() -> None:
     wanted = parser.parse_args()
     start()
     lines = (
-        cost(wanted.rounds, wanted.rows, wanted.length, wanted.layers, wanted.bf16)
+        cost(wanted.rounds, wanted.rows, wanted.length, wanted.layers, wanted.vocabulary, wanted.bf16)
         if wanted.table == "cost"
         else task_table(wanted.seeds, wanted.steps, wanted.rows, wanted.wrong)
     )

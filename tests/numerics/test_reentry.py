@@ -27,7 +27,7 @@ from support import (
 )
 from test_overflow import EXPLOITS, EXPLORES, poison, train_with_a_bad_step
 from test_reference import FP32
-from test_resume import KINDS, resume, save_and_go_on
+from test_resume import KINDS, check_resume
 from test_travel import full_state, load, save
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -245,11 +245,7 @@ RESUMED = [
     ids=case_id,
 )
 def test_resume_is_bit_identical_to_not_stopping(workers, other_workers, tmp_path, case, kind):
-    whole = workers(2).run(train, case)
-    workers(2).run(save_and_go_on, case, tmp_path, kind)
-    for expected, resumed in zip(whole, other_workers(2).run(resume, case, tmp_path), strict=True):
-        for key in ("weights", "partitions", "history", "counts", "plan"):
-            assert_identical(expected[key], resumed[key])
+    check_resume(workers, other_workers, tmp_path, case, kind, ranks=2)
 
 
 @pytest.mark.parametrize("section", [RESET, pytest.param(DECAY, marks=SLOW)], ids=["reset", "decay"])
