@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_agsel.residency import page_locked
-from ds_agsel.residency.arena import Room, bytes_of
-
-ALIGNMENT_BYTES = 128
+from ds_agsel.residency.arena import Room, aligned, bytes_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,11 @@ def plan_slab(sizes: Sequence[int]) -> SlabPlan:
     left = sorted((index for index, size in enumerate(sizes) if size), key=lambda index: (-sizes[index], index))
     pieces: list[int] = []
     while left:
-        rest = sum(_aligned(sizes[index]) for index in left)
-        room = max(_power_of_two_above(_aligned(sizes[left[0]])), 1 << (rest.bit_length() - 1))
+        rest = sum(aligned(sizes[index]) for index in left)
+        room = max(_power_of_two_above(aligned(sizes[left[0]])), 1 << (rest.bit_length() - 1))
         end, waiting = 0, []
         for index in left:
-            size = _aligned(sizes[index])
+            size = aligned(sizes[index])
             if end + size <= room:
                 places[index] = (len(pieces), end)
                 end += size
@@ -91,10 +89,6 @@ def locked_copies(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
     """Return copies of ``tensors``, flat, in one `Slab`."""
     slab = Slab([(tensor.numel(), tensor.dtype) for tensor in tensors], device)
     return [slab.tensor(index).copy_(tensor.detach().view(-1)) for index, tensor in enumerate(tensors)]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _power_of_two_above(size: int) -> int:

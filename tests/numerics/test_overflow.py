@@ -57,19 +57,26 @@ def train_with_a_bad_step(case: Case, step: int, ranks: str, value: float) -> di
     return result | {"before": before, "after": after, "skipped_by_then": skipped, "traffic": traffic}
 
 
+def check_a_bad_step(
+    workers: Any, trained: Any, case: Case, step: int = EXPLORES, ranks: int = 2, value: float = float("inf")
+) -> None:
+    """Training of ``case`` in which ``step`` comes twice, with ``value`` in a gradient at first, is as without it."""
+    runs = workers(ranks).run(train_with_a_bad_step, case, step, "one", value)
+    for expected, result in zip(trained(case, ranks), runs, strict=True):
+        assert result["skipped_by_then"] == 1 and result["traffic"] == step
+        assert_identical(result["before"], result["after"])
+        kept = ("weights", "partitions", "history", "counts", "plan")
+        assert_identical({key: expected[key] for key in kept}, {key: result[key] for key in kept})
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", [EXPLORES, EXPLOITS])
 @pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
 def test_a_bad_step_changes_nothing(workers, trained, case, step, ranks):
     value = float("inf") if case.clip else float("nan")
-    good = trained(case, ranks)
-    phase = good[0]["history"][step][1]
+    phase = trained(case, ranks)[0]["history"][step][1]
     assert phase == ("explore" if step == EXPLORES else "exploit")
-    for expected, result in zip(good, workers(ranks).run(train_with_a_bad_step, case, step, "one", value), strict=True):
-        assert result["skipped_by_then"] == 1 and result["traffic"] == step
-        assert_identical(result["before"], result["after"])
-        kept = ("weights", "partitions", "history", "counts", "plan")
-        assert_identical({key: expected[key] for key in kept}, {key: result[key] for key in kept})
+    check_a_bad_step(workers, trained, case, step, ranks, value)
 
 
 def poison_unselected(case: Case) -> dict[str, Any]:

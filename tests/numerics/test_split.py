@@ -22,7 +22,7 @@ from support import (
     train,
     weights,
 )
-from test_overflow import EXPLORES, train_with_a_bad_step
+from test_overflow import check_a_bad_step
 from test_resume import KINDS, check_resume
 from test_travel import full_state, load, save
 from test_unselected import of_block
@@ -208,12 +208,7 @@ def test_a_checkpoint_loads_into_the_other_form(workers, tmp_path, case):
 
 
 def test_a_skipped_step_changes_nothing(workers, trained):
-    case = CASES[1]
-    runs = workers(2).run(train_with_a_bad_step, case, EXPLORES, "one", float("inf"))
-    for expected, result in zip(trained(case, 2), runs, strict=True):
-        assert result["skipped_by_then"] == 1
-        assert_identical(result["before"], result["after"])
-        assert_identical(expected["partitions"], result["partitions"])
+    check_a_bad_step(workers, trained, CASES[1])
 
 
 def read_and_set(case: Case) -> list[Any]:

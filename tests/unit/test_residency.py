@@ -27,9 +27,9 @@ from ds_agsel.residency import (
     update_order,
 )
 from ds_agsel.residency import arena as arena_module
-from ds_agsel.residency.arena import Arena, capacity_for, spare_bytes
+from ds_agsel.residency.arena import ALIGNMENT, Arena, capacity_for, spare_bytes
 from ds_agsel.residency.plan import check_budget
-from ds_agsel.residency.slab import ALIGNMENT_BYTES, Slab, plan_slab
+from ds_agsel.residency.slab import Slab, plan_slab
 from ds_agsel.residency.states import MASTER, MOMENTS
 
 SIZES = {0: 50, 1: 10, 2: 20, 3: 30}
@@ -180,9 +180,9 @@ def test_a_slab_holds_every_tensor_apart_and_takes_less_than_each_of_them_would(
     spans = sorted((*place, place[1] + size) for place, size in zip(plan.places, sizes, strict=True) if size)
     for (piece, _, end), (next_piece, start, _) in pairwise(spans):
         assert piece < next_piece or end <= start
-    assert all(start % ALIGNMENT_BYTES == 0 and end <= plan.pieces[piece] for piece, start, end in spans)
-    each = sum(1 << (max(size, ALIGNMENT_BYTES) - 1).bit_length() for size in sizes if size)
-    assert plan.taken_bytes <= max(each, 2 * ALIGNMENT_BYTES * len(sizes))
+    assert all(start % ALIGNMENT == 0 and end <= plan.pieces[piece] for piece, start, end in spans)
+    each = sum(1 << (max(size, ALIGNMENT) - 1).bit_length() for size in sizes if size)
+    assert plan.taken_bytes <= max(each, 2 * ALIGNMENT * len(sizes))
 
 
 def test_the_page_locked_states_of_known_models_are_little_larger_than_asked_for():
