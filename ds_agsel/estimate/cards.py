@@ -129,17 +129,27 @@ def card_named(name: str, capacity_bytes: int | None = None) -> Card | None:
     return min(by_length[longest], key=lambda card: abs(card.capacity_bytes - (capacity_bytes or 0)))
 
 
-def _card_here() -> Card:
+def name_here() -> str | None:
+    """Return the name of this machine's accelerator; None where that is the processor, or it tells no name."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
     backend: Any = getattr(torch, accelerator.device_name(), None)
     if accelerator.device_name() == "cpu" or not hasattr(backend, "get_device_name"):
+        return None
+    return str(backend.get_device_name(0))
+
+
+def _card_here() -> Card:
+    name = name_here()
+    if name is None:
         raise ConfigError(
             "--card=auto: this machine's accelerator is the processor. Name a card, for example --card rtx4090."
         )
-    name, capacity = str(backend.get_device_name(0)), int(accelerator.total_memory(0))
+    from deepspeed.accelerator import get_accelerator
+
+    capacity = int(get_accelerator().total_memory(0))
     found = card_named(name, capacity)
     if found is None:
         raise ConfigError(

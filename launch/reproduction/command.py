@@ -31,6 +31,7 @@ import yaml
 
 from ds_agsel import processor
 from ds_agsel.errors import ConfigError
+from ds_agsel.estimate import cards
 from ds_agsel.files import write_atomically
 
 from . import comparisons, figures, results, running, tables
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0; 1 if cells failed unexpectedly, 2 for an impossible setting, 130 after a signal."""
     wanted = _parse(arguments)
     try:
+        if wanted.jobs < 1:
+            raise ConfigError(f"--jobs={wanted.jobs} is no number of cells to run at once. Use 1 or more.")
         plan = _with_models(plans.read(wanted.file or CONFIGS / f"{wanted.scale}.yaml"), wanted.model)
         if wanted.cost:
             return _show_cost(plan, wanted)
@@ -66,6 +69,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME=PATH", help="a model of the YAML, kept here")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells: 'final/*/lora_256/*'")
     parser.add_argument("--retry", action="store_true", help="run cells that failed again")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells at once, which share the device: their seconds tell nothing"
+    )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--plan", action="store_true", help="show the cells and their commands, run nothing")
     shown.add_argument("--cost", action="store_true", help="estimate time and memory on one GPU, run nothing")
@@ -101,7 +107,7 @@ def _which(wanted: argparse.Namespace) -> str:
 
 def _sweep(plan: SweepPlan, wanted: argparse.Namespace) -> int:
     output = wanted.output or ROOT / "runs" / "reproduce" / plan.name
-    sweep = Sweep(plan, output.resolve(), _say, retry=wanted.retry)
+    sweep = Sweep(plan, output.resolve(), _say, retry=wanted.retry, jobs=wanted.jobs)
     cells = [*plans.search_cells(plan), *plans.final_cells(plan)]
     cells = [cell for cell in cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in wanted.only)]
     if not cells:
@@ -167,7 +173,8 @@ def _report(sweep: Sweep, output: Path) -> None:
     }
     write_atomically(output / "results.json", json.dumps(everything, indent=1) + "\n")
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-    said = f"{machine['processor']}, {machine['cores']} cores; " + ", ".join(
+    where = f"{machine['accelerator']}; " if machine["accelerator"] else ""
+    said = f"{where}{machine['processor']}, {machine['cores']} cores; " + ", ".join(
         f"{name} {version}" for name, version in machine["versions"].items()
     )
     write_atomically(output / "tables.md", tables.page(plan, measured, rates, published, said))
@@ -180,6 +187,7 @@ def _machine() -> dict[str, Any]:
 
     described = processor.describe()
     return {
+        "accelerator": cards.name_here(),
         "processor": f"{described['name']} ({described['simd']})",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),

@@ -51,11 +51,14 @@ class Stopped(Exception):
 class Sweep:
     """The cells of a plan below one output folder."""
 
-    def __init__(self, plan: SweepPlan, output: Path, say: Callable[[str], None], *, retry: bool = False) -> None:
-        self.plan, self.output, self.retry = plan, output, retry
+    def __init__(
+        self, plan: SweepPlan, output: Path, say: Callable[[str], None], *, retry: bool = False, jobs: int = 1
+    ) -> None:
+        self.plan, self.output, self.retry, self.jobs = plan, output, retry, jobs
         self._say = say
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = threading.Event()
+        self._counting = threading.Lock()
         self._count = 0
 
     # -- what is there
@@ -119,19 +122,12 @@ class Sweep:
         todo = [cell for cell in cells if self.is_open(cell)]
         total, self._count = len(todo), 0
         search = [cell for cell in todo if cell.kind == "search"]
-        jobs = self.plan.search.jobs if self.plan.search is not None else 1
-        with _interruptible(self.stop), ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda cell: self._run(cell, cell.lr, total), search))
-            for cell in (cell for cell in todo if cell.kind == "final"):
-                lr, why = self.lr_of(cell)
-                if lr is None:
-                    self._say(f"{cell.name}: not run, {why}")
-                    self._count += 1
-                elif not self.is_open(cell):
-                    self._say(f"{cell.name}: its learning rate was chosen again, {lr:g}")
-                    self._count += 1
-                else:
-                    self._run(cell, lr, total)
+        jobs = max(self.jobs, self.plan.search.jobs if self.plan.search is not None else 1)
+        with _interruptible(self.stop):
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda cell: self._run(cell, cell.lr, total), search))
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(lambda cell: self._run_final(cell, total), (c for c in todo if c.kind == "final")))
         if self._stopping.is_set():
             raise Stopped
 
@@ -140,6 +136,20 @@ class Sweep:
         self._stopping.set()
         for process in list(self._processes):
             _end(process, _GRACE_SECONDS)
+
+    def _run_final(self, cell: Cell, total: int) -> None:
+        lr, why = self.lr_of(cell)
+        if lr is None:
+            self._pass_over(f"{cell.name}: not run, {why}")
+        elif not self.is_open(cell):
+            self._pass_over(f"{cell.name}: its learning rate was chosen again, {lr:g}")
+        else:
+            self._run(cell, lr, total)
+
+    def _pass_over(self, message: str) -> None:
+        with self._counting:
+            self._count += 1
+        self._say(message)
 
     def _run(self, cell: Cell, lr: float | None, total: int) -> None:
         if self._stopping.is_set() or lr is None:
@@ -165,16 +175,20 @@ class Sweep:
             if cell.kind == "search" or not self.plan.keep_models:
                 shutil.rmtree(folder / RUN / "model", ignore_errors=True)
         write_atomically(folder / (DONE if state == "done" else FAILED), json.dumps(vars(outcome), indent=1) + "\n")
-        self._count += 1
+        with self._counting:
+            self._count += 1
+            number = self._count
         what = f"held-out loss {last_loss(folder / RUN)}" if message is None else f"FAILED: {message}"
-        self._say(f"[{self._count}/{total}] {cell.name}, lr {lr:g}: {what} ({seconds:.0f} s)")
+        self._say(f"[{number}/{total}] {cell.name}, lr {lr:g}: {what} ({seconds:.0f} s)")
 
     def _train_and_evaluate(self, cell: Cell, lr: float) -> str | None:
         """Finish what an earlier sweep began; return the error, or None."""
         folder = self.folder(cell)
         run = folder / RUN
         limit = time.monotonic() + self.plan.time_limit_seconds
-        threads = self.plan.search.threads if self.plan.search is not None and cell.kind == "search" else None
+        threads = 1 if self.jobs > 1 else None
+        if self.plan.search is not None and cell.kind == "search":
+            threads = self.plan.search.threads
         message = None
         with open(folder / LOG, "ab") as log:
             if not ((run / "summary.json").is_file() and (run / "model").is_dir()):

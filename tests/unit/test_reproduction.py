@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,26 @@ def test_a_learning_rate_tried_later_reruns_what_it_changes(
     monkeypatch.setattr(swept, "_train_and_evaluate", train)
     swept.run([later, ours])
     assert ran == [later.name, *finals]
+
+
+def test_jobs_cells_run_at_once_the_final_ones_after_the_short_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep(small(), tmp_path, lambda _: None, jobs=2)
+    both = threading.Barrier(2, timeout=30)
+    ran = []
+
+    def train(cell: plan.Cell, lr: float) -> None:
+        both.wait()
+        write_cell(sweep.folder(cell), [2.0, 1.0])
+        ran.append(cell.kind)
+
+    monkeypatch.setattr(sweep, "_train_and_evaluate", train)
+    cells = [*plan.search_cells(sweep.plan), *plan.final_cells(sweep.plan)[:2]]
+    sweep.run(cells)
+    assert ran == ["search", "search", "final", "final"]
+    assert not any(sweep.is_open(cell) for cell in cells)
+    assert command.main(["--scale", "tiny", "--jobs", "0"]) == command.REFUSED
 
 
 @pytest.mark.parametrize(("fails", "code"), [(None, command.CELLS_FAILED), ("no such rank", 0), ("else", 1)])
