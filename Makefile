@@ -33,9 +33,10 @@ test-slow: $(VENV)/.ready ops ops-nvme
 
 # The Python for a machine with a GPU: $(VENV)'s, or the one that is there, if it has all that is needed. Nothing is
 # installed then; the ops are compiled when they are first used.
-NEEDED        := torch, deepspeed, transformers, pydantic, pytest
+NEEDED        := torch deepspeed transformers pydantic pytest
 DEVICE_PYTHON  = $(shell for p in "$(abspath $(BIN))/python" $(PYTHON); do \
-    "$$p" -c "import $(NEEDED)" >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
+    "$$p" -c "import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, '$(NEEDED)'.split()))" \
+    2>/dev/null && { command -v "$$p"; break; }; done)
 ON_DEVICE      = PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" $(or $(DEVICE_PYTHON),$(BIN)/python)
 
 # On a machine with a GPU: what is simulated elsewhere.

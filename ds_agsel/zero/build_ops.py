@@ -11,6 +11,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder
 
+from ds_agsel.zero import compat
 from ds_agsel.zero.support import AIO_REMEDY
 
 COLLECTIVES_OP, CPU_ADAM_OP, FUSED_ADAM_OP, ASYNC_IO_OP = "deepspeed_shm_comm", "cpu_adam", "fused_adam", "async_io"
@@ -20,7 +21,9 @@ _MINUTES = "one to two minutes each on two cores"
 
 
 def main(*what: str) -> None:
-    """Build `cpu_adam`, and on a CPU `fused_adam` and the shared-memory collectives: minutes once, then cached.
+    """Build `cpu_adam` and `fused_adam`, and on a CPU the shared-memory collectives: minutes once, then cached.
+
+    An accelerator that has no `fused_adam`, or none that compiles, trains with torch's AdamW instead.
 
     With "nvme", the asynchronous I/O op; without libaio, a line says how to install it.
     """
@@ -32,11 +35,13 @@ def main(*what: str) -> None:
             print(f"No libaio: offload to NVMe is left out, and its tests are skipped. To have it: {AIO_REMEDY}.")
         return
     on_host = get_accelerator().device_name() == "cpu"
-    announce([CPU_ADAM_OP, *((FUSED_ADAM_OP, COLLECTIVES_OP) if on_host else ())], print)
+    announce([CPU_ADAM_OP, FUSED_ADAM_OP, *([COLLECTIVES_OP] if on_host else ())], print)
     CPUAdamBuilder().load(verbose=False)
     if on_host:
         FusedAdamBuilder().load(verbose=False)
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    else:
+        compat.has_fused_adam()  # which compiles it, or logs why it can't
 
 
 def extensions_folder() -> Path:
