@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_agsel.estimate.models import known_models
+from ds_agsel.zero import compat
 
 from .parts import Size
 
@@ -17,6 +19,7 @@ TINY = {
     "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": True,
 }  # fmt: skip
 LEARNING_RATE = 1e-4
+_made: list[Any] = []  # by `engine_of`
 
 
 class Unavailable(Exception):
@@ -66,8 +69,20 @@ def engine_of(model: nn.Module, config: dict[str, Any]) -> Any:
     """Return an engine for ``model``; plain DeepSpeed's where ``config`` has no section."""
     import ds_agsel
 
+    compat.has_fused_adam()  # compiles it, also where plain DeepSpeed does not read the architectures' names
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return ds_agsel.initialize(model=model, model_parameters=parameters, config=config)[0]
+    engine = ds_agsel.initialize(model=model, model_parameters=parameters, config=config)[0]
+    _made.append(engine)
+    return engine
+
+
+def destroy_all() -> None:
+    """Free the memory of all engines that `engine_of` made, on the accelerator and page-locked."""
+    while _made:
+        _made.pop().destroy()
+    for _ in range(2):  # the first runs finalizers
+        gc.collect()
+    get_accelerator().empty_cache()
 
 
 def with_lora(model: Any, rank: int) -> Any:

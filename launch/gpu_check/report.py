@@ -64,7 +64,7 @@ def _memory(result: Result) -> Iterator[str]:
             continue
         base = full.get(case["case"].split("/")[0], {}).get("peak_allocated_bytes")
         estimated = (case["estimate"] or {}).get("accelerator", 0)
-        pinned = max(case["pinned_bytes"].values(), default=0)
+        pinned = case["pinned_bytes"].get("active_bytes.current", 0)
         numbers = (
             case["peak_allocated_bytes"],
             case["allocated_bytes"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .models import ds_config, engine_of, random_model, section, take_step, tokens, wait
+from .models import destroy_all, ds_config, engine_of, random_model, section, take_step, tokens, wait
 from .parts import Size
 
 Span = tuple[float, float]
@@ -40,7 +40,7 @@ def _profiled(name: str, size: Size, chosen: dict[str, Any] | None, path: Path) 
         wait()
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
-    engine.destroy()
+    destroy_all()
     return {"trace": path.name, **read(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])}
 
 

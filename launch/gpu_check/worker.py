@@ -6,7 +6,6 @@ what was measured before a crash stays.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -47,9 +46,7 @@ def _action(part: str, folder: Path) -> Callable[[str, Size], dict[str, Any]]:
 
 
 def _outcome(action: Callable[[str, Size], dict[str, Any]], case: str, size: Size) -> dict[str, Any]:
-    from deepspeed.accelerator import get_accelerator
-
-    from .models import Unavailable
+    from .models import Unavailable, destroy_all
 
     started = time.perf_counter()
     try:
@@ -59,8 +56,7 @@ def _outcome(action: Callable[[str, Size], dict[str, Any]], case: str, size: Siz
     except Exception as error:
         traceback.print_exc()
         outcome = {"outcome": "failed", "reason": f"{type(error).__name__}: {str(error)[:500]}"}
-    gc.collect()
-    get_accelerator().empty_cache()
+    destroy_all()
     return {**outcome, "wall_seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -62,3 +63,18 @@ def test_only_an_op_that_loads_counts(
         assert "torch's AdamW is used instead" in caplog.text
     else:
         assert not caplog.records
+
+
+@pytest.mark.parametrize("listed, read", [("9.0a", "9.0"), ("8.6;10.0f+PTX", "8.6;10.0+PTX"), ("8.0 9.0", "8.0 9.0")])
+def test_an_architecture_with_a_letter_is_read(listed: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    class Reader(Builder):
+        def load(self, verbose: bool = True) -> object:
+            found.append(os.environ["TORCH_CUDA_ARCH_LIST"])
+            return object()
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(adam, "get_accelerator", lambda: Accelerator(Reader(None)))
+    assert compat.has_fused_adam()
+    assert found == [read] and os.environ["TORCH_CUDA_ARCH_LIST"] == listed

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +54,8 @@ def has_fused_adam() -> bool:
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
         return False
     try:
-        builder.load(verbose=False)
+        with _architectures_by_number():
+            builder.load(verbose=False)
     except Exception as error:  # compiler, ninja, nvcc and loader each raise errors of their own
         logger.warning(
             "adagrad_select: DeepSpeed's FusedAdam can't be built here (%s: %s); torch's AdamW is used instead. "
@@ -61,6 +65,24 @@ def has_fused_adam() -> bool:
         )
         return False
     return True
+
+
+@contextmanager
+def _architectures_by_number() -> Iterator[None]:
+    """Inside, `TORCH_CUDA_ARCH_LIST` has 9.0 for 9.0a: DeepSpeed 0.19.8 reads numbers (op_builder/builder.py:710).
+
+    NVIDIA's images set it so. An op that is loaded once is not built again, so that DeepSpeed finds it later.
+    """
+    name = "TORCH_CUDA_ARCH_LIST"
+    before = os.environ.get(name)
+    if before is None:
+        yield
+        return
+    os.environ[name] = re.sub(r"(?<=\d)[a-z]+", "", before)
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 def cpu_adam_op(optimizer: torch.optim.Optimizer) -> Any:
