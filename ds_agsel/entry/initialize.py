@@ -43,7 +43,7 @@ def initialize(*args: Any, support_data: Any = None, **kwargs: Any) -> tuple[Any
     works. Without any optimizer (a DPO reference model) the engine only evaluates, and is DeepSpeed's own.
     Raises ConfigError, before DeepSpeed makes an engine, for settings that can't work. Collective.
     """
-    with stock.stock_initialize():
+    with stock.stock_initialize(), compat.architectures_by_number():
         number = agreement.next_call()
         call = _SIGNATURE.bind(*args, **kwargs)
         ds_config = read_config(call.arguments)

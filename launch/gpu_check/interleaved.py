@@ -1,4 +1,8 @@
-"""Part `time`: steps of one method and of plain DeepSpeed in turn, in one process; never more than two at once."""
+"""Part `time`: steps of one method and of plain DeepSpeed in turn, in one process; never more than two at once.
+
+A turn is several steps without a wait for the accelerator between them, as in training: states that visit travel from
+the end of one step on, under the forward and backward of the next.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from torch import nn
 
 from ..benchmarking import processes
 from .models import LEARNING_RATE, ds_config, engine_of, random_model, take_step, tokens, wait, with_lora
-from .parts import Size
+from .parts import STEPS_A_TURN, Size
 
-WARMUP_STEPS = 3  # the first is on all blocks: [Note: Steady state] in benchmarking/processes
+WARMUP_TURNS = 1  # the first step is on all blocks: [Note: Steady state] in benchmarking/processes
 
 Step = Callable[[torch.Tensor], Any]
 
@@ -26,15 +30,16 @@ def run(case: str, size: Size) -> dict[str, Any]:
     _, plain = _method("full", name, size)
     steps = {"plain": plain, row: step}
     seconds: dict[str, list[float]] = {which: [] for which in steps}
-    for number in range(WARMUP_STEPS + size.steps):
-        batch = tokens(model, size, number)
+    for number in range(WARMUP_TURNS + size.turns):
+        batches = [tokens(model, size, STEPS_A_TURN * number + step) for step in range(STEPS_A_TURN)]
         for which in list(steps)[:: 1 if number % 2 else -1]:
             wait()
             started = time.perf_counter()
-            steps[which](batch)
+            for batch in batches:
+                steps[which](batch)
             wait()
-            if number >= WARMUP_STEPS:
-                seconds[which].append(time.perf_counter() - started)
+            if number >= WARMUP_TURNS:
+                seconds[which].append((time.perf_counter() - started) / STEPS_A_TURN)
     ratios = [one / other for one, other in zip(seconds[row], seconds["plain"], strict=True)]
     of_row = statistics.median(seconds[row])
     return {

@@ -10,7 +10,6 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_agsel.estimate.models import known_models
-from ds_agsel.zero import compat
 
 from .parts import Size
 
@@ -69,7 +68,6 @@ def engine_of(model: nn.Module, config: dict[str, Any]) -> Any:
     """Return an engine for ``model``; plain DeepSpeed's where ``config`` has no section."""
     import ds_agsel
 
-    compat.has_fused_adam()  # compiles it, also where plain DeepSpeed does not read the architectures' names
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine = ds_agsel.initialize(model=model, model_parameters=parameters, config=config)[0]
     _made.append(engine)
@@ -83,6 +81,8 @@ def destroy_all() -> None:
     for _ in range(2):  # the first runs finalizers
         gc.collect()
     get_accelerator().empty_cache()
+    if has_own_memory() and hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.9 has none
+        torch.accelerator.empty_host_cache()
 
 
 def with_lora(model: Any, rank: int) -> Any:

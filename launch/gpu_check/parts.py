@@ -12,6 +12,7 @@ STAGES = (1, 2, 3)
 HOMES = ("none", "cpu", "visit", "visit-all")
 LEAN_HOMES = ("cpu-bf16", "cpu-split", "visit-bf16", "visit-int8", "visit-split")
 LORA = "lora-256"
+STEPS_A_TURN = 4
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Size:
     Attributes:
         models: for the parts about memory and traffic: names of `ds_agsel.estimate.models.known_models`, or "tiny".
         shape: of the benchmark's Llama, as words of its command line.
-        steps: optimizer steps of each case.
+        steps: optimizer steps of each case of the parts memory and floor.
+        turns: that are timed, of `STEPS_A_TURN` steps, for each engine.
         percentages: of `select_percent`, the most informative first.
         lean_stages: for states that rest in fewer bytes.
     """
@@ -31,6 +33,7 @@ class Size:
     micro_batch: int
     sequence_length: int
     steps: int
+    turns: int
     matrix_steps: int
     percentages: tuple[int, ...] = (20, 10, 30)
     lean_stages: tuple[int, ...] = STAGES
@@ -43,7 +46,7 @@ CARD = Size(
         "--hidden-size", "896", "--intermediate-size", "4864", "--layers", "24", "--heads", "14", "--kv-heads", "2",
         "--vocab-size", "151936",
     ),
-    micro_batch=4, sequence_length=1024, steps=10, matrix_steps=40,
+    micro_batch=4, sequence_length=1024, steps=10, turns=6, matrix_steps=40,
 )  # fmt: skip
 DRY = Size(
     models=("tiny",),
@@ -51,7 +54,7 @@ DRY = Size(
         "--hidden-size", "32", "--intermediate-size", "64", "--layers", "3", "--heads", "4", "--kv-heads", "2",
         "--vocab-size", "128", "--threads", "1",
     ),
-    micro_batch=2, sequence_length=16, steps=2, matrix_steps=3, percentages=(20,), lean_stages=(2,),
+    micro_batch=2, sequence_length=16, steps=2, turns=2, matrix_steps=3, percentages=(20,), lean_stages=(2,),
 )  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def parts(size: Size, is_dry: bool, output: Path) -> Iterator[Part]:
             command=_benchmark(size, output),
             result_file="benchmark/benchmark.json",
         ),
-        Part("trace", "a profile of one exploit and one explore step", 150, tuple(traces(size))),
+        Part("trace", "a profile of exploit and of explore steps", 150, tuple(traces(size))),
         Part("transfers", "measured rates, and exposed time against the model", 150, transfers(size)),
     ]
     if is_dry:

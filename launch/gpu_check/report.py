@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .parts import STEPS_A_TURN
 from .runner import Result
 
 GIB = 2**30
@@ -64,7 +65,7 @@ def _memory(result: Result) -> Iterator[str]:
             continue
         base = full.get(case["case"].split("/")[0], {}).get("peak_allocated_bytes")
         estimated = (case["estimate"] or {}).get("accelerator", 0)
-        pinned = case["pinned_bytes"].get("active_bytes.current", 0)
+        pinned = case["pinned_bytes"].get("allocated_bytes.current", 0)  # "active" never falls (torch 2.11)
         numbers = (
             case["peak_allocated_bytes"],
             case["allocated_bytes"],
@@ -79,7 +80,10 @@ def _memory(result: Result) -> Iterator[str]:
 
 
 def _time(result: Result) -> Iterator[str]:
-    yield "Each row and plain DeepSpeed took steps in turn, in one process; ratios are medians over pairs of steps."
+    yield (
+        f"Each row and plain DeepSpeed took turns of {STEPS_A_TURN} steps, in one process; ratios are medians over "
+        "pairs of turns."
+    )
     yield ""
     yield from _table(result.cases)
     yield ""

@@ -1,4 +1,7 @@
-"""Part `trace`: one step under torch's profiler: launches, host waits, and how far copies overlap with kernels."""
+"""Part `trace`: steps under torch's profiler: launches, host waits, and how far copies overlap with kernels.
+
+Several steps in a row, since states travel from the end of one step on under the next; all numbers are for one step.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from .parts import Size
 
 Span = tuple[float, float]
 WARMUP_STEPS = 4
+STEPS = 3
 
 
 def run(case: str, size: Size, folder: Path) -> dict[str, Any]:
@@ -34,18 +38,20 @@ def _profiled(name: str, size: Size, chosen: dict[str, Any] | None, path: Path) 
     for step in range(WARMUP_STEPS):
         take_step(engine, tokens(model, size, step))
     wait()
+    batches = [tokens(model, size, WARMUP_STEPS + step) for step in range(STEPS)]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler:
-        take_step(engine, tokens(model, size, WARMUP_STEPS))
+        for batch in batches:
+            take_step(engine, batch)
         wait()
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     destroy_all()
-    return {"trace": path.name, **read(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])}
+    return {"trace": path.name, **read(json.loads(path.read_text(encoding="utf-8"))["traceEvents"], STEPS)}
 
 
-def read(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return the numbers of a chrome trace: counts of runtime calls, and seconds of copies and of their overlap."""
+def read(events: Iterable[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Return the numbers of a chrome trace of ``steps``, for one: runtime calls, seconds of copies, their overlap."""
     calls: Counter[str] = Counter()
     spans: dict[str, list[Span]] = {"kernel": [], "h2d": [], "d2h": []}
     for event in events:
@@ -62,9 +68,9 @@ def read(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     copies = merged(spans["h2d"] + spans["d2h"])
     copied, hidden = total(copies), overlap(copies, kernels)
     return {
-        "launches": calls["launch"], "host_waits": calls["wait"], "copies": calls["copy"],
-        "operators": calls["operators"], "page_locked_allocations": calls["pin"],
-        "kernel_seconds": total(kernels) / 1e6, "copy_seconds": copied / 1e6,
+        "launches": calls["launch"] / steps, "host_waits": calls["wait"] / steps, "copies": calls["copy"] / steps,
+        "operators": calls["operators"] / steps, "page_locked_allocations": calls["pin"] / steps,
+        "kernel_seconds": total(kernels) / 1e6 / steps, "copy_seconds": copied / 1e6 / steps,
         "copies_overlapped_fraction": hidden / copied if copied else None,
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Part `transfers`: the link's measured rates, and the time that steps wait for states against the model of it.
 
 A step waits for what does not hide under forward and backward. Measured, that is a step at the default budget less one
-of a budget that holds all states, where nothing moves; both take their steps in turn.
+of a budget that holds all states, where nothing moves. Both take turns of several steps, with no wait between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ds_agsel.residency import page_locked
 
 from ..pages import transfers as pages
 from .models import Unavailable, ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait
-from .parts import Size
+from .parts import STEPS_A_TURN, Size
 
 SAMPLE_BYTES = 256 * 2**20
 
@@ -78,20 +78,21 @@ def _waits(name: str, percent: str, size: Size) -> dict[str, Any]:
         engines.append(engine_of(model, {**ds_config(size, 2, "bf16"), "adagrad_select": chosen}))
     shape = shape_of(name, engines[0].module)
     seconds: list[list[float]] = [[], []]
-    for step in range(2 * size.steps):
-        batch = tokens(engines[0].module, size, step)
+    for turn in range(2 * size.turns):
+        batches = [tokens(engines[0].module, size, STEPS_A_TURN * turn + step) for step in range(STEPS_A_TURN)]
         for which, engine in enumerate(engines):
             wait()
             started = time.perf_counter()
-            take_step(engine, batch)
+            for batch in batches:
+                take_step(engine, batch)
             wait()
-            seconds[which].append(time.perf_counter() - started)
-    # The first steps of the second are first visits.
-    exposed = statistics.median(seconds[0][size.steps :]) - statistics.median(seconds[1][size.steps :])
+            seconds[which].append((time.perf_counter() - started) / STEPS_A_TURN)
+    # In the first turns the second has states that visit for the first time.
+    moving, still = (statistics.median(each[size.turns :]) for each in seconds)
     found: dict[str, Any] = {
-        "seconds_a_step": statistics.median(seconds[0][size.steps :]),
-        "seconds_where_nothing_moves": statistics.median(seconds[1][size.steps :]),
-        "exposed_seconds": exposed,
+        "seconds_a_step": moving,
+        "seconds_where_nothing_moves": still,
+        "exposed_seconds": moving - still,
     }
     if has_own_memory():
         card = _card(size)

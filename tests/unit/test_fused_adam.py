@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import deepspeed
 import pytest
+from torch import nn
 
+import ds_agsel
 from ds_agsel.zero import compat
 from ds_agsel.zero.compat import adam
 
@@ -78,3 +81,17 @@ def test_an_architecture_with_a_letter_is_read(listed: str, read: str, monkeypat
     monkeypatch.setattr(adam, "get_accelerator", lambda: Accelerator(Reader(None)))
     assert compat.has_fused_adam()
     assert found == [read] and os.environ["TORCH_CUDA_ARCH_LIST"] == listed
+
+
+def test_deepspeed_makes_its_engine_with_the_architectures_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a plain engine, of which DeepSpeed builds the ops."""
+    found = []
+
+    def make(*args: Any, **kwargs: Any) -> tuple[None, ...]:
+        found.append(os.environ["TORCH_CUDA_ARCH_LIST"])
+        return None, None, None, None
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    monkeypatch.setattr(deepspeed, "initialize", make)
+    ds_agsel.initialize(model=nn.Linear(1, 1), config={"train_batch_size": 1})
+    assert found == ["9.0"] and os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0a"

@@ -34,12 +34,14 @@ def test_a_trace_says_what_was_launched_waited_for_and_hidden() -> None:
             event("cuda_runtime", "cudaLaunchKernel", 0, 1), event("cuda_driver", "cuLaunchKernelEx", 0, 1),
             event("cuda_runtime", "cudaStreamSynchronize", 0, 1), event("cuda_runtime", "cudaHostAlloc", 0, 1),
             event("cuda_runtime", "cudaMemcpyAsync", 0, 1), event("cpu_op", "aten::mm", 0, 1),
-        ]
+        ],
+        steps=2,
     )  # fmt: skip
-    assert (found["launches"], found["host_waits"], found["copies"], found["page_locked_allocations"]) == (2, 1, 1, 1)
-    assert (found["kernel_seconds"], found["copy_seconds"]) == (15, 15)
+    counts = [found[name] for name in ("launches", "host_waits", "copies", "page_locked_allocations")]
+    assert counts == [1, 0.5, 0.5, 0.5]
+    assert (found["kernel_seconds"], found["copy_seconds"]) == (7.5, 7.5)
     assert found["copies_overlapped_fraction"] == 5 / 15
-    assert read([])["copies_overlapped_fraction"] is None
+    assert read([], 1)["copies_overlapped_fraction"] is None
 
 
 def test_spans_are_joined_and_cut() -> None:

@@ -17,6 +17,7 @@ with imports_of_deepspeed():
 
     from ds_agsel.zero.compat.adam import (
         adam_step,
+        architectures_by_number,
         cpu_adam_op,
         has_fused_adam,
         new_adam_state,
@@ -94,6 +95,7 @@ __all__ = [
     "Zero3Base",
     "Zero12Base",
     "adam_step",
+    "architectures_by_number",
     "at_boundary",
     "attribute",
     "can_swap",

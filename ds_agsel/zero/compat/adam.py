@@ -54,7 +54,7 @@ def has_fused_adam() -> bool:
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
         return False
     try:
-        with _architectures_by_number():
+        with architectures_by_number():
             builder.load(verbose=False)
     except Exception as error:  # compiler, ninja, nvcc and loader each raise errors of their own
         logger.warning(
@@ -68,7 +68,7 @@ def has_fused_adam() -> bool:
 
 
 @contextmanager
-def _architectures_by_number() -> Iterator[None]:
+def architectures_by_number() -> Iterator[None]:
     """Inside, `TORCH_CUDA_ARCH_LIST` has 9.0 for 9.0a: DeepSpeed 0.19.8 reads numbers (op_builder/builder.py:710).
 
     NVIDIA's images set it so. An op that is loaded once is not built again, so that DeepSpeed finds it later.
