@@ -6,6 +6,9 @@ block's gradients are reduced, and its norms added up, when its last one has com
 as ZeRO's buckets need anyway.
 A block some of whose parameters get no gradient stays to the end, and is scored there with the rest.
 
+What is chosen is put where the step looks for it at the end of backward, when nothing can beat it any more: with
+offload a gradient that comes to nothing never travels to the host.
+
 [Note: Late scores] A score is computed on the accelerator and copied to the host, which does not wait for it: it goes
 on to queue backward, and looks at the score when the next ones are under way. Up to `LATE_BATCHES` batches of blocks
 are held beyond the k best; only then does the host wait, for work that lies that far back, so that the accelerator
@@ -47,7 +50,7 @@ class ExploreStream:
         numbers_of_params: block -> how many parameters it has.
         score: start to compute the scores of blocks all of whose gradients are there. Collective.
         keep: put the block's gradients, which these parameters hold, where the step will look for them.
-        forget: drop the block's gradients, kept before or not.
+        forget: drop the block's gradients, which its parameters hold.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ExploreStream:
         self._waiting: dict[int, list[nn.Parameter]] = {}  # blocks without a score, with what they have
         self._whole: list[int] = []  # those of them that have all their gradients, and are scored next
         self._pending: deque[Scores] = deque()
+        self._chosen: dict[int, list[nn.Parameter]] = {}  # blocks that no other has beaten so far, with what they have
         self._unscored: set[int] = set()
         self.scored: set[int] = set()  # also those whose score is on its way
         self.kept: set[int] = set(selection.lottery.always)
@@ -108,7 +112,7 @@ class ExploreStream:
             self._decide(self._pending.popleft().get())
 
     def _decide(self, scores: Mapping[int, float]) -> None:
-        """Keep the blocks of ``scores`` that are among the best so far, and drop those that they beat."""
+        """Let the blocks of ``scores`` that are among the best so far stay, and drop those that they beat."""
         for block, score in scores.items():
             params = self._waiting.pop(block)
             self.kept.add(block)
@@ -116,9 +120,10 @@ class ExploreStream:
             for gone in out:
                 self.kept.discard(gone)
                 self.dropped.add(gone)
+                self._chosen.pop(gone, None)
                 self._forget(gone)
             if block not in out:
-                self._keep(block, params)
+                self._chosen[block] = params
 
     def _ruled_out(self, block: int, score: float) -> tuple[int, ...]:
         """Return the blocks that ``block``, with its ``score``, rules out, which may be ``block`` itself."""
@@ -146,9 +151,11 @@ class ExploreStream:
         for block in [] if and_score else parts:
             self.kept.add(block)
             self._unscored.add(block)
-            self._keep(block, self._waiting.pop(block))
+            self._chosen[block] = self._waiting.pop(block)
         silent = set(self._selection.active_blocks) - self.kept - self.dropped
         self.kept |= silent  # their score is 0, which is the highest where few blocks have gradients
-        for block in sorted(silent):
-            self._keep(block, [])
+        self._chosen.update((block, []) for block in silent)
+        for block in sorted(self._chosen):
+            self._keep(block, self._chosen[block])
+        self._chosen = {}
         self.is_over = and_score

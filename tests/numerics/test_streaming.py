@@ -154,3 +154,29 @@ def test_a_first_micro_batch_without_finite_scores_skips_its_step(workers, stage
     case = Case(stage=stage, section=FIRST, accumulation=2, offload=offload)
     for seen in workers(ranks).run(skip_a_bad_window, case):
         assert seen == {"unchanged": True, "skipped": (0, 1), "applied": 1}
+
+
+def gradient_bytes_copied(case: Case) -> list[tuple[int, int]]:
+    """Of each step: bytes of gradients copied to the host, and fp32 bytes of this rank's part of what was selected."""
+
+    def observe(event: str, engine: Any, step: int) -> tuple[int, int] | None:
+        if event != "step":
+            return None
+        zero = engine.optimizer
+        groups = zero._groups_of(engine.selection.history[-1].blocks)
+        slices = [
+            zero.grad_position[zero.get_param_id(p)][3] for group in groups for p in zero.params_in_partition[group]
+        ]
+        return engine.selection.traffic[-1].d2h_bytes, 4 * sum(slices)
+
+    return [seen for seen in train(case, observe)["observed"] if seen is not None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_offload_only_gradients_of_chosen_blocks_travel(workers, ranks):
+    """Although others are the best so far, for a while, in the middle of backward."""
+    case = CASES[2]
+    assert case.offload == "cpu"
+    for run in workers(ranks).run(gradient_bytes_copied, case):
+        assert len(run) == case.steps
+        assert all(copied == selected > 0 for copied, selected in run)
