@@ -3,6 +3,7 @@
     python launch/benchmark.py                      # everything, SmolLM2-135M's shape, ZeRO-2 with and without offload
     python launch/benchmark.py --stage 2 3          # and ZeRO-3
     python launch/benchmark.py --offload cpu --rows exploit-20 floor-20 --steps 4
+    python launch/benchmark.py --together           # all rows of a round in one process, for ratios of time
     python launch/benchmark.py --bars               # what the number of selected parameters, blocks and units costs
     python launch/benchmark.py --rows exploit-20 all random-20 align-20 random-all align-all   # GAST
     python launch/benchmark.py --rows exploit-20 all sparse-20 sparse-all                      # SparseGrad
@@ -14,9 +15,13 @@ hand-written PyTorch loop on the blocks that `exploit-20` drew. `modules-3` are 
 where they are named, and with ``--bars``, which measures what a bar of the optimizer's phase hangs on, on few tokens,
 so that fixed costs weigh most: some six minutes on two cores. `random-20` and `align-20` are `exploit-20` learning
 from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`; they are
-measured where they are named. Each row lives in a process of its own, and all take
-their steps in turn, one at a time: a round is one step of each on the same batch. Ratios are taken within a round and
-their median over the rounds is reported, so that the machine's noise cancels.
+measured where they are named. All rows take their steps in turn, one at a time: a round is one step of each on the same
+batch, and every second round goes through them backwards. Ratios are taken within a round and their median over the
+rounds is reported, so that the machine's noise cancels.
+
+Each row lives in a process of its own, whose peak of memory is the row's. But equal work takes up to a third longer in
+one process than in another. With ``--together``, which ``--bars`` implies, the rows that are measured together live in
+one process: their times can be compared, and no peak of memory is reported.
 """
 
 from __future__ import annotations
@@ -82,6 +87,7 @@ BAR_GROUPS = (
 BARS = {
     "stage": [2, 3],
     "rows": list(dict.fromkeys(itertools.chain(*BAR_GROUPS))),
+    "together": True,
     "steps": 4,
     "micro_batch": 1,
     "sequence_length": 128,
@@ -101,63 +107,70 @@ class RowFailed(Exception):
     """A row's process raised or died."""
 
 
-class RowProcess:
-    """A row in a process of its own, which works only while `step` waits for it."""
+class RowsProcess:
+    """A process of one row or of several, which works only while `step` waits for it.
 
-    def __init__(self, row: str, workload: Workload, log: Path) -> None:
-        self.row = row
-        self.planned_blocks: list[int] | None = None
+    Attributes:
+        block_numels: elements of each block.
+        planned_blocks: by row, the blocks of its next step; None where they are not known before it.
+    """
+
+    def __init__(self, rows: Sequence[str], workload: Workload, log: Path) -> None:
+        self.planned_blocks: dict[str, list[int] | None] = {}
+        self._rows = rows
         self._log = log
         self._connection, theirs = Pipe()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        self._process = context.Process(target=processes.serve, args=(theirs, row, workload, log), daemon=True)
+        self._process = context.Process(target=processes.serve, args=(theirs, rows, workload, log), daemon=True)
         self._process.start()
         theirs.close()
-        self.about = self._receive()
+        for row in rows:  # all have the same model
+            self.block_numels: list[int] = self._receive(row)["block_numels"]
 
-    def step(self, batch: int, blocks: Sequence[int] | None) -> dict[str, Any]:
-        """Take a step on batch number ``batch``. ``blocks`` is what the floor updates; None: all."""
-        self._send((batch, blocks))
-        measured = self._receive()
-        self.planned_blocks = measured.get("planned_blocks")
+    def step(self, row: str, batch: int, blocks: Sequence[int] | None) -> dict[str, Any]:
+        """Let ``row`` take a step on batch number ``batch``. ``blocks`` is what the floor updates; None: all."""
+        self._send(row, (row, batch, blocks))
+        measured = self._receive(row)
+        self.planned_blocks[row] = measured.get("planned_blocks")
         return measured
 
     def start_measuring(self) -> None:
-        """Tell the row's process that the warm-up is over."""
-        self._send(processes.RESET)
+        """Tell the process that the warm-up of its rows is over."""
+        self._send(self._rows[0], processes.RESET)
 
     def stop(self) -> None:
-        """End the row's process."""
+        """End the process; do nothing if it has ended."""
         self._connection.close()
         self._process.terminate()
         self._process.join()
 
-    def _send(self, message: Any) -> None:
+    def _send(self, row: str, message: Any) -> None:
         try:
             self._connection.send(message)
         except OSError:
-            raise self._failure("its process is gone") from None
+            raise self._failure(row, "its process is gone") from None
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, row: str) -> dict[str, Any]:
         try:
             message: dict[str, Any] = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
-            raise self._failure(f"its process ended with code {code}, where -9 means too little memory") from None
+            what = f"its process ended with code {code}, where -9 means too little memory"
+            raise self._failure(row, what) from None
         if "error" in message:
-            raise self._failure(message["error"])
+            raise self._failure(row, message["error"])
         return message
 
-    def _failure(self, what: str) -> RowFailed:
-        return RowFailed(f"row {self.row}: {what}. Its output is in {self._log}.")
+    def _failure(self, row: str, what: str) -> RowFailed:
+        return RowFailed(f"row {row}: {what}. Its output is in {self._log}.")
 
 
 @contextmanager
-def row_processes() -> Iterator[dict[str, RowProcess]]:
+def row_processes() -> Iterator[dict[str, RowsProcess]]:
     """Give a dict for rows' processes, which end with the ``with`` block."""
-    processes: dict[str, RowProcess] = {}
+    processes: dict[str, RowsProcess] = {}
     try:
         yield processes
     finally:
@@ -174,32 +187,34 @@ class Measurement:
 
 
 def measure(
-    workload: Workload, rows: Sequence[str], steps: int, logs: Path, groups: Sequence[Sequence[str]] = GROUPS
+    workload: Workload,
+    rows: Sequence[str],
+    steps: int,
+    logs: Path,
+    groups: Sequence[Sequence[str]] = GROUPS,
+    together: bool = False,
 ) -> Measurement:
-    """Measure ``steps`` rounds of each of ``groups``, the rows that are in memory together, as far as in ``rows``."""
+    """Measure ``steps`` rounds of each of ``groups``, the rows that are in memory together, as far as in ``rows``.
+
+    ``together``: each group is in a process of its own, not each row.
+    """
     if workload.stage == 3 or workload.offload != "none":
         rows = [row for row in rows if row != VISIT]
     samples: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in rows}
     first_round = 0
-    about: dict[str, Any] = {}
+    block_numels: list[int] = []
     with row_processes() as processes:
         for group in groups:
             names = [row for row in group if row in rows]
             if names == [PLAIN] and len(rows) > 1:
                 continue
-            for row in [row for row in processes if row not in names]:
-                processes.pop(row).stop()
-            for row in names:
-                if row not in processes:
-                    _say(f"{workload.mode}: starting {row}")
-                    log = logs / f"zero{workload.stage}-{workload.offload}-{row}.log"
-                    processes[row] = RowProcess(row, workload, log)
-                    about = processes[row].about if row == PLAIN else about
+            _change_rows(processes, names, workload, logs, together)
+            block_numels = processes[PLAIN].block_numels
             for number in range(first_round - WARMUP_STEPS, first_round + steps):
                 measured = _round(processes, names, number)
                 if number == first_round - 1:
-                    for row in names:
-                        processes[row].start_measuring()
+                    for process in set(processes.values()):
+                        process.start_measuring()
                 if number >= first_round:
                     for row, sample in measured.items():
                         samples[row][number] = sample
@@ -207,15 +222,31 @@ def measure(
                 kind = "warm-up" if number < first_round else f"round {number - first_round + 1}/{steps}"
                 _say(f"{workload.mode}: {kind}: {seconds}")
             first_round += steps + WARMUP_STEPS
-        return Measurement(samples, **about)
+        return Measurement(samples, block_numels)
 
 
-def _round(processes: Mapping[str, RowProcess], names: Sequence[str], number: int) -> dict[str, dict[str, Any]]:
+def _change_rows(
+    processes: dict[str, RowsProcess], names: Sequence[str], workload: Workload, logs: Path, together: bool
+) -> None:
+    """Make ``processes`` those of ``names``: end the others, and start what is missing.
+
+    With ``together`` all start anew, in one process: ZeRO-3 does not free an engine's memory before its process ends.
+    """
+    for row in [row for row in processes if together or row not in names]:
+        processes.pop(row).stop()
+    missing = [row for row in names if row not in processes]
+    for rows in [missing] if together else [[row] for row in missing]:
+        _say(f"{workload.mode}: starting {', '.join(rows)}")
+        log = logs / f"zero{workload.stage}-{workload.offload}-{'+'.join(rows)}.log"
+        processes.update(dict.fromkeys(rows, RowsProcess(rows, workload, log)))
+
+
+def _round(processes: Mapping[str, RowsProcess], names: Sequence[str], number: int) -> dict[str, dict[str, Any]]:
     """Take one step of each row, in alternating order, so that no row always follows the same one."""
-    followed = processes[FOLLOWED].planned_blocks if FLOOR in names else None
+    followed = processes[FOLLOWED].planned_blocks.get(FOLLOWED) if FLOOR in names else None
     order = names if number % 2 == 0 else list(reversed(names))
     batch = number + WARMUP_STEPS
-    return {row: processes[row].step(batch, followed if row == FLOOR else None) for row in order}
+    return {row: processes[row].step(row, batch, followed if row == FLOOR else None) for row in order}
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -243,6 +274,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", nargs="+", type=int, choices=(2, 3), default=[2], help="ZeRO's (default: 2)")
     parser.add_argument("--offload", nargs="+", choices=("none", "cpu"), default=["none", "cpu"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT_ROWS), help="plain is always measured")
+    parser.add_argument(
+        "--together", action="store_true", help="rows share a process: times that can be compared, no peak of memory"
+    )
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each row (default: 8)")
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"),
@@ -290,7 +324,8 @@ def run(wanted: argparse.Namespace) -> dict[str, Any]:
         workload = Workload(
             shape, wanted.micro_batch, wanted.sequence_length, wanted.precision, offload, wanted.seed, stage
         )
-        measured = measure(workload, wanted.rows, wanted.steps, logs, BAR_GROUPS if wanted.bars else GROUPS)
+        groups = BAR_GROUPS if wanted.bars else GROUPS
+        measured = measure(workload, wanted.rows, wanted.steps, logs, groups, wanted.together)
         samples, numels = measured.samples, measured.block_numels
         rows = report.summarize(samples, numels, wanted.micro_batch * wanted.sequence_length)
         judged = report.bars(samples, numels, workload)
@@ -314,6 +349,7 @@ def run(wanted: argparse.Namespace) -> dict[str, Any]:
             "sequence_length": wanted.sequence_length,
             "precision": wanted.precision,
             "zero_stages": wanted.stage,
+            "rows_share_a_process": wanted.together,
             "gradient_clipping": processes.CLIPPING,
             "warmup_steps": WARMUP_STEPS,
             "steps": wanted.steps,

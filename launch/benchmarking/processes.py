@@ -1,7 +1,7 @@
-"""One row of the benchmark, in a process of its own: it takes a training step each time the parent says so.
+"""A process of the benchmark with one row or several: one of them takes a training step each time the parent says so.
 
-`benchmark.py` starts `serve` in a new process and sends ``(batch, blocks)`` for each step; the answers are
-dicts: first the sizes of the blocks, then one per step.
+`benchmark.py` starts `serve` in a new process and sends ``(row, batch, blocks)`` for each step; the answers are
+dicts: first, for each row, the sizes of the blocks, then one per step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ds_agsel.zero.window import StepWindow
 from ..training.costs import peak_resident_bytes, reset_peak_resident
 from .rows import FLOOR, section
 
-RESET = "reset"  # the command that resets the peak of memory
+RESET = "reset"  # the command that ends the warm-up: it resets the peak of memory
 
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.01
@@ -139,7 +139,10 @@ class Stopwatch:
 
 
 class PlanningClock:
-    """Host seconds that ds_agsel spends on choosing, freezing and planning moves, since the last `take`."""
+    """Host seconds that ds_agsel spends on choosing, freezing and planning moves, since the last `take`.
+
+    It replaces functions of classes, so a process has one, made before its engines.
+    """
 
     TIMED = (
         (StepWindow, "prepare"), (Selection, "choose"), (Selection, "commit"), (visits, "plan_moves"),
@@ -174,6 +177,9 @@ class Trainer(Protocol):
     def step(self, tokens: torch.Tensor, blocks: Sequence[int] | None) -> dict[str, Any]:
         """Take a training step and return its measurements. ``blocks``: the choice of the row that is followed."""
 
+    def start_measuring(self) -> None:
+        """End the warm-up."""
+
 
 class DeepSpeedTrainer:
     """DeepSpeed, plain or with ds_agsel."""
@@ -181,7 +187,6 @@ class DeepSpeedTrainer:
     def __init__(self, workload: Workload, section: dict[str, Any] | None) -> None:
         model = workload.model()
         self.blocks = find_blocks(model)
-        self._clock = PlanningClock()
         self._selection: Selection | None = None
         self._most_gradient_bytes = 0
         self._look_at_gradients = [
@@ -242,7 +247,6 @@ class DeepSpeedTrainer:
             "resident_state_bytes": resident_bytes,
             "most_gradient_bytes": self._most_gradient_bytes,
             "calibration_cpu_seconds": self.calibration_cpu_seconds,
-            "planning_seconds": self._clock.take(),
             "phase": "full",
             "blocks": [block.index for block in self.blocks],
             "updated_numel": sum(block.numel for block in self.blocks),
@@ -301,6 +305,9 @@ class FloorTrainer:
             "cpu_seconds_of": watch.cpu_seconds,
         }
 
+    def start_measuring(self) -> None:
+        """Change nothing: what a step does is the same in the warm-up."""
+
     @torch.no_grad()
     def _update(self, selected: set[str]) -> None:
         masters = [self._masters[name] for name in selected]
@@ -332,13 +339,13 @@ def reset_peak_memory() -> None:
         get_accelerator().reset_peak_memory_stats()
 
 
-def serve(connection: Connection, row: str, workload: Workload, log: Path) -> None:
-    """Run a row's process until the parent closes the pipe. Writes what libraries print to ``log``."""
+def serve(connection: Connection, rows: Sequence[str], workload: Workload, log: Path) -> None:
+    """Run the process of ``rows`` until the parent closes the pipe. Writes what libraries print to ``log``."""
     with open(log, "w", encoding="utf-8") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     try:
-        _serve(connection, row, workload)
+        _serve(connection, rows, workload)
     except EOFError:
         pass  # the parent has gone
     except Exception as error:
@@ -354,20 +361,27 @@ def connect_alone() -> None:
     deepspeed.init_distributed(backend)
 
 
-def _serve(connection: Connection, row: str, workload: Workload) -> None:
+def _serve(connection: Connection, rows: Sequence[str], workload: Workload) -> None:
     connect_alone()
-    trainer = FloorTrainer(workload) if row == FLOOR else DeepSpeedTrainer(workload, section(row))
-    connection.send({"block_numels": [block.numel for block in trainer.blocks]})
+    clock = PlanningClock()
+    trainers: dict[str, Trainer] = {}
+    for row in rows:
+        trainers[row] = FloorTrainer(workload) if row == FLOOR else DeepSpeedTrainer(workload, section(row))
+        connection.send({"block_numels": [block.numel for block in trainers[row].blocks]})
     while True:
         command = connection.recv()
         if command == RESET:
             reset_peak_memory()
-            if isinstance(trainer, DeepSpeedTrainer):
+            for trainer in trainers.values():
                 trainer.start_measuring()
             continue
-        batch, blocks = command
+        row, batch, blocks = command
+        tokens = workload.tokens(batch)
+        clock.take()
         start = time.process_time()
-        measured = trainer.step(workload.tokens(batch), blocks)
+        measured = trainers[row].step(tokens, blocks)
         measured["cpu_seconds"] = time.process_time() - start
-        measured["peak_bytes"] = peak_memory_bytes()
+        measured["planning_seconds"] = clock.take()
+        if len(trainers) == 1:  # else the peak is of all rows together
+            measured["peak_bytes"] = peak_memory_bytes()
         connection.send(measured)

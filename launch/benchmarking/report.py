@@ -144,7 +144,7 @@ def summarize(samples: Mapping[str, Samples], block_numels: Sequence[int], token
                 for place in ("accelerator", "host")
             },
             "state_bytes": max(sample["state_bytes"] for sample in steps),
-            "peak_bytes": steps[-1]["peak_bytes"],
+            "peak_bytes": steps[-1].get("peak_bytes"),  # None where rows share a process
             "traffic": _mean_traffic(steps),
         }
     return rows
@@ -299,7 +299,7 @@ def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{row['step_to_plain']['median']:.3f}",
                 f"{row['optimizer_to_plain']['median']:.3f}",
                 f"{row['tokens_per_second']:.0f}",
-                _mib(max(row["peak_bytes"].values())),
+                _mib(max(row["peak_bytes"].values())) if row["peak_bytes"] else "-",
                 _mib(row["gradient_bytes"]["accelerator"]["median"]),
                 _mib(row["gradient_bytes"]["host"]["median"]),
                 _mib(row["state_bytes"]),
@@ -309,6 +309,8 @@ def table(mode: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
             )
         )
     title = f"\n{mode}: seconds; MiB; D2H, H2D and elements stepped per step"
+    if any(row["peak_bytes"] is None for row in rows.values()):
+        title += "; no peak of rows that share a process"
     return "\n".join([title, *aligned(lines)])
 
 

@@ -100,6 +100,37 @@ def test_all_rows_see_the_same_batches(benchmark: tuple[dict[str, Any], str]) ->
         assert sample["loss"] == pytest.approx(plain[sample["round"]], rel=1e-2)  # bf16 has 8 bits
 
 
+def test_rows_that_share_a_process_do_what_they_do_apart(benchmark: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    rows = ("exploit-20", "floor-20", "all")
+    done = run_benchmark("--together", "--offload", "cpu", "--rows", *rows, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    shared = json.loads((tmp_path / "benchmark.json").read_text())
+    timed = {"seconds", "cpu_seconds", "cpu_seconds_of", "planning_seconds", "calibration_cpu_seconds", "peak_bytes"}
+    for row in ("plain", *rows):
+        apart, together = (
+            [{key: each[key] for key in each.keys() - timed} for each in results["offload"]["cpu"]["samples"][row]]
+            for results in (benchmark[0], shared)
+        )
+        assert together == apart[:STEPS]
+        assert shared["offload"]["cpu"]["rows"][row]["peak_bytes"] is None
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["zero2-cpu-plain+exploit-20+floor-20+all.log"]
+    assert shared["workload"]["rows_share_a_process"] and not benchmark[0]["workload"]["rows_share_a_process"]
+    assert "no peak of rows that share a process" in done.stdout and "no peak" not in benchmark[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, mode_name", [(2, "none"), (3, "zero3-none")])
+def test_the_bars_are_judged_by_rows_that_share_a_process(stage: int, mode_name: str, tmp_path: Path) -> None:
+    done = run_benchmark("--bars", "--stage", str(stage), "--offload", "none", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    mode = json.loads((tmp_path / "benchmark.json").read_text())["offload"][mode_name]
+    assert all(row["peak_bytes"] is None for row in mode["rows"].values())
+    assert len(list((tmp_path / "logs").iterdir())) == 4
+    judged = {bar["name"] for bar in mode["bars"]}
+    phases = {f"{row} optimizer / plain optimizer - share" for row in (*EXPLOIT_ROWS, "modules-3")}
+    assert phases | {"policy all step / plain step", "matrices-20 step / layers-20 step"} <= judged
+
+
 @pytest.mark.slow
 def test_visiting_states_move_what_the_selection_says(tmp_path: Path) -> None:
     rows = ("exploit-20", "visit-20", "explore-20")
