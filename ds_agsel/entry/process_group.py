@@ -7,9 +7,10 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from ds_agsel.zero import compat
 
 # Any of these tells that a launcher started this process, and may have started others.
 _OF_LAUNCHERS = (
@@ -30,7 +31,7 @@ def start(arguments: Mapping[str, Any]) -> None:
     given = {name: arguments[name] for name in ("distributed_port", "dist_init_required") if name in arguments}
     if not torch.distributed.is_initialized() and not any(name in os.environ for name in _OF_LAUNCHERS):
         os.environ.update(_variables_of_one_rank(given.get("distributed_port")))
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), **given)
+    compat.start_process_group(**given)
     _use_own_device(arguments.get("args"))
 
 

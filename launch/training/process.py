@@ -10,13 +10,12 @@ import os
 import sys
 
 import datasets
-import deepspeed
 import transformers
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_agsel.errors import AgselError, CheckpointError
-from ds_agsel.zero import build_ops
+from ds_agsel.zero import build_ops, compat
 
 from . import job, ranks
 from .console import say
@@ -37,7 +36,7 @@ def run_job(wanted: argparse.Namespace) -> int:
         _set_verbosity()
         if get_accelerator().device_name() == "cpu" and ranks.is_first_here():
             build_ops.announce([build_ops.COLLECTIVES_OP], say)
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+        compat.start_process_group()
         try:
             return stop.exit_code if job.run(wanted, stop) else 0
         finally:

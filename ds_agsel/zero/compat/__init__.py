@@ -26,6 +26,7 @@ with imports_of_deepspeed():
         takes_powers_anew,
     )
     from ds_agsel.zero.compat.backward import forget_backward, remove_gradient_hooks
+    from ds_agsel.zero.compat.collectives import start_process_group
     from ds_agsel.zero.compat.engine import (
         fp32_weights_of,
         loads_through,
@@ -147,6 +148,7 @@ __all__ = [
     "set_master",
     "share_fused_steps",
     "spread_weights",
+    "start_process_group",
     "swap_class",
     "swapped_weights_follow",
     "take_swapper",
