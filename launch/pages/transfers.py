@@ -47,7 +47,9 @@ def main() -> None:
 INTRODUCTION = """\
 # Transfers, simulated
 
-**Every time on this page is simulated; no GPU has run it.** `launch/pages/transfers.py` wrote it (`make docs`).
+**Every time on this page is simulated.** On an H100 the step of a model of 0.5B took longer: it waits for the
+processor, of which the model of a step knows nothing ([measured](gpu/2026-11-26-h100.md)). `launch/pages/transfers.py`
+wrote this page (`make docs`).
 
 With `step_device: "accelerator"` the states of newly selected blocks (12 bytes for each element: master weight and two
 moments) travel to the accelerator, and those of blocks no longer selected travel back: the table is for the default
