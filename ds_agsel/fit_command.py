@@ -17,7 +17,8 @@ from ds_agsel.estimate.sizes import read_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from ds_agsel.estimate.fit import Found, Unit
+    from ds_agsel.estimate.fit import Found
+    from ds_agsel.estimate.setting import Unit
     from ds_agsel.estimate.shapes import ModelShape
 
 
@@ -68,9 +69,10 @@ def find(options: argparse.Namespace, micro_batch: int | None) -> Found:
     """Return the search's result for checked options."""
     from ds_agsel.estimate.activations import activations_of
     from ds_agsel.estimate.cards import find_card
-    from ds_agsel.estimate.fit import AXES, Job, Machine, search
+    from ds_agsel.estimate.fit import Job, Machine, search
     from ds_agsel.estimate.models import build_on_meta
     from ds_agsel.estimate.prediction import Rates
+    from ds_agsel.estimate.setting import AXES
     from ds_agsel.estimate.shapes import shape_of
 
     rates = Rates(find_card(options.card), options.host_gb_per_second * 1e9, options.nvme_gb_per_second * 1e9)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_agsel.config import SECTION
+from ds_agsel.estimate.setting import Setting
 from ds_agsel.sparse_grad_section import SPARSE_GRAD
-
-if TYPE_CHECKING:
-    from ds_agsel.estimate.fit import Setting
 
 _BUCKET_NUMEL = 50_000_000
 # Weights that ZeRO-3 holds beyond those of the layer at work; DeepSpeed's own default is 10^9.

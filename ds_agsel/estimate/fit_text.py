@@ -6,16 +6,14 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from ds_agsel.estimate.fit import (
-    AXES,
     CARD_RESERVE_BYTES,
     CARD_RESERVE_SHARE,
-    HOME_WORDS,
     HOST_RESERVE_BYTES,
     PROCESS_BYTES,
     Candidate,
     Found,
-    Setting,
-)  # fmt: skip
+)
+from ds_agsel.estimate.setting import AXES, HOME_WORDS, Setting
 from ds_agsel.estimate.sizes import GIB
 
 LIMIT_WORDS = {

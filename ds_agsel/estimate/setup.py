@@ -8,13 +8,13 @@ from typing import Any, Literal, cast
 
 from ds_agsel.ds_config import DsConfig, Offload
 from ds_agsel.errors import ConfigError
+from ds_agsel.residency.arena import bytes_of
+from ds_agsel.residency.rooms import master_room, moment_rooms
 
 Device = Literal["none", "cpu", "nvme"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
-RESTING_MASTER_BYTES = {"fp32": MASTER_BYTES, "split": 2}  # beside the model weights, by master_weights
 MOMENT_BYTES = 8  # exp_avg and exp_avg_sq, fp32
-_QUANTIZED_TOGETHER = 256  # elements that share a largest value: zero/states/forms.py
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Setup:
 
     ``accumulation_dtype`` is that of gradients summed over micro-steps; DeepSpeed's default is the model's.
     ``pin_memory`` is that of ``offload_optimizer``. ``rounds_page_locked``: torch takes a power of 2 for each
-    page-locked buffer; False for an accelerator that is the processor, which locks none.
+    piece of page-locked memory; False for an accelerator that is the processor, which locks none.
     """
 
     stage: int = 2
@@ -74,17 +74,24 @@ class Setup:
     @property
     def resting_master_bytes(self) -> int:
         """Bytes of one master weight where it rests, beside the model weight."""
-        return RESTING_MASTER_BYTES[self.master_weights]
+        return bytes_of(master_room(self.master_weights, 1))
 
     def visiting_bytes(self, numel: int) -> int:
         """Return the bytes that travel with a group of ``numel`` elements whose block visits the accelerator."""
-        return self.resting_bytes(numel) + (self.resting_master_bytes * numel if self.keep_master == "host" else 0)
+        return sum(self.visiting_sizes(numel))
 
     def resting_bytes(self, numel: int) -> int:
         """Return the bytes of a group's two moments of ``numel`` elements each, where they rest."""
-        if self.state_dtype == "int8":
-            return 2 * (numel + 4 * -(-numel // _QUANTIZED_TOGETHER))
-        return numel * (4 if self.state_dtype == "bf16" else MOMENT_BYTES)
+        return sum(self.moment_sizes(numel))
+
+    def moment_sizes(self, numel: int) -> list[int]:
+        """Return the bytes of each tensor in which a group's two moments of ``numel`` elements each rest."""
+        return [bytes_of(room) for room in moment_rooms(self.state_dtype, numel).values()]
+
+    def visiting_sizes(self, numel: int) -> list[int]:
+        """Return the bytes of each tensor that travels with a group of ``numel`` elements."""
+        masters = [self.resting_master_bytes * numel] if self.keep_master == "host" else []
+        return [*masters, *self.moment_sizes(numel)]
 
     def but(self, **changes: Any) -> Setup:
         """Return a copy with ``changes``."""

@@ -22,22 +22,26 @@ class Step:
         selected: it is updated by this step.
         with_gradient: its gradient exists when backward ends.
         reduced: its gradient was computed and reduced, though it may be gone when backward ends.
+        active: some step may update it.
         with_moments: it was updated by this step or an earlier one.
         arriving: its states come to the accelerator for this step.
         leaving: its states leave the accelerator for this step.
         in_backward: backward reaches it.
         bound: the most that a step can update.
+        streams: an explore step that drops gradients while backward goes on, and has chosen when it has ended.
     """
 
     phase: Phase
     selected: Shares
     with_gradient: Shares
     reduced: Shares
+    active: Shares
     with_moments: Shares
     arriving: Shares
     leaving: Shares
     in_backward: Shares
     bound: Bound
+    streams: bool = False
 
 
 def exact_step(
@@ -60,11 +64,13 @@ def exact_step(
         selected=shares(selected),
         with_gradient=shares(selected if streaming else gradients),
         reduced=shares(gradients),
+        active=shares(active),
         with_moments=shares(updated),
         arriving=shares(set(selected) - set(resident)),
         leaving=shares(set(resident) - set(selected)),
         in_backward=shares(range(lowest, num_blocks)),
         bound=Bound(len(selected)),
+        streams=streaming and phase == "explore",
     )
 
 
@@ -103,11 +109,13 @@ def typical_step(
         selected=selected,
         with_gradient=(streamed if streaming else everything) if explores else selected,
         reduced=everything if explores else selected,
+        active=everything,
         with_moments=everything,
         arriving=arriving,
         leaving=arriving,  # as likely as the other way round
         in_backward=indicator(num_blocks, range(min(lottery.active), num_blocks)) if explores else reach,
         bound=lottery.bound(),
+        streams=streaming and explores,
     )
 
 
@@ -115,7 +123,7 @@ def full_step(num_groups: int) -> Step:
     """Return a step of plain training, which holds the gradients and states of every group."""
     every = indicator(num_groups, range(num_groups))
     none = indicator(num_groups, ())
-    return Step("explore", every, every, every, every, none, none, every, Bound(num_groups))
+    return Step("explore", every, every, every, every, every, none, none, every, Bound(num_groups))
 
 
 def weighted(shares: Sequence[Fraction], values: Sequence[int]) -> Fraction:

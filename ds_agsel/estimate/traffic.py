@@ -125,10 +125,11 @@ def _traffic(
         if setup.offload_param == "none":
             h2d += total(step.selected, numels) * item
     elif stepping == "host":
-        d2h += total(step.reduced, covered) * MASTER_BYTES
+        copied = step.selected if step.streams else step.reduced  # what is beaten does not go there
+        d2h += total(copied, covered) * MASTER_BYTES
         h2d += total(step.selected, numels) * item
         if setup.stage == 2 and micro_steps > 1 and not setup.keeps_fp32_partitions:
-            whole = total(step.reduced, [p.whole_numel for p in partitions]) * item
+            whole = total(copied, [p.whole_numel for p in partitions]) * item
             d2h += micro_steps * whole
             h2d += (micro_steps - 1) * whole
     if stepping == "host" and setup.master_weights == "split":

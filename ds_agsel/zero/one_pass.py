@@ -12,7 +12,7 @@ are updated group by group, as is what a gradient scaler steps.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from torch import Tensor
 from ds_agsel.param_groups import ParamGroup
 from ds_agsel.zero import compat
 from ds_agsel.zero.selective import SelectiveStep
-
-BATCH_NUMEL = 2**24  # of fp32 gradients, 64 MiB, unless one group has more
+from ds_agsel.zero.update_batches import batches
 
 MERGED = (compat.FusedAdam, torch.optim.AdamW, torch.optim.Adam)  # step tensors one by one, whatever stands beside them
 
@@ -73,7 +72,7 @@ class OnePass(SelectiveStep):
                     gradient.mul_(factor)
             self._update_together(range(len(masters)))
         else:
-            for batch in self._batches([master.numel() for master in masters]):
+            for batch in batches([master.numel() for master in masters]):
                 for shown in batch:
                     self._enter_too(shown)
                 flat = self._bring_gradients(batch)
@@ -83,17 +82,6 @@ class OnePass(SelectiveStep):
                 for shown in batch:
                     masters[shown].grad = None
                 self._leave()
-
-    def _batches(self, numels: Sequence[int]) -> Iterator[range]:
-        """Yield the shown groups, in their order, in batches no larger than the largest or `BATCH_NUMEL`."""
-        most = max(BATCH_NUMEL, *numels)
-        start = total = 0
-        for shown, numel in enumerate(numels):
-            if total + numel > most:
-                yield range(start, shown)
-                start, total = shown, 0
-            total += numel
-        yield range(start, len(numels))
 
     def _update_in_turn(self, factor: Tensor | float | None) -> None:
         """Clip, step and write back one group after another, by CPU Adam."""

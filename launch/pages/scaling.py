@@ -122,9 +122,9 @@ def page() -> str:
             f"bucket of {BUCKET_NUMEL // 10**6} M",
             "elements, activations left out. ds_agsel: an exploit step on blocks drawn uniformly, expected bytes. "
             "Explore steps reduce",
-            "the gradients of all blocks, as full fine-tuning does, copy as many at most, and write back the selected; "
-            "by default",
-            "they are about a fifth of epoch 1 and none after it.",
+            "the gradients of all blocks, as full fine-tuning does, copy with ZeRO-2 those of the selected alone, with "
+            "ZeRO-3 as many at most,",
+            "and write back the selected; by default they are about a fifth of epoch 1 and none after it.",
             "",
             *_memory_section(),
             *_traffic_section(),

@@ -11,10 +11,11 @@ from functools import cache
 
 from ds_agsel.estimate.activations import Activations, activations_of
 from ds_agsel.estimate.cards import find_card
-from ds_agsel.estimate.fit import AXES, Found, Job, Machine, search
+from ds_agsel.estimate.fit import Found, Job, Machine, search
 from ds_agsel.estimate.fit_text import LIMIT_WORDS, describe, over_text
 from ds_agsel.estimate.models import build_on_meta
 from ds_agsel.estimate.prediction import Rates
+from ds_agsel.estimate.setting import AXES
 from ds_agsel.estimate.shapes import ModelShape, shape_of
 
 from ..texts import GIB, markdown_head, markdown_row

@@ -52,7 +52,12 @@ def test_page_locked_memory_is_counted_as_torch_takes_it():
     with accelerator.counting() as second:
         again = torch.empty(size + 1, dtype=torch.uint8, pin_memory=True)
     assert (second.pinned_allocations, accelerator.pinned_taken_bytes() - taken) == (0, 2 * (4 << 20))
-    del kept, again
+    del again
+    accelerator.empty_pinned_cache()
+    gone = accelerator.pinned_taken_bytes()
+    del kept
+    accelerator.empty_pinned_cache()
+    assert gone - accelerator.pinned_taken_bytes() == 4 << 20
 
 
 # ---------------------------------------------------------------- devices

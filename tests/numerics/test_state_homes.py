@@ -11,7 +11,7 @@ import torch
 from support import SELECT, VISIT, Case, build, case_id, forward_backward, run_steps, where_it_runs
 from torch import Tensor
 
-from ds_agsel.zero import one_pass
+from ds_agsel.zero import update_batches
 
 VISITING = {**SELECT, **VISIT}
 CASES = [
@@ -109,7 +109,7 @@ def interrupt(case: Case) -> dict[str, Any]:
         return bring(shown)
 
     zero._bring_gradients = failing
-    with mock.patch.object(one_pass, "BATCH_NUMEL", 1), pytest.raises(Interrupt):  # each group is a batch
+    with mock.patch.object(update_batches, "BATCH_NUMEL", 1), pytest.raises(Interrupt):  # each group is a batch
         engine.step()
     same = before_names == [id(master) for master in masters]
     with zero.home.readable():

@@ -672,6 +672,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("peak_bytes", [] { return state().peak; });
   m.def("pinned_bytes", [] { return state().pinned_bytes; });
   m.def("pinned_taken_bytes", [] { return state().pinned_taken_bytes; });
+  m.def("empty_pinned_cache", [] {
+    State& s = state();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    for (auto& [size, count] : s.spare_pinned) {
+      s.pinned_taken_bytes -= size * count;
+    }
+    s.spare_pinned.clear();
+  });
   m.def("pinned_allocations", [] { return state().pinned_allocations; });
   m.def("allocations", [] { return state().allocations; });
   m.def("reset_peak", [] { state().peak = state().allocated; });

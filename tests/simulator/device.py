@@ -284,6 +284,10 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         """
         return self.backend.pinned_taken_bytes()
 
+    def empty_pinned_cache(self) -> None:
+        """Give page-locked memory that was freed back, as `torch._C._host_emptyCache` does."""
+        self.backend.empty_pinned_cache()
+
     # ------------------------------------------------------------------ dtypes
 
     def is_bf16_supported(self) -> bool:

@@ -17,7 +17,6 @@ from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.memory import Features, full_memory, selective_memory
 from ds_agsel.estimate.models import known_models
-from ds_agsel.estimate.partitions import flat_partition, parameter_partition, sub_groups
 from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, read_shape
 from ds_agsel.estimate.steps import exact_step, typical_step
@@ -37,55 +36,6 @@ def model_of(*numels: tuple[int, ...]) -> ModelShape:
     return ModelShape("small", blocks, numels, tuple(range(len(numels))), (everything,))
 
 
-# ---------------------------------------------------------------------- partitions
-
-
-def test_a_flat_group_is_padded_to_twice_the_ranks_and_cut_in_equal_slices():
-    first, second = (flat_partition((5, 4), 2, rank) for rank in (0, 1))
-    assert (first.flat_numel, first.numel) == (second.flat_numel, second.numel) == (12, 6)
-    assert (first.covered_numel, first.whole_numel, first.padding_numel) == (6, 9, 0)  # 5, and 1 of the 4
-    assert (second.covered_numel, second.whole_numel, second.padding_numel) == (3, 4, 3)
-
-
-def test_a_rank_beyond_the_parameters_has_padding_alone():
-    last = flat_partition((1,), 4, 3)
-    assert (last.flat_numel, last.numel, last.covered_numel, last.whole_numel, last.padding_numel) == (8, 2, 0, 0, 2)
-
-
-def test_round_robin_deals_parameters_out_before_the_cut():
-    first = flat_partition((6, 1, 2), 2, 0, round_robin=True)  # in the order 6, 2, 1, in a buffer of 12
-    assert (first.covered_numel, first.whole_numel) == (6, 6)
-
-
-def test_aligned_parameters_start_at_16_bytes():
-    whole = flat_partition((3, 3), 1, 0, item_bytes=2, align_parameters=True)  # the second starts at 8
-    assert (whole.flat_numel, whole.covered_numel, whole.padding_numel) == (12, 6, 6)
-
-
-def test_stage_3_pads_every_parameter_by_itself():
-    first, last = (parameter_partition((5, 4, 1), 4, rank) for rank in (0, 3))
-    assert first.numel == last.numel == 2 + 1 + 1
-    assert (first.flat_numel, first.covered_numel) == (16, 2 + 1 + 1)
-    assert last.covered_numel == 0 + 1 + 0  # of 5 elements in shares of 2, none are left for the last rank
-
-
-def test_sub_groups_close_once_they_are_large_enough():
-    assert sub_groups((4, 4, 4, 4), 2, 3) == [4, 4]
-    assert sub_groups((4, 4, 4), 2, 3) == [4, 2]
-    assert sub_groups((4, 4, 4), 2, 6) == [6]
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 5), st.booleans(), st.booleans())
-def test_all_ranks_together_cover_every_element_once(numels, ranks, aligned, dealt):
-    shares = [
-        flat_partition(numels, ranks, rank, item_bytes=2, align_parameters=aligned, round_robin=dealt)
-        for rank in range(ranks)
-    ]
-    assert sum(share.covered_numel for share in shares) == sum(numels)
-    assert sum(share.numel for share in shares) == shares[0].flat_numel
-    assert sum(parameter_partition(numels, ranks, rank).covered_numel for rank in range(ranks)) == sum(numels)
-
-
 # -------------------------------------------------------------------------- memory
 
 
@@ -102,40 +52,54 @@ def test_full_training_holds_weights_gradients_masters_and_moments():
 
 
 def test_a_visit_to_the_accelerator_brings_twelve_bytes_an_element():
-    model = model_of((10,), (6,), (4,))
+    model = model_of((320,), (192,), (128,))
     step = exact_step("exploit", 3, selected=[1], active=[0, 1, 2], updated=[1, 2])
     held = selective_memory(model, Setup(), "accelerator", step)
-    assert held.accelerator.gradients == 6 * 2
-    assert held.accelerator.master_weights == 6 * 4
-    assert held.accelerator.states == 6 * 8
-    assert held.host.master_weights == 20 * 4
-    assert held.host.states == 10 * 8
-    # The update's gradient, and the rest of a budget of the selection and the two largest blocks.
-    assert held.accelerator.staging == 6 * (2 + 4) + (20 - 6) * 12
-    tight = selective_memory(model, Setup(state_budget_bytes=100), "accelerator", step)
-    assert tight.accelerator.master_weights + tight.accelerator.states == 100  # a budget that is given is filled
-    assert tight.accelerator.staging == 6 * (2 + 4)
+    assert held.accelerator.gradients == 192 * 2
+    assert held.accelerator.master_weights == 192 * 4
+    assert held.accelerator.states == 192 * 8
+    assert held.host.master_weights == 640 * 4
+    assert held.host.states == 320 * 8
+    # The update's gradient in fp32, the rest of the room for the selection and the two largest blocks, and the room
+    # through which tensors move there.
+    arena = 640 * 12 + 256
+    assert held.accelerator.staging == 192 * 4 + arena - 192 * 12
+    tight = selective_memory(model, Setup(state_budget_bytes=3840), "accelerator", step)
+    assert tight.accelerator.master_weights + tight.accelerator.states == 3840  # a budget that is given is filled
+    # Tensors of 128 bytes' multiples; what else they could need has no room with 9 of them.
+    assert tight.accelerator.staging == 192 * 4 + 128 * -(-(3840 + 9 * 127) // 128) + 256 - 3840
     kept = selective_memory(model, Setup(keep_master="accelerator"), "accelerator", step)
-    assert (kept.accelerator.master_weights, kept.host.master_weights) == (20 * 4, 0)
-    assert kept.accelerator.staging == 6 * (2 + 4) + (20 - 6) * 8
-    roomy = selective_memory(model, Setup(state_budget_bytes=1000), "accelerator", step)
-    assert roomy.accelerator.states + roomy.accelerator.master_weights == 20 * 12  # more than all states is not taken
+    assert (kept.accelerator.master_weights, kept.host.master_weights) == (640 * 4, 0)
+    assert kept.accelerator.staging == 192 * 4 + (640 - 192) * 8 + 256
+    roomy = selective_memory(model, Setup(state_budget_bytes=10**6), "accelerator", step)
+    assert roomy.accelerator.states + roomy.accelerator.master_weights == 640 * 12  # more than all states is not taken
+    before, after = (selective_memory(model, Setup(), "accelerator", step, moment=moment).accelerator.staging
+                     for moment in ("backward", "rest"))  # fmt: skip
+    assert (before - after, after) == (192 * 2, arena - 192 * 12)  # backward's one gradient on its way
 
 
-def test_page_locked_buffers_take_a_power_of_2_each():
-    model = model_of((10,), (6,), (4,))
-    step = exact_step("exploit", 3, selected=[0, 1], active=[0, 1, 2], updated=[0, 1])
-    offload = Setup(offload_optimizer="cpu", pin_memory=True)
-    masters = (64 - 40) + (32 - 24)  # those of the third block are 16 bytes
-    assert selective_memory(model, offload, "host", step).host.rounding == 2 * masters  # the staging has 32 bytes
-    assert selective_memory(model, offload.but(master_weights="split"), "host", step).host.rounding == masters
-    assert selective_memory(model, offload.but(stage=3), "host", step).host.rounding == 2 * masters + (32 - 20) + 4
-    assert full_memory([(10, 6, 4)], (), offload).host.rounding == 2 * (128 - 80) + (64 - 40)
-    assert selective_memory(model, Setup(), "accelerator", step).host.rounding == 3 * masters
-    on_card = Setup(keep_master="accelerator")
-    assert selective_memory(model, on_card, "accelerator", step).host.rounding == 2 * masters
-    for setup in (offload.but(pin_memory=False), offload.but(rounds_page_locked=False)):
-        assert selective_memory(model, setup, "host", step).host.rounding == 0
+def test_updates_on_the_accelerator_are_of_64_mib_of_fp32_gradients_or_of_one_group():
+    model, numel = model_of((5 * 2**20,), *((4 * 2**20,) for _ in range(5))), 2**24
+    blocks = range(6)
+    for selected, in_fp32 in (([1, 2], 2 * 2**22), (blocks, numel)):
+        step = exact_step("exploit", 6, selected, blocks, blocks)
+        for stepping in ("resident", "accelerator"):
+            update, rest = (selective_memory(model, Setup(), stepping, step, moment=moment).accelerator.staging
+                            for moment in ("update", "rest"))  # fmt: skip
+            assert update - rest == 4 * in_fp32
+    step = exact_step("exploit", 6, [1, 2], blocks, blocks)
+    lean, small = Setup(state_dtype="bf16"), Setup(state_budget_bytes=2**26)  # a group at a time
+    of_lean, of_small = (
+        selective_memory(model, setup, "accelerator", step, moment="update").accelerator.staging
+        - selective_memory(model, setup, "accelerator", step, moment="rest").accelerator.staging
+        for setup in (lean, small)
+    )
+    assert (of_lean, of_small) == (2**22 * (2 + 4 + 4), 2**22 * (2 + 4))
+    large = model_of((2**25,), (2**20,))
+    both = exact_step("exploit", 2, [0, 1], [0, 1], [0, 1])
+    update, rest = (selective_memory(large, Setup(), "resident", both, moment=moment).accelerator.staging
+                    for moment in ("update", "rest"))  # fmt: skip
+    assert update - rest == 4 * 2**25
 
 
 def test_moments_in_bf16_are_packed_before_the_old_ones_are_given_up():
@@ -149,9 +113,11 @@ def test_moments_in_bf16_are_packed_before_the_old_ones_are_given_up():
 
 def test_what_is_larger_than_the_budget_passes_through_it():
     step = exact_step("exploit", 2, selected=[0, 1], active=[0, 1], updated=[0, 1])
-    held = selective_memory(model_of((10,), (6,)), Setup(state_budget_bytes=120), "accelerator", step)
-    assert held.accelerator.master_weights + held.accelerator.states == 120
-    assert held.accelerator.staging == 10 * (2 + 4)
+    model, setup = model_of((320,), (192,)), Setup(state_budget_bytes=3840)
+    held = selective_memory(model, setup, "accelerator", step)
+    assert held.accelerator.master_weights + held.accelerator.states == 3840
+    rest = selective_memory(model, setup, "accelerator", step, moment="rest")
+    assert held.accelerator.staging - rest.accelerator.staging == 320 * (2 + 4)
 
 
 def test_savings_are_flags():

@@ -14,11 +14,9 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.activations import Activations
 from ds_agsel.estimate.cards import Card
 from ds_agsel.estimate.fit import (
-    AXES,
     CARD_RESERVE_BYTES,
     CARD_RESERVE_SHARE,
     HOST_RESERVE_BYTES,
-    LOSSY,
     PROCESS_BYTES,
     SLOWER,
     Candidate,
@@ -26,10 +24,10 @@ from ds_agsel.estimate.fit import (
     Machine,
     ordered,
     search,
-    settings,
 )
 from ds_agsel.estimate.fit_text import as_text, describe, sentence, shown
 from ds_agsel.estimate.prediction import Rates, Seconds
+from ds_agsel.estimate.setting import AXES, LOSSY, settings
 from ds_agsel.estimate.setup import read_setup
 from ds_agsel.estimate.sizes import GIB
 from ds_agsel.estimate.table import estimate

@@ -9,10 +9,9 @@ import pytest
 from ds_agsel import cli
 from ds_agsel.config import SECTION
 from ds_agsel.entry.check import problems_of
-from ds_agsel.estimate import fit
-from ds_agsel.estimate.fit import AXES, settings
 from ds_agsel.estimate.fit_config import ds_config_of
 from ds_agsel.estimate.models import known_models
+from ds_agsel.estimate.setting import AXES, settings
 
 SMALL = ["--sequence-length", "512", "--tokens-per-step", "1024", "--micro-batch-size", "1"]
 
@@ -30,7 +29,7 @@ def fewer_axes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     if request.node.get_closest_marker("slow"):
         return
     fewer = {"select_percent": (50.0, 10.0), "explore_on": ("batch",), "unit": ("block",), "stage": (2, 3)}
-    monkeypatch.setattr(fit, "AXES", {**AXES, **fewer})
+    monkeypatch.setattr("ds_agsel.estimate.setting.AXES", {**AXES, **fewer})
 
 
 PAIRS = [

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ds_agsel.errors import CheckpointError, ConfigError
+from ds_agsel.residency.rooms import BLOCK_NUMEL, codes_name, largest_name, moment_rooms
 from ds_agsel.residency.states import MOMENTS
 
-BLOCK_NUMEL = 256  # elements that share a largest value
 LOWBIT_REMEDY = "Install it: pip install 'ds-agsel[lowbit]'"
 _PIECE_NUMEL = 2**22
 
@@ -27,9 +27,9 @@ class MomentForm(ABC):
     """Whether `pack` with a generator rounds stochastically."""
 
     @classmethod
-    @abstractmethod
     def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
         """Return the tensors that both moments of ``numel`` elements take: name -> (elements, dtype)."""
+        return moment_rooms(cls.name, numel)
 
     @abstractmethod
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -60,10 +60,6 @@ class Fp32Moments(MomentForm):
 
     name = "fp32"
 
-    @classmethod
-    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
-        return dict.fromkeys(MOMENTS, (numel, torch.float32))
-
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {key: values.clone()}
 
@@ -80,10 +76,6 @@ class Bf16Moments(MomentForm):
 
     name = "bf16"
     is_random = True
-
-    @classmethod
-    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
-        return dict.fromkeys(MOMENTS, (numel, torch.bfloat16))
 
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {key: values.to(torch.bfloat16) if generator is None else rounded_stochastically(values, generator)}
@@ -119,18 +111,12 @@ class Int8Moments(MomentForm):
         self._values = {key: self._library.create_dynamic_map(signed=key == "exp_avg") for key in MOMENTS}
         self._zeros = {key: int((values == 0).nonzero()[0]) for key, values in self._values.items()}
 
-    @classmethod
-    def rooms(cls, numel: int) -> dict[str, tuple[int, torch.dtype]]:
-        blocks = -(-numel // BLOCK_NUMEL)
-        of_one = ((_codes, (numel, torch.uint8)), (_largest, (blocks, torch.float32)))
-        return {name(key): room for key in MOMENTS for name, room in of_one}
-
     def pack(self, key: str, values: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         values = values.detach()
         codes, state = self._library.quantize_blockwise(values, code=self._table(key, values), blocksize=BLOCK_NUMEL)
         for piece, zeros in zip(codes.split(_PIECE_NUMEL), values.split(_PIECE_NUMEL), strict=True):
             piece.masked_fill_(zeros == 0, self._zeros[key])
-        return {_codes(key): codes, _largest(key): state.absmax}
+        return {codes_name(key): codes, largest_name(key): state.absmax}
 
     def pack_again(self, key: str, values: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         packed = self.pack(key, values)
@@ -139,10 +125,10 @@ class Int8Moments(MomentForm):
             padding = -differs.numel() % BLOCK_NUMEL
             kept = ~torch.nn.functional.pad(differs, (0, padding)).view(-1, BLOCK_NUMEL).any(1)
             blocks = slice(piece.start // BLOCK_NUMEL, piece.start // BLOCK_NUMEL + kept.numel())
-            codes, largest = packed[_codes(key)][piece], packed[_largest(key)][blocks]
-            largest.copy_(torch.where(kept, before[_largest(key)][blocks], largest))
+            codes, largest = packed[codes_name(key)][piece], packed[largest_name(key)][blocks]
+            largest.copy_(torch.where(kept, before[largest_name(key)][blocks], largest))
             each = kept.repeat_interleave(BLOCK_NUMEL)[: codes.numel()]
-            codes.copy_(torch.where(each, before[_codes(key)][piece], codes))
+            codes.copy_(torch.where(each, before[codes_name(key)][piece], codes))
         return packed
 
     def unpack(self, key: str, packed: Mapping[str, Tensor], out: Tensor) -> None:
@@ -151,7 +137,7 @@ class Int8Moments(MomentForm):
 
     def _unpacked(self, key: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (which elements, their values in fp32) in pieces, for the library makes a new tensor of each."""
-        codes, largest = packed[_codes(key)], packed[_largest(key)]
+        codes, largest = packed[codes_name(key)], packed[largest_name(key)]
         table = self._table(key, codes)
         for start in range(0, codes.numel(), _PIECE_NUMEL):
             piece = slice(start, min(start + _PIECE_NUMEL, codes.numel()))
@@ -165,14 +151,6 @@ class Int8Moments(MomentForm):
         if self._values[key].device != like.device:
             self._values[key] = self._values[key].to(like.device)
         return self._values[key]
-
-
-def _codes(key: str) -> str:
-    return f"{key}_int8"
-
-
-def _largest(key: str) -> str:
-    return f"{key}_largest"
 
 
 FORMS: dict[str, type[MomentForm]] = {form.name: form for form in (Fp32Moments, Bf16Moments, Int8Moments)}
