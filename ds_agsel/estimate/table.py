@@ -258,8 +258,8 @@ def as_text(result: Estimate) -> str:
         f"offload_optimizer {setup.offload_optimizer}, offload_param {setup.offload_param}, "
         f"{setup.accumulation_steps} micro-step{'s' if setup.accumulation_steps > 1 else ''}.",
         "GiB per rank, activations left out. Staging: the most that backward or an update adds for a while, and room "
-        "for states that visit. Rounding: page-locked memory that torch takes beside the buffers. Paper: 2 · P_selected "
-        "· 4 bytes / ranks.",
+        "for states that visit. Rounding: page-locked memory that torch takes beside the buffers. Paper: 2 · "
+        "P_selected · 4 bytes / ranks.",
         *(f"Assumed: {note}." for note in setup.assumed),
         *_about_sparse_grad(model),
     ]
