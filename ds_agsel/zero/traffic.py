@@ -79,8 +79,10 @@ class Zero3Traffic(SelectiveStep, compat.Zero3Base):
         traffic = self.selection.current_traffic
         updated = {param.ds_id for group in groups for param in self.fp16_groups[group]}
         for param in self.persistent_parameters:
+            if param.ds_id not in updated:
+                continue
             world_size = self._get_param_partition_world_size(param)
-            if param.ds_id in updated and world_size > 1:
+            if world_size > 1:
                 traffic.gathered_bytes += param.partition_numel() * world_size * param.element_size()
         # Weights move where the update runs on one side and the partition of the model is kept on the other.
         written = sum(self.fp16_partitioned_groups_flat_numel[group] for group in groups) * self.dtype.itemsize

@@ -69,7 +69,7 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.settings import ds_config_problems, load_ds_config, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.trace import has_trace, keep_trace, own_trace
-    from ds_agsel.zero.compat.views import ParameterList, attribute, left_gathered, only_groups, only_sub_groups
+    from ds_agsel.zero.compat.views import UnreleasedParameters, attribute, left_gathered, only_groups, only_sub_groups
     from ds_agsel.zero.compat.weights import (
         gather_again,
         gathered_bytes,
@@ -90,8 +90,8 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
     "FusedAdam",
-    "ParameterList",
     "SwapSettings",
+    "UnreleasedParameters",
     "ZeROOptimizer",
     "Zero3Base",
     "Zero12Base",
