@@ -58,7 +58,7 @@ class SelectionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     enabled: bool = True
-    preset: Literal["adagrad_select", "badam", "lisa", "misa", "grass"] | None = None
+    preset: Literal["recommended", "adagrad_select", "badam", "lisa", "misa", "grass"] | None = None
     policy: str = Field("adagrad_select", min_length=1)
     granularity: Granularity = "block"
     select_percent: float = Field(20.0, gt=0, le=100)

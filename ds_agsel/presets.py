@@ -9,6 +9,10 @@ from typing import Any
 _OUTSIDE_LAYERS = ("embedding", "final_norm", "head")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "recommended": {  # docs/results.md
+        "policy": "adagrad_select", "granularity": "block", "select_percent": 20.0, "select_every": 1, "score": "sum",
+        "on_reentry": "decay",
+    },
     "adagrad_select": {
         "policy": "adagrad_select", "granularity": "block", "select_percent": 20.0, "select_every": 1, "score": "sum",
         "on_reentry": "keep",

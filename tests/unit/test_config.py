@@ -215,7 +215,8 @@ def test_the_config_can_not_be_changed() -> None:
         (
             "preset",
             "Lisa",
-            '="Lisa" is not one of "adagrad_select", "badam", "lisa", "misa", "grass". Use null to set the fields',
+            '="Lisa" is not one of "recommended", "adagrad_select", "badam", "lisa", "misa", "grass". '
+            "Use null to set the fields",
         ),
         ("policy", 3, '=3 is not a policy\'s name. Use "adagrad_select", or a name that you registered.'),
         ("policy", "", '="" is not a policy\'s name. Use "adagrad_select", or a name that you registered.'),
