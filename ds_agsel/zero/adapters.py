@@ -79,4 +79,5 @@ def restrict(
     compat.swap_class(optimizer, adapter_for(optimizer))
     blocks = blocks_of_groups(optimizer, block_of_group)
     optimizer.attach(selection, blocks, link, home_for(optimizer, blocks, selection, states_visit))
+    compat.give_back_page_locked()  # staging and gradients for every group, and fp32 masters where they are split
     return optimizer

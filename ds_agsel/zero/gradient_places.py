@@ -124,6 +124,7 @@ class HostGradients(AcceleratorGradients):
         self._buffers = FlatGradients(numels, dtype, "cpu", pins, zeroes=False)
         of_stock = {group: partition.grad for group, partition in enumerate(self._partitions)}
         self._buffers.take_over({group: grad for group, grad in of_stock.items() if grad is not None})
+        self._has_stock_buffers = bool(of_stock)
 
     def _free_stock_staging(self) -> None:
         buffers = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
@@ -142,6 +143,9 @@ class HostGradients(AcceleratorGradients):
         self.let_go(sorted(self._buffers.held.keys() - set(groups)))
         self.add(groups)
         self.free_spare()
+        if self._has_stock_buffers:  # from here on what is freed is of use for the next step's blocks
+            self._has_stock_buffers = False
+            compat.give_back_page_locked()
 
     def free_spare(self) -> None:
         self._buffers.free_spare()

@@ -56,7 +56,7 @@ with imports_of_deepspeed():
         unlink_adam_state,
         unlink_masters,
     )
-    from ds_agsel.zero.compat.memory import unpin_memory
+    from ds_agsel.zero.compat.memory import give_back_page_locked, unpin_memory
     from ds_agsel.zero.compat.older import Zero3Base, Zero12Base
     from ds_agsel.zero.compat.partitions import (
         masters,
@@ -107,6 +107,7 @@ __all__ = [
     "fp32_weights_of",
     "gather_again",
     "gathered_bytes",
+    "give_back_page_locked",
     "gradient_partitions",
     "has_fused_adam",
     "has_leaf_modules",

@@ -8,6 +8,13 @@ from deepspeed.accelerator import get_accelerator
 from ds_agsel.zero.compat.versions import until
 
 
+def give_back_page_locked() -> None:
+    """Give page-locked memory back that nothing uses any more; torch's allocator keeps it for later requests."""
+    empty_cache = getattr(torch._C, "_host_emptyCache", None)  # which torch without CUDA lacks
+    if empty_cache is not None and get_accelerator().device_name() == "cuda":
+        empty_cache()
+
+
 def unpin_memory(tensor: torch.Tensor) -> None:
     """Free ``tensor``'s page-locked memory if it is of DeepSpeed's own allocator, which came with 0.19.6.
 
