@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from ds_agsel import cli, launching, starting_config
 from ds_agsel.ds_config import DsConfig, read_ds_config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[2]
 # Parts of launch/ that read files of a clone: configs/, docs/. They stay out of the wheel.
