@@ -55,7 +55,7 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
         self._number_of_param = {param.ds_id: number for number, (param, _) in enumerate(members)}
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
         self._attach(selection, block_of_group, link, home)
-        self._all_parameters = compat.UnreleasedParameters(self.parameter_offload.module)
+        self._unreleased = compat.UnreleasedParameters(self.parameter_offload.module)
         compat.keep_recomputed_weights(self)
         compat.keep_trace(self)
         self._whole_windows, self._goes_through_all = 0, False
@@ -172,7 +172,7 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
 
     @compat.overrides
     def _partition_all_parameters(self) -> None:
-        with compat.attribute(self.parameter_offload, module=self._all_parameters):
+        with compat.attribute(self.parameter_offload, module=self._unreleased), compat.unwritten_messages():
             super()._partition_all_parameters()
 
     def _complete_gradients(self, blocks: Sequence[int]) -> None:

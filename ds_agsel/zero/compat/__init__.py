@@ -69,7 +69,14 @@ with imports_of_deepspeed():
     from ds_agsel.zero.compat.settings import ds_config_problems, load_ds_config, zero_section_problems
     from ds_agsel.zero.compat.swapper import SwapSettings, can_swap, swapped_weights_follow, take_swapper
     from ds_agsel.zero.compat.trace import has_trace, keep_trace, own_trace
-    from ds_agsel.zero.compat.views import UnreleasedParameters, attribute, left_gathered, only_groups, only_sub_groups
+    from ds_agsel.zero.compat.views import (
+        UnreleasedParameters,
+        attribute,
+        left_gathered,
+        only_groups,
+        only_sub_groups,
+        unwritten_messages,
+    )
     from ds_agsel.zero.compat.weights import (
         gather_again,
         gathered_bytes,
@@ -157,6 +164,7 @@ __all__ = [
     "unlink_adam_state",
     "unlink_masters",
     "unpin_memory",
+    "unwritten_messages",
     "wait_for_offload_copies",
     "whole_state_dict",
     "write_weights",

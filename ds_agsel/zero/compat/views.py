@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_agsel.zero.compat.versions import until
+
+_print_rank_0 = partition_parameters.print_rank_0
 
 # What a ZeRO-1/2 optimizer keeps per param group (stage_1_and_2.py, __init__ and
 # initialize_gradient_partitioning_data_structures): lists indexed by group, dicts keyed by group.
@@ -146,6 +149,19 @@ class UnreleasedParameters:
             for named in self._named
             if named[1].ds_status is not ZeroParamStatus.NOT_AVAILABLE or named[1].ds_active_sub_modules
         ]
+
+
+def unwritten_messages() -> AbstractContextManager[None]:
+    """Inside, ZeRO-3 does not ask for its rank before it leaves out a message for debugging.
+
+    It has four for each parameter that it releases (partition_parameters.py:126), a third of what the release takes.
+    """
+    return attribute(partition_parameters, print_rank_0=_print_if_asked)
+
+
+def _print_if_asked(message: str, debug: bool = False, force: bool = False) -> None:
+    if debug or force:
+        _print_rank_0(message, debug, force)
 
 
 @contextmanager
