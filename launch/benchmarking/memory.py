@@ -9,7 +9,7 @@ activations, which the estimate leaves out, are small.
 [Note: Norms on a CPU] Torch takes a norm in fp64 of a tensor on a CPU from a copy in fp64 (ReduceOpsUtils.h,
 make_reduction), on CUDA inside the kernel (ForeachReduceOp.cu). The estimate is of a card; here the copy of the largest
 gradient whose norm is taken is added: 8 bytes for each of its elements. With offload, and on explore steps, that is in
-backward, else before the update.
+backward, else before the update. With ZeRO-2 and offload an explore step's gradients go to the host after that.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _estimates(shape: Any, setup: Any, selection: Any, fields: Mapping[str, Any]
             step = exact_step(record.phase, len(active), record.blocks, active, have, streaming=setup.stage > 1)
             memory = selective_memory(shape, setup, stepping, step, moment=moment)
             if moment == "backward":
-                more = norms if in_backward else 0
+                later = memory.host.gradients if step.streams and setup.stage < 3 else 0
+                more = max(0, norms - later) if in_backward else 0
             else:  # before an update nothing of its own has been made
                 more = 0 if in_backward else max(0, norms - memory.accelerator.staging)
             yield memory.accelerator.total + memory.host.total + more
