@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from ds_agsel.lottery import Lottery
+from ds_agsel.zero.explore_stream import most_beyond_the_best
 
 Shares = tuple[Fraction, ...]
 
@@ -37,7 +38,7 @@ def uniform(num_blocks: int, lottery: Lottery) -> tuple[Shares, Shares, Shares]:
 
 
 def largest(numels: Sequence[int], lottery: Lottery) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the blocks of the largest step, and those whose gradients a streaming explore step holds then.
+    """Return the blocks of the largest step, and those whose gradients a streaming explore step can hold then.
 
     Of a share of the parameters it is the largest that filling up by size finds, from each size on.
     """
@@ -48,7 +49,8 @@ def largest(numels: Sequence[int], lottery: Lottery) -> tuple[frozenset[int], fr
         sizes = sorted({numels[block] for block in by_size}, reverse=True)
         filled = [_filled(numels, [b for b in by_size if numels[b] <= size], lottery.share.limit) for size in sizes]
         chosen = max([alone, *filled], key=lambda blocks: sum(numels[block] for block in blocks))
-    arriving = [block for block in by_size if block not in chosen][:1]
+    beside = most_beyond_the_best(len(lottery.active))
+    arriving = [block for block in by_size if block not in chosen][:beside]
     always = frozenset(lottery.always)
     return always.union(chosen), always.union(chosen, arriving)
 

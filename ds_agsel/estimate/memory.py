@@ -36,7 +36,8 @@ class Features:
     """Savings beyond DeepSpeed's own buffers, in one place; `BUILT` are those that ds_agsel has.
 
     Attributes:
-        streaming_top_k: explore steps of ZeRO-2 and 3 keep k + 1 blocks' gradients at most where one backward decides.
+        streaming_top_k: explore steps of ZeRO-2 and 3 keep few blocks' gradients beside those of the best where one
+            backward decides: of one block, and where scores arrive late, as from an accelerator, of up to three.
         lean_host_staging: the bf16 staging buffer of host stepping holds one step's selection, not all parameters.
     """
 

@@ -82,7 +82,8 @@ def typical_step(
 
     Its blocks are a uniform draw, or the largest ones, none of them resident: draws.py.
 
-    With ``streaming`` an explore step keeps the gradients of one block more than it updates at most; without, of all.
+    With ``streaming`` an explore step keeps the gradients of one block more than it updates, the largest step of as
+    many more as can wait for their scores; without, of all.
     Of the ``select_every`` steps for which a selection stands, one moves states; the expected exploit step is their
     mean.
 

@@ -33,6 +33,19 @@ LATE_BATCHES = 2
 SCORED_AT_ONCE = 64  # with up to as many blocks, each is scored alone
 
 
+def batch_size(num_active: int) -> int:
+    """Return how many of ``num_active`` blocks are scored at once."""
+    return math.ceil(num_active / SCORED_AT_ONCE)
+
+
+def most_beyond_the_best(num_active: int) -> int:
+    """Return how many blocks' gradients there are beside the best ones', at most: [Note: Late scores].
+
+    Their scores are on their way from the accelerator, or backward is at them.
+    """
+    return (LATE_BATCHES + 1) * batch_size(num_active)
+
+
 class Scores(Protocol):
     """Scores of blocks on their way to the host."""
 
@@ -69,7 +82,7 @@ class ExploreStream:
         self._best = RunningAdmission(context.quota if selection.policy.chooses_highest_scores else everything)
         self._takes_none = selection.policy.selects_nothing(selection.plan.step)
         self._place_in_lottery = {block: place for place, block in enumerate(drawn)}
-        self._batch_size = math.ceil(len(selection.active_blocks) / SCORED_AT_ONCE)
+        self._batch_size = batch_size(len(selection.active_blocks))
         self._waiting: dict[int, list[nn.Parameter]] = {}  # blocks without a score, with what they have
         self._whole: list[int] = []  # those of them that have all their gradients, and are scored next
         self._pending: deque[Scores] = deque()
