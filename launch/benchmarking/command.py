@@ -13,7 +13,7 @@ whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel wit
 hand-written PyTorch loop on the blocks that `exploit-20` drew. `modules-3` are exploit steps at 3 % of the matrices;
 `layers-20` and `matrices-20` update the same random layers, as blocks and matrix by matrix; these three are measured
 where they are named, and with ``--bars``, which measures what a bar of the optimizer's phase hangs on, on few tokens,
-so that fixed costs weigh most: some six minutes on two cores. `random-20` and `align-20` are `exploit-20` learning
+so that fixed costs weigh most: ten minutes or more on two cores. `random-20` and `align-20` are `exploit-20` learning
 from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`; they are
 measured where they are named. All rows take their steps in turn, one at a time: a round is one step of each on the same
 batch, and every second round goes through them backwards. Ratios are taken within a round and their median over the
