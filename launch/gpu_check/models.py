@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_agsel.estimate.models import known_models
+from ds_agsel.zero import compat
 
 from .parts import Size
 
@@ -81,8 +82,7 @@ def destroy_all() -> None:
     for _ in range(2):  # the first runs finalizers
         gc.collect()
     get_accelerator().empty_cache()
-    if has_own_memory() and hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.9 has none
-        torch.accelerator.empty_host_cache()
+    compat.give_back_page_locked()
 
 
 def with_lora(model: Any, rank: int) -> Any:
