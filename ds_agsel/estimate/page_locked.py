@@ -11,7 +11,7 @@ from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.steps import Step
 from ds_agsel.residency.arena import bytes_of
 from ds_agsel.residency.rooms import master_room
-from ds_agsel.residency.slab import plan_slab
+from ds_agsel.residency.slab import plan_slab, power_of_two_above
 
 
 class UpdateGroup(NamedTuple):
@@ -43,7 +43,7 @@ def slab_bytes(sizes: Iterable[int]) -> int:
 
 def power_of_two(size: int) -> int:
     """Return the bytes that are taken for a buffer of ``size`` bytes by itself."""
-    return 1 << (size - 1).bit_length() if size > 0 else 0
+    return power_of_two_above(size) if size > 0 else 0
 
 
 def beyond(size: int) -> int:

@@ -33,7 +33,7 @@ class SlabPlan:
     @property
     def taken_bytes(self) -> int:
         """The bytes that torch's caching host allocator takes: each piece rounded up to a power of two."""
-        return sum(_power_of_two_above(piece) for piece in self.pieces)
+        return sum(power_of_two_above(piece) for piece in self.pieces)
 
 
 def plan_slab(sizes: Sequence[int]) -> SlabPlan:
@@ -46,7 +46,7 @@ def plan_slab(sizes: Sequence[int]) -> SlabPlan:
     pieces: list[int] = []
     while left:
         rest = sum(aligned(sizes[index]) for index in left)
-        room = max(_power_of_two_above(aligned(sizes[left[0]])), 1 << (rest.bit_length() - 1))
+        room = max(power_of_two_above(aligned(sizes[left[0]])), 1 << (rest.bit_length() - 1))
         end, waiting = 0, []
         for index in left:
             size = aligned(sizes[index])
@@ -91,5 +91,6 @@ def locked_copies(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
     return [slab.tensor(index).copy_(tensor.detach().view(-1)) for index, tensor in enumerate(tensors)]
 
 
-def _power_of_two_above(size: int) -> int:
+def power_of_two_above(size: int) -> int:
+    """Return what torch's caching host allocator takes for ``size`` bytes, at least 1."""
     return 1 << (size - 1).bit_length()
