@@ -188,7 +188,7 @@ class Sweep:
         limit = time.monotonic() + self.plan.time_limit_seconds
         threads = 1 if self.jobs > 1 else None
         if self.plan.search is not None and cell.kind == "search":
-            threads = self.plan.search.threads
+            threads = self.plan.search.threads or threads
         message = None
         with open(folder / LOG, "ab") as log:
             if not ((run / "summary.json").is_file() and (run / "model").is_dir()):
