@@ -10,13 +10,17 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_agsel.config import SelectionConfig
-from ds_agsel.estimate.setup import read_setup
-from ds_agsel.estimate.shapes import shape_of
-from ds_agsel.estimate.table import as_json, estimate
+from ds_agsel.estimate.memory import Memory, Moment, Stepping, full_memory, selective_memory
+from ds_agsel.estimate.setup import Setup, read_setup
+from ds_agsel.estimate.shapes import ModelShape, shape_of
+from ds_agsel.estimate.steps import typical_step
+from ds_agsel.lottery import build_lottery
 from ds_agsel.zero.states.visits import Visits
 
 from .models import ds_config, engine_of, has_own_memory, random_model, section, take_step, tokens, wait, with_lora
 from .parts import Size
+
+_MOMENTS: tuple[Moment | None, ...] = (None, "rest")
 
 
 def run(case: str, size: Size) -> dict[str, Any]:
@@ -79,18 +83,29 @@ def _pool_to_budget(engine: Any) -> float | None:
     return home.transfer.arena_bytes / home.budget_bytes
 
 
-def _estimated(shape: Any, config: dict[str, Any], kind: str, number: str) -> dict[str, Any] | None:
-    """Return the estimator's bytes, activations not included; None where it has no such row."""
-    percent = int(number) if kind == "exploit" else 20
-    rows = as_json(estimate(shape, read_setup(config), SelectionConfig(), [percent]))["rows"]
-    stepping = "accelerator" if kind == "exploit" and has_own_memory() else "resident"
-    for row in rows:
-        is_step = (row["phase"], row["selection"]) == ("exploit", "worst")
-        wanted = {
-            "full": row["method"] == "full",
-            "exploit": row["method"] == "ds_agsel" and row["stepping"] == stepping and is_step,
-            "lora": row["method"] == "lora" and str(row["lora_rank"]) == number,
-        }
-        if wanted[kind]:
-            return {place: row["bytes"][place]["total"] for place in ("accelerator", "host")}
-    return None
+def _estimated(shape: ModelShape, config: dict[str, Any], kind: str, number: str) -> dict[str, int]:
+    """Return the estimator's bytes, activations not included: the most of a step, and what is there between steps."""
+    setup = read_setup(config)
+    stepping: Stepping = "accelerator" if has_own_memory() else "resident"
+    most, at_rest = (estimated(shape, setup, stepping, kind, number, moment) for moment in _MOMENTS)
+    return {"accelerator": most.accelerator.total, "between_steps": bytes_between_steps(at_rest)}
+
+
+def estimated(
+    shape: ModelShape, setup: Setup, stepping: Stepping, kind: str, number: str, moment: Moment | None = None
+) -> Memory:
+    """Return the estimate of "full", of "exploit" at ``number`` percent, or of "lora" of rank ``number``."""
+    if kind == "full":
+        return full_memory(shape.user_groups, shape.frozen, setup, moment=moment)
+    if kind == "lora":
+        base = (*sum(shape.groups, ()), *shape.frozen)
+        return full_memory([shape.lora(int(number))], base, setup, moment=moment)
+    lottery = build_lottery(shape.blocks, SelectionConfig(select_percent=int(number)))
+    numels = [block.numel for block in shape.blocks]
+    step = typical_step(numels, lottery, "exploit", "worst", streaming=True)
+    return selective_memory(shape, setup, stepping, step, moment=moment)
+
+
+def bytes_between_steps(at_rest: Memory) -> int:
+    """Return what of an estimate at rest is on the accelerator between steps, where gradients are gone."""
+    return at_rest.accelerator.total - at_rest.accelerator.gradients

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 from test_estimate import model_of
 
-from ds_agsel.config import SelectionConfig
 from ds_agsel.estimate.memory import full_memory, selective_memory
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import read_shape
-from ds_agsel.estimate.steps import exact_step, typical_step
-from ds_agsel.lottery import build_lottery
+from ds_agsel.estimate.steps import exact_step
 from ds_agsel.residency.slab import plan_slab
+from launch.gpu_check.memory import bytes_between_steps, estimated
 
 
 def test_what_is_page_locked_by_itself_takes_a_power_of_2():
@@ -61,26 +60,20 @@ def test_with_reset_each_moment_is_by_itself_and_what_was_taken_stays():
 # between steps, of which CUDA's libraries and the batch have 0.06 to 0.07.
 PAGE_LOCKED = {"qwen2.5-0.5b": 6_106_906_637, "qwen2.5-1.5b": 19_864_223_764}
 BETWEEN_STEPS = {
-    ("qwen2.5-0.5b", None): 6.51, ("qwen2.5-0.5b", 10): 3.07, ("qwen2.5-0.5b", 20): 3.57, ("qwen2.5-0.5b", 30): 3.90,
-    ("qwen2.5-0.5b", "lora"): 2.82, ("qwen2.5-1.5b", 10): 7.70, ("qwen2.5-1.5b", 20): 9.27,
-    ("qwen2.5-1.5b", 30): 10.84, ("qwen2.5-1.5b", "lora"): 6.79,
+    ("qwen2.5-0.5b", "full", ""): 6.51, ("qwen2.5-0.5b", "exploit", "10"): 3.07,
+    ("qwen2.5-0.5b", "exploit", "20"): 3.57, ("qwen2.5-0.5b", "exploit", "30"): 3.90,
+    ("qwen2.5-0.5b", "lora", "256"): 2.82, ("qwen2.5-1.5b", "exploit", "10"): 7.70,
+    ("qwen2.5-1.5b", "exploit", "20"): 9.27, ("qwen2.5-1.5b", "exploit", "30"): 10.84,
+    ("qwen2.5-1.5b", "lora", "256"): 6.79,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PAGE_LOCKED)
 def test_an_h100_held_what_is_estimated(name):
     model, setup = read_shape(name), Setup()
-    between = {
-        None: full_memory(model.user_groups, (), setup, moment="rest"),
-        "lora": full_memory([model.lora(256)], sum(model.groups, ()), setup, moment="rest"),
-    }
-    for percent in (10, 20, 30):
-        lottery = build_lottery(model.blocks, SelectionConfig(select_percent=percent))
-        numels = [block.numel for block in model.blocks]
-        step = typical_step(numels, lottery, "exploit", "worst", streaming=True)
-        between[percent] = selective_memory(model, setup, "accelerator", step, moment="rest")
-        assert between[percent].host.total == pytest.approx(PAGE_LOCKED[name], rel=0.0001)
-    for (of, way), measured in BETWEEN_STEPS.items():
+    for (of, kind, number), measured in BETWEEN_STEPS.items():
         if of == name:
-            held = between[way].accelerator
-            assert 0.05 < measured - (held.total - held.gradients) / 2**30 < 0.08
+            held = estimated(model, setup, "accelerator", kind, number, "rest")
+            assert 0.05 < measured - bytes_between_steps(held) / 2**30 < 0.08
+            if kind == "exploit":
+                assert held.host.total == pytest.approx(PAGE_LOCKED[name], rel=0.0001)
