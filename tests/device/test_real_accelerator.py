@@ -31,9 +31,9 @@ CASES = [
     Case(stage=3, offload="cpu", zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}}),
     Case(section={**SELECT, **VISIT, "state_budget_bytes": 10**6}),  # a cache with room for all
 ]
-# fp32: the kernels are others than the host's, and add up in another order, 1e-6 of a gradient, through AdamW's division
-# as in test_reference. In bf16 small gradients change their sign, and AdamW's step with it: bits are compared on the
-# device alone.
+# fp32: the kernels are others than the host's, and add up in another order, 1e-6 of a gradient, through AdamW's
+# division as in test_reference. In bf16 small gradients change their sign, and AdamW's step with it: there, bits are
+# compared on the device alone.
 TOLERANCE = 3e-3
 ROOM_FOR_ALL = {"state_budget_bytes": 10**9}
 VISITING = [
