@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0; 1 if cells failed unexpectedly, 2 for an impossible setting, 130 after a signal."""
     wanted = _parse(arguments)
     try:
-        if wanted.jobs < 1:
+        if wanted.jobs is not None and wanted.jobs < 1:
             raise ConfigError(f"--jobs={wanted.jobs} is no number of cells to run at once. Use 1 or more.")
         plan = _with_models(plans.read(wanted.file or CONFIGS / f"{wanted.scale}.yaml"), wanted.model)
         if wanted.cost:
@@ -71,7 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells: 'final/*/lora_256/*'")
     parser.add_argument("--retry", action="store_true", help="run cells that failed again")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="cells at once, which share the device: their seconds tell nothing"
+        "--jobs", type=int, help="cells at once, instead of the YAML's; on a shared device their seconds tell nothing"
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--plan", action="store_true", help="show the cells and their commands, run nothing")

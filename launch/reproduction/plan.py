@@ -104,7 +104,8 @@ class Cost(_Strict):
 class SweepPlan(_Strict):
     """All runs of a scale. ``options`` go to every run; a model's, a method's, then a variation's override them.
 
-    ``compare_with``: methods to which the others' differences are tabled, by seed and held-out row.
+    ``compare_with``: methods to which the others' differences are tabled, by seed and held-out row. ``jobs``: cells at
+    once, of one thread each if they are several.
     """
 
     name: str
@@ -121,6 +122,7 @@ class SweepPlan(_Strict):
     search: Search | None = None
     evaluations: tuple[Evaluation, ...] = ()
     time_limit_seconds: float = Field(gt=0)
+    jobs: int = Field(1, ge=1)
     keep_models: bool = False
     expected: Expected | None = None
     cost: Cost | None = None
@@ -282,14 +284,14 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 
 
 def expected_seconds(plan: SweepPlan, cells: Sequence[Cell]) -> float | None:
-    """Estimate how long ``cells`` take one after the other, short runs ``search.jobs`` at a time."""
+    """Estimate how long ``cells`` take, ``jobs`` at a time."""
     if plan.expected is None:
         return None
     expected, total = plan.expected, 0.0
     for cell in cells:
         begins = expected.start + expected.more.get(cell.method, 0.0)
         if cell.kind == "search" and plan.search is not None:
-            total += (begins + cell.steps * (expected.search_step or expected.step)) / plan.search.jobs
+            total += (begins + cell.steps * (expected.search_step or expected.step)) / max(plan.jobs, plan.search.jobs)
         else:
-            total += begins + cell.steps * expected.step + expected.end
+            total += (begins + cell.steps * expected.step + expected.end) / plan.jobs
     return total

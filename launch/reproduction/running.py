@@ -52,9 +52,10 @@ class Sweep:
     """The cells of a plan below one output folder."""
 
     def __init__(
-        self, plan: SweepPlan, output: Path, say: Callable[[str], None], *, retry: bool = False, jobs: int = 1
+        self, plan: SweepPlan, output: Path, say: Callable[[str], None], *, retry: bool = False,
+        jobs: int | None = None,
     ) -> None:
-        self.plan, self.output, self.retry, self.jobs = plan, output, retry, jobs
+        self.plan, self.output, self.retry, self.jobs = plan, output, retry, jobs or plan.jobs
         self._say = say
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = threading.Event()

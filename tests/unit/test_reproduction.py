@@ -240,10 +240,11 @@ def test_a_learning_rate_tried_later_reruns_what_it_changes(
     assert ran == [later.name, *finals]
 
 
+@pytest.mark.parametrize("of_plan, asked", [(1, 2), (2, None)])
 def test_jobs_cells_run_at_once_the_final_ones_after_the_short_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_plan: int, asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = Sweep(small(), tmp_path, lambda _: None, jobs=2)
+    sweep = Sweep(small().model_copy(update={"jobs": of_plan}), tmp_path, lambda _: None, jobs=asked)
     both = threading.Barrier(2, timeout=30)
     ran = []
 
