@@ -404,8 +404,8 @@ class _Ledger:
             return Fraction(0)
         numel = Fraction(setup.reduce_bucket_numel)
         if self._features is not None:
-            if setup.stage == 2 and setup.ranks == 1:
-                return Fraction(0)  # nobody to reduce with: stage12.py, [Note: One rank]
+            if setup.stage > 1 and setup.ranks == 1:
+                return Fraction(0)  # nobody to reduce with: [Note: One rank] in zero/one_rank.py and zero/stage3.py
             numel = min(numel, reduced_numel)
         width = setup.accumulation_bytes if setup.stage == 1 and setup.keeps_fp32_partitions else self._item
         return numel * width * (2 if setup.overlap_comm and setup.stage < 3 else 1)

@@ -10,6 +10,9 @@ numbers of an earlier step where this window brought it none; stock ZeRO-3 appli
 (stage3.py:1456). Here a selected parameter without a gradient in the window has gradient 0: its moments decay and its
 weight decay applies, as in an expert that got no token. Buffers exist only for the blocks that this step needs.
 
+[Note: One rank] Where one rank is all there is, its partition of a gradient is the whole: the trip through the bucket (a
+copy in, a second into one flat tensor, a division by 1, a collective of one) changes no bit and is left out.
+
 [Note: First backward] Every selection prefetches by one record of a whole backward ([Note: Trace] in compat/trace).
 Until there is one, backward goes through all blocks, and the gradients of what was not selected are dropped on arrival.
 """
@@ -114,10 +117,32 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
         is_streamed = stream is not None and not stream.is_over and stream.wants(block)
         if param.ds_id not in compat.gradient_partitions(self):
             self._gradients.add(self._groups_of((block,)))
-        self._make_bucket(self.get_param_comm_dtype(param))
-        super().reduce_ready_partitions_and_remove_grads(param)
+        comm_dtype = self.get_param_comm_dtype(param)
+        if self._has_nobody_to_reduce_with(param, comm_dtype):
+            self._take_gradient(param)
+        else:
+            self._make_bucket(comm_dtype)
+            super().reduce_ready_partitions_and_remove_grads(param)
         if stream is not None and is_streamed and compat.is_in_bucket(param):
             stream.take(block, param)
+
+    def _has_nobody_to_reduce_with(self, param: ZeroParameter, comm_dtype: torch.dtype) -> bool:
+        """Return whether [Note: One rank] applies: not if a communication dtype narrower than the gradients' rounds."""
+        return (
+            dist.get_world_size() == 1
+            and torch.promote_types(comm_dtype, self.dtype) == comm_dtype
+            and self.gradient_predivide_factor == 1.0
+            and compat.is_in_bucket(param)
+            and not compat.is_coalescing(self)
+        )
+
+    def _take_gradient(self, param: ZeroParameter) -> None:
+        """Give the gradient of ``param`` to its partition, which is the whole, on the stream where plain reduces it."""
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(self.reduce_and_partition_stream):
+            self.partition_grads([param], [param.grad.reshape(-1)])
 
     def _make_bucket(self, dtype: torch.dtype) -> None:
         bucket = self.ipg_buckets[dtype]

@@ -185,11 +185,11 @@ def test_waits_left_out_of_deepspeed_are_noticed(case: Case, simulated_workers: 
 
 
 def test_waits_left_out_of_zero3_are_noticed(simulated_workers: Callable[[int], Workers]) -> None:
-    """DeepSpeed's before a reduction, and ours before a streamed block is scored."""
+    """Ours before a gradient goes to its partition, and before a streamed block is scored."""
     case = ON_DEVICE.but(stage=3, section={**TOPK, **VISIT}, zero={"overlap_comm": True}, steps=2)
     ((_, hazards, sites),) = simulated_workers(1).run(train_simulated, case, 0)
     assert not hazards
-    for function in ("__add_grad_to_ipg_bucket", "_streamed_scores"):
+    for function in ("_take_gradient", "_streamed_scores"):
         waits = [site for site in sites if site.function == function]
         ((_, hazards, _),) = simulated_workers(1).run(train_simulated, case, 0, waits)
         assert waits and hazards, function

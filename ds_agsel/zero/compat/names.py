@@ -234,6 +234,7 @@ ZERO3 = StockNames(
         "grad_position",
         "gradient_accumulation_dtype",
         "gradient_accumulation_steps",
+        "gradient_predivide_factor",
         "groups_padding",
         "ipg_buckets",
         "loss_scale",
