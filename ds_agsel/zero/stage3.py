@@ -10,8 +10,8 @@ numbers of an earlier step where this window brought it none; stock ZeRO-3 appli
 (stage3.py:1456). Here a selected parameter without a gradient in the window has gradient 0: its moments decay and its
 weight decay applies, as in an expert that got no token. Buffers exist only for the blocks that this step needs.
 
-[Note: One rank] Where one rank is all there is, its partition of a gradient is the whole: the trip through the bucket (a
-copy in, a second into one flat tensor, a division by 1, a collective of one) changes no bit and is left out.
+[Note: One rank] Where one rank is all there is, its partition of a gradient is the whole: the trip through the bucket
+(a copy in, a second into one flat tensor, a division by 1, a collective of one) changes no bit and is left out.
 
 [Note: First backward] Every selection prefetches by one record of a whole backward ([Note: Trace] in compat/trace).
 Until there is one, backward goes through all blocks, and the gradients of what was not selected are dropped on arrival.

@@ -49,6 +49,7 @@ import ds_agsel
 from ds_agsel import processor
 
 from ..training import hardware
+from ..training.console import outlive_closed_pipes
 from . import processes, report
 from .processes import Shape, Workload
 from .rows import (
@@ -360,6 +361,7 @@ def run(wanted: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Return 0; 1 if a bar is missed with ``--check``; 2 if a row failed."""
+    outlive_closed_pipes()
     wanted = parse()
     if wanted.precision != "bf16":
         _say(f"note: the bars were set for bf16; this run is in {wanted.precision}.")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ds_agsel.errors import AgselError
 
+from ..training.console import outlive_closed_pipes
 from . import options
 
 _FAILED, _INTERRUPTED = 2, 130
@@ -14,6 +15,7 @@ _FAILED, _INTERRUPTED = 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate; return the exit code: 0, 2 after an error that was reported, 130 after Ctrl-C."""
+    outlive_closed_pipes()
     try:
         wanted = options.parse(arguments)
         from .answering import evaluate  # torch, transformers and deepspeed: seconds

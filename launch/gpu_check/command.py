@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.console import outlive_closed_pipes
 from .parts import CARD, DRY, TOTAL_SECONDS, parts
 from .report import report
 from .runner import Result, run
@@ -58,6 +59,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0; 1 if a part failed or ran out of time."""
+    outlive_closed_pipes()
     wanted = parse(arguments)
     is_dry = wanted.device == "cpu"
     if is_dry:

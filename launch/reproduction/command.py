@@ -35,6 +35,7 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.estimate import cards
 from ds_agsel.files import write_atomically
 
+from ..training.console import outlive_closed_pipes
 from . import comparisons, figures, results, running, tables
 from . import plan as plans
 from .plan import Cell, SweepPlan
@@ -48,6 +49,7 @@ CELLS_FAILED, REFUSED, STOPPED = 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0; 1 if cells failed unexpectedly, 2 for an impossible setting, 130 after a signal."""
+    outlive_closed_pipes()
     wanted = _parse(arguments)
     try:
         if wanted.jobs is not None and wanted.jobs < 1:

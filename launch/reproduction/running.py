@@ -52,7 +52,12 @@ class Sweep:
     """The cells of a plan below one output folder."""
 
     def __init__(
-        self, plan: SweepPlan, output: Path, say: Callable[[str], None], *, retry: bool = False,
+        self,
+        plan: SweepPlan,
+        output: Path,
+        say: Callable[[str], None],
+        *,
+        retry: bool = False,
         jobs: int | None = None,
     ) -> None:
         self.plan, self.output, self.retry, self.jobs = plan, output, retry, jobs or plan.jobs

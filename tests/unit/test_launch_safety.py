@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -105,6 +106,19 @@ open(sys.argv[1], "w").write("saved")
     process.stdin.close()
     assert process.wait(60) == 0
     assert (tmp_path / "saved").read_text() == "saved"
+
+
+@pytest.mark.parametrize("command", ["reproduction", "evaluation", "benchmarking", "gpu_check"])
+def test_commands_of_hours_outlive_the_reader_of_their_output(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"launch.{command}.command")
+    monkeypatch.setattr(sys, "argv", ["command", "--no-such-option"])
+    kept = sys.stdout, sys.stderr
+    try:
+        with pytest.raises(SystemExit):
+            module.main()
+        assert type(sys.stdout).__name__ == type(sys.stderr).__name__ == "_Surviving"
+    finally:
+        sys.stdout, sys.stderr = kept
 
 
 @pytest.fixture
