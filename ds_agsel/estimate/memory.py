@@ -83,6 +83,20 @@ def partitions_of(groups: Sequence[Numels], setup: Setup, rank: int) -> tuple[Pa
     )
 
 
+def update_groups(
+    groups: Sequence[Numels], block_of_group: Sequence[int], setup: Setup, rank: int
+) -> list[UpdateGroup]:
+    """Return what is updated by itself on this rank: param groups; with stage 3 their sub-groups."""
+    if setup.stage < 3:
+        partitions = partitions_of(groups, setup, rank)
+        return [UpdateGroup(block, part.numel) for block, part in zip(block_of_group, partitions, strict=True)]
+    return [
+        UpdateGroup(block, numel)
+        for block, group in zip(block_of_group, groups, strict=True)
+        for numel in sub_groups(group, setup.ranks, setup.sub_group_numel)
+    ]
+
+
 @lru_cache
 def _parameter_partitions(groups: tuple[Numels, ...], ranks: int, rank: int) -> tuple[Partition, ...]:
     return tuple(parameter_partition(group, ranks, rank) for group in groups)
@@ -135,7 +149,7 @@ class _Ledger:
         self._setup, self._step, self._stepping, self._features = setup, step, stepping, features
         self._groups, self._frozen, self._blocks = groups, frozen, block_of_group
         self._partitions = partitions_of(groups, setup, rank)
-        self._update_groups = self._as_updated()
+        self._update_groups = update_groups(groups, block_of_group, setup, rank)
         self._item = setup.item_bytes
         self._on_host = stepping == "host"
 
@@ -162,16 +176,6 @@ class _Ledger:
 
     def _shares(self) -> list[int]:
         return [partition.numel for partition in self._partitions]
-
-    def _as_updated(self) -> list[UpdateGroup]:
-        setup = self._setup
-        if setup.stage < 3:
-            return [UpdateGroup(block, part.numel) for block, part in zip(self._blocks, self._partitions, strict=True)]
-        return [
-            UpdateGroup(block, numel)
-            for block, group in zip(self._blocks, self._groups, strict=True)
-            for numel in sub_groups(group, setup.ranks, setup.sub_group_numel)
-        ]
 
     # ----------------------------------------------------------------- weights
 
@@ -234,7 +238,8 @@ class _Ledger:
         setup = self._setup.but(state_dtype="fp32", master_weights="fp32") if plain else self._setup
         masters = sum(self._shares()) * setup.resting_master_bytes
         # With "reset" those of the step before are given back before the step's own are made.
-        with_moments = self._step.selected if self._setup.on_reentry == "reset" else self._step.with_moments
+        gives_back = self._setup.on_reentry == "reset" and self._setup.offload_optimizer != "nvme"  # a file keeps room
+        with_moments = self._step.selected if gives_back else self._step.with_moments
         moments = self._sum_of_updates(with_moments, setup.resting_bytes)
         home = "accelerator" if self._stepping == "resident" else "host"
         if self._setup.offload_optimizer == "nvme":
@@ -321,8 +326,9 @@ class _Ledger:
             there += self._arena() - min(Fraction(self._budget()), self._visiting())
         if self._features is not None:  # one group's states are fp32 in its update
             splits = setup.master_weights != "fp32"
-            packs = setup.state_dtype != "fp32" or (splits and self._stepping == "accelerator")
-            scratch = max(self._shares()) * (packs * MOMENT_BYTES + splits * MASTER_BYTES)
+            elsewhere = self._stepping == "accelerator" or setup.offload_optimizer == "nvme"
+            packs = setup.state_dtype != "fp32" or (splits and elsewhere)
+            scratch = max(group.numel for group in self._update_groups) * (packs * MOMENT_BYTES + splits * MASTER_BYTES)
             there, on_host = (there, on_host + scratch) if self._on_host else (there + scratch, on_host)
         return there, on_host
 

@@ -74,7 +74,7 @@ class Setting:
         is_whole, is_lean = self.unit != "entries", (self.master_weights, self.state_dtype) != ("fp32", "fp32")
         return (
             (self.offload_param == "none" or self.stage == 3)
-            and (self.home != "nvme" or (self.stage == 3 and is_whole and not is_lean))
+            and (self.home != "nvme" or (self.stage == 3 and is_whole))
             and (self.home == "host" or self.pin_memory)
             and (self.explore_on == "batch" or self.stage > 1)
             and (self.master_weights == "fp32" or (self.offload_param == "none" and is_whole))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
-from ds_agsel.estimate.memory import Stepping, partitions_of
-from ds_agsel.estimate.setup import MASTER_BYTES, MOMENT_BYTES, Setup
+from ds_agsel.estimate.memory import Stepping, partitions_of, update_groups
+from ds_agsel.estimate.setup import MASTER_BYTES, Setup
 from ds_agsel.estimate.shapes import ModelShape, Numels
 from ds_agsel.estimate.sparse_shape import SparseShape
 from ds_agsel.estimate.steps import Step, full_step, weighted
@@ -37,7 +37,7 @@ class TrafficBytes:
 def full_traffic(groups: Sequence[Numels], frozen: Numels, setup: Setup, rank: int = 0) -> TrafficBytes:
     """Return the traffic of plain DeepSpeed training ``groups``."""
     stepping: Stepping = "resident" if setup.offload_optimizer == "none" else "host"
-    plain = setup.but(master_weights="fp32")
+    plain = setup.but(master_weights="fp32", state_dtype="fp32", on_reentry="keep")
     traffic = _traffic(groups, range(len(groups)), frozen, plain, rank, full_step(len(groups)), stepping)
     if setup.offload_optimizer != "nvme":
         return traffic
@@ -141,13 +141,21 @@ def _traffic(
         d2h += total(step.leaving, travelling)
         if setup.offload_param != "none":
             d2h += total(step.selected, numels) * item
-    swapped = total(step.selected, numels) * (MASTER_BYTES + MOMENT_BYTES)
-    states = swapped if setup.offload_optimizer == "nvme" else Fraction(0)
+    read, written = Fraction(0), Fraction(0)
+    if setup.offload_optimizer == "nvme":
+        swapped = update_groups(groups, block_of_group, setup, rank)
+        moments = [setup.resting_bytes(group.numel) for group in swapped]
+        masters = [setup.resting_master_bytes * group.numel for group in swapped]
+        written = read = weighted(
+            [step.selected[group.block] for group in swapped], list(map(sum, zip(masters, moments)))
+        )
+        if setup.on_reentry == "reset":  # what comes anew has none
+            read -= weighted([step.arriving[group.block] for group in swapped], moments)
     return TrafficBytes(
         gathered=round(gathered) if many else 0,
         reduced=round(reduced) if many else 0,
         h2d=round(h2d),
         d2h=round(d2h),
-        nvme_read=round(nvme + states),
-        nvme_write=round(states),
+        nvme_read=round(nvme + read),
+        nvme_write=round(written),
     )

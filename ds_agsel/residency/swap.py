@@ -8,7 +8,8 @@ and to page-locked buffers. The op does not look at the result of a write (csrc/
 run can open it. The op opens it by its number in /proc.
 
 [Note: Mapped] For access between steps (checkpoints, accessors) a group's part of the file is mapped into memory: the
-kernel reads it page by page and evicts it again. It also keeps mapping and direct I/O coherent.
+kernel reads it page by page and evicts it again. It also keeps mapping and direct I/O coherent. What is made between
+steps of states that rest in another form is in such a file too: all of it may be more than the host's memory.
 """
 
 from __future__ import annotations
@@ -26,41 +27,53 @@ import torch
 from torch import Tensor
 
 from ds_agsel.errors import TrainingError
-from ds_agsel.residency.states import KEYS, MASTER, MOMENTS
+from ds_agsel.residency.arena import Room, bytes_of
 from ds_agsel.residency.swap_plan import FileLayout, Read, plan_reads
 
-_ELEMENT_BYTES = 4  # fp32
+Rooms = Mapping[str, Room]  # of a group's tensors by name, that of the master weights first
+
+
+def layout_of(rooms: Mapping[int, Rooms], alignment: int) -> FileLayout:
+    """Return the places in a file of groups with the tensors ``rooms``."""
+    sizes = {group: {name: bytes_of(room) for name, room in of_group.items()} for group, of_group in rooms.items()}
+    return FileLayout(sizes, alignment)
 
 
 class SwappedStates:
-    """The fp32 states of some groups of this rank, in a file.
+    """The states of some groups of this rank, in a file, as they rest.
 
     Args:
         folder: on the NVMe device, with a file system that does direct I/O.
-        layout: of the file; its alignment in bytes must be a multiple of `mmap.ALLOCATIONGRANULARITY`.
+        rooms: of each group's tensors.
+        alignment: of the file's stretches, in bytes: a multiple of `mmap.ALLOCATIONGRANULARITY`.
         new_handle: makes a handle of DeepSpeed's AIO op, with queues and threads of its own.
-        capacity: elements of the ring, at least the largest group's. [Note: Ring] in swap_plan
+        capacity: bytes of the ring, at least the largest group's. [Note: Ring] in swap_plan
         count: told of ("read" | "written", bytes) as they are issued.
     """
 
     def __init__(
         self,
         folder: Path,
-        layout: FileLayout,
+        rooms: Mapping[int, Rooms],
+        alignment: int,
         new_handle: Callable[[], Any],
         capacity: int,
         count: Callable[[str, int], None],
     ) -> None:
-        self.layout = layout
-        self._starts = layout.starts()
+        self.rooms = rooms
+        self.layout = layout_of(rooms, alignment)
+        self._starts = self.layout.starts()
+        self._places = {group: self.layout.places(group) for group in rooms}
+        self._folder = folder
         self._new_handle = new_handle
         self._count = count
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 [Note: Anonymous file]
         self._path = f"/proc/self/fd/{self._file.fileno()}"
-        os.ftruncate(self._file.fileno(), layout.total() * _ELEMENT_BYTES)
+        os.ftruncate(self._file.fileno(), self.layout.total())
         self._idle: list[Any] = [new_handle()]
-        self._ring: Tensor = self._idle[0].new_cpu_locked_tensor(capacity, torch.empty(0))
+        self._ring: Tensor = self._idle[0].new_cpu_locked_tensor(capacity, torch.empty(0, dtype=torch.uint8))
         self._updated: set[int] = set()  # groups with moments in the file
+        self._reserved: set[int] = set()  # groups whose master weights have room in it
         self._order: tuple[int, ...] = ()
         self._reads: tuple[Read, ...] = ()
         self._issued = 0
@@ -85,9 +98,9 @@ class SwappedStates:
         self._issue(written=0)
 
     def enter(self, group: int) -> dict[str, Tensor]:
-        """Return the master weights and moments of ``group``, (numel,), fp32, to be updated. The host waits for them.
+        """Return all tensors of ``group``, (elements,), to be updated. The host waits for them.
 
-        Those of a group's first update are zeros.
+        What a group's first update finds in those of the moments are zeros.
         """
         place = self._order.index(group)
         self._issue(needed=place)
@@ -98,15 +111,18 @@ class SwappedStates:
         self._entered.add(group)
         held = self._held(self._reads[place])
         if group not in self._updated:
-            held[self.layout.padded(group) :].zero_()
-        return self._tensors(held, group, KEYS)
+            held[self.layout.master_size(group) :].zero_()
+        return {
+            name: held[place : place + bytes_of(room)].view(room[1])
+            for (name, room), place in zip(self.rooms[group].items(), self._places[group].values(), strict=True)
+        }
 
     def leave(self, group: int) -> None:
         """Write the updated ``group`` back, and read ahead as far as the ring now has room."""
         place = self._order.index(group)
         held = self._held(self._reads[place])
         if group not in self._updated:
-            self._reserve(group, held.numel())
+            self._reserve(group)
             self._updated.add(group)
         self._writes[place] = self._transfer("async_pwrite", [(held, self._starts[group])])
         self._count("written", held.nbytes)
@@ -129,7 +145,7 @@ class SwappedStates:
         parts = []
         for read in due:
             held = self._held(read)
-            wanted = held if read.group in self._updated else held[: self.layout.padded(read.group)]
+            wanted = held if read.group in self._updated else held[: self.layout.master_size(read.group)]
             parts.append((wanted, self._starts[read.group]))
             self._count("read", wanted.nbytes)
         transfer = self._transfer("async_pread", parts)
@@ -137,10 +153,6 @@ class SwappedStates:
 
     def _held(self, read: Read) -> Tensor:
         return self._ring.narrow(0, read.at, self.layout.size(read.group))
-
-    def _tensors(self, flat: Tensor, group: int, keys: Sequence[str]) -> dict[str, Tensor]:
-        padded, numel = self.layout.padded(group), self.layout.numels[group]
-        return {key: flat.narrow(0, index * padded, numel) for index, key in enumerate(keys)}
 
     def forget(self) -> None:
         """Wait for transfers in flight, and discard what was read."""
@@ -154,27 +166,46 @@ class SwappedStates:
     # ------------------------------------------------------------ between the steps
 
     def mapped(self, group: int) -> dict[str, Tensor]:
-        """Return the states of ``group`` as mapped from the file: the master weights and, if it has any, the moments.
+        """Return the tensors of ``group`` as mapped from the file: what it has of master weights and moments.
 
-        Tensors that are written to change the file: then `forget` first. [Note: Mapped]
+        Each has a storage of its own. What is written to them changes the file: then `forget` first. [Note: Mapped]
         """
         for write in tuple(self._writes.values()):
             write.wait()
-        keys = KEYS if group in self._updated else (MASTER,)
-        size = len(keys) * self.layout.padded(group) * _ELEMENT_BYTES
-        part = mmap.mmap(self._file.fileno(), size, offset=self._starts[group] * _ELEMENT_BYTES)
-        return self._tensors(torch.frombuffer(part, dtype=torch.float32), group, keys)
+        layout = self.layout
+        size = layout.size(group) if group in self._updated else layout.master_size(group)
+        part = mmap.mmap(self._file.fileno(), size, offset=self._starts[group])
+        return {
+            name: _tensor_of(part, room, self._places[group][name])
+            for name, room in self.rooms[group].items()
+            if self._places[group][name] < size
+        }
 
-    def store(self, group: int, states: Mapping[str, Tensor]) -> None:
-        """Put ``states`` in the place of those in the file: the master weights and, or without, the moments."""
+    def store(self, group: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put ``tensors``, by name, in the place of those in the file; of the moments all or none. Others stay."""
         self.forget()
-        has_moments = all(key in states for key in MOMENTS)
-        self._reserve(group, self.layout.size(group) if has_moments else self.layout.padded(group))
-        (self._updated.add if has_moments else self._updated.discard)(group)
-        for key, tensor in self.mapped(group).items():
-            if tensor.data_ptr() != states[key].data_ptr():
-                tensor.copy_(states[key])
+        if tensors.keys() - {self._master_of(group)} and group not in self._updated:
+            self._reserve(group)
+            self._updated.add(group)
+        elif group not in self._reserved:
+            self._reserve(group, self.layout.master_size(group))
+        there = self.mapped(group)
+        for name, tensor in tensors.items():
+            there[name].copy_(tensor)
         os.fdatasync(self._file.fileno())
+
+    def _master_of(self, group: int) -> str:
+        return next(iter(self.rooms[group]))
+
+    def drop(self, group: int) -> None:
+        """Forget the moments of ``group``, which is not in the ring. The file keeps the room for them."""
+        self._updated.discard(group)
+
+    def room(self, numel: int) -> Tensor:
+        """Return (numel,) zeros, fp32, mapped from a file of their own in the same folder: [Note: Mapped]."""
+        with tempfile.TemporaryFile(dir=self._folder) as file:  # its memory outlives its number
+            _allocate(file.fileno(), 0, max(1, 4 * numel), "what is made of states for a load, a save or a read")
+            return _tensor_of(mmap.mmap(file.fileno(), max(1, 4 * numel)), (numel, torch.float32), 0)
 
     def has_moments(self, group: int) -> bool:
         """Return whether ``group`` has been updated."""
@@ -188,23 +219,19 @@ class SwappedStates:
         """Return the page-locked bytes of the host."""
         return self._ring.nbytes
 
-    def _reserve(self, group: int, numel: int) -> None:
-        """Reserve disk space for ``numel`` elements of ``group``; see [Note: Direct I/O]."""
-        try:
-            os.posix_fallocate(self._file.fileno(), self._starts[group] * _ELEMENT_BYTES, numel * _ELEMENT_BYTES)
-        except OSError as error:
-            raise TrainingError(
-                f"no room for {numel * _ELEMENT_BYTES} bytes of optimizer state in offload_optimizer.nvme_path "
-                f"({error}). All blocks' states together take {self.layout.total() * _ELEMENT_BYTES} bytes a rank. "
-                "Make room, or name another path."
-            ) from error
+    def _reserve(self, group: int, size: int | None = None) -> None:
+        """Reserve disk space for the first ``size`` bytes of ``group``, None: for all; see [Note: Direct I/O]."""
+        total = self.layout.total()
+        what = f"optimizer state. All blocks' states together take {total} bytes a rank"
+        _allocate(self._file.fileno(), self._starts[group], self.layout.size(group) if size is None else size, what)
+        self._reserved.add(group)
 
     # --------------------------------------------------------------------- transfers
 
     def _transfer(self, operation: str, parts: Sequence[tuple[Tensor, int]]) -> _Transfer:
         transfer = _Transfer(self._idle.pop() if self._idle else self._new_handle(), self._under_way, self._idle)
         for tensor, start in parts:
-            transfer.issue(operation, tensor, self._path, start * _ELEMENT_BYTES)
+            transfer.issue(operation, tensor, self._path, start)
         return transfer
 
 
@@ -242,3 +269,19 @@ def _close(handle: Any, ring: Tensor, under_way: deque[_Transfer]) -> None:
     while under_way:
         under_way[0].wait()
     handle.free_cpu_locked_tensor(ring)
+
+
+def _tensor_of(part: mmap.mmap, room: Room, place: int) -> Tensor:
+    numel, dtype = room
+    return torch.frombuffer(part, dtype=dtype, count=numel, offset=place) if numel else torch.empty(0, dtype=dtype)
+
+
+def _allocate(file: int, start: int, size: int, what: str) -> None:
+    """Reserve disk space. Raises TrainingError where there is none."""
+    try:
+        os.posix_fallocate(file, start, size)
+    except OSError as error:
+        raise TrainingError(
+            f"no room in offload_optimizer.nvme_path ({error}) for {size} bytes of {what}. "
+            "Make room, or name another path."
+        ) from error

@@ -15,6 +15,7 @@ from ds_agsel.zero.states.forms import new_form
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.states.in_place import StatesInPlace
 from ds_agsel.zero.states.nvme import StatesOnNvme
+from ds_agsel.zero.states.nvme_packed import PackedStatesOnNvme, SplitStatesOnNvme
 from ds_agsel.zero.states.packed import PackedStates
 from ds_agsel.zero.states.split import SplitPackedStates, SplitStates
 from ds_agsel.zero.states.visiting import VisitingStates
@@ -33,10 +34,14 @@ def home_for(
 ) -> StateHome:
     """Return the home that the states of DeepSpeed's ``optimizer`` move into now. Only this function chooses one."""
     splits = selection.config.master_weights == "split"
+    is_lean = splits or selection.config.state_dtype != "fp32"
     match optimizer:
+        case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True) if is_lean:
+            swapping = SplitStatesOnNvme if splits else PackedStatesOnNvme
+            return swapping(optimizer, block_of_group, selection, new_form(selection.config.state_dtype))
         case compat.DeepSpeedZeroOptimizer_Stage3(swap_optimizer=True):
             return StatesOnNvme(optimizer, block_of_group, selection)
-        case _ if states_visit and (splits or selection.config.state_dtype != "fp32"):
+        case _ if states_visit and is_lean:
             visiting = VisitingSplitStates if splits else VisitingPackedStates
             return visiting(optimizer, block_of_group, selection, new_form(selection.config.state_dtype))
         case _ if states_visit:

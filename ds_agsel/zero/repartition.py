@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -141,8 +141,10 @@ def _moment(layout: Layout, saved: SavedStates, key: str) -> Tensor:
     return flat
 
 
-def convert_other_forms(state_dict: Mapping[str, Any], state_dtype: str, rank: int) -> None:
-    """Make moments of ``state_dict`` fp32 that are not in the form of this run, and log it, on rank 0.
+def convert_other_forms(
+    state_dict: Mapping[str, Any], state_dtype: str, rank: int, room: Callable[[int, torch.device], Tensor]
+) -> None:
+    """Make moments of ``state_dict`` fp32, in ``room``, that are not in the form of this run; log it, on rank 0.
 
     Raises CheckpointError where a form can't be read.
     """
@@ -152,7 +154,7 @@ def convert_other_forms(state_dict: Mapping[str, Any], state_dtype: str, rank: i
         form = form_of(state)
         saved.add("fp32" if form is None else form.name)
         if form is not None and form.name != state_dtype:
-            states[index] = in_fp32(state)
+            states[index] = in_fp32(state, room)
     if rank == 0 and saved - {state_dtype}:
         logger.warning(
             "adagrad_select: the moments that are loaded are %s, and state_dtype is %s: they are converted%s.",

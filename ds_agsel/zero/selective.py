@@ -405,7 +405,7 @@ class SelectiveStep(GradientNorms, compat.ChecksOverrides):
         rank = dist.get_rank(group=self.dp_process_group)
         own = state_dict_list[rank] if rank < len(state_dict_list) else None
         if own is not None and kwargs.get("load_optimizer_states", True):
-            convert_other_forms(own, self.selection.config.state_dtype, rank)
+            convert_other_forms(own, self.selection.config.state_dtype, rank, self.home.fp32_room)
             self.home.before_load(own)
         with self.home.writable(), self._weights_follow():
             super().load_state_dict(state_dict_list=state_dict_list, **kwargs)

@@ -232,18 +232,6 @@ _RULES: tuple[_Rule, ...] = (
         "host. Set offload_optimizer.device to 'none' (states are then in host memory all the same, and visit the "
         "accelerator), or step_device to null.",
     ),
-    _refused(
-        lambda ds, config: config.on_reentry != "keep" and ds.offload_optimizer.device == "nvme",
-        lambda ds, config: f"adagrad_select.on_reentry={config.on_reentry!r} with zero_optimization.offload_optimizer."
-        "device='nvme'",
-        "it is not tested with states in a file", "Use 'cpu' or 'none', or on_reentry='keep'",
-    ),
-    _refused(
-        lambda ds, config: config.state_dtype != "fp32" and ds.offload_optimizer.device == "nvme",
-        lambda ds, config: f"adagrad_select.state_dtype={config.state_dtype!r} with zero_optimization."
-        "offload_optimizer.device='nvme'",
-        "states in a file are fp32", "Use 'cpu' or 'none', or state_dtype='fp32'",
-    ),
     _Rule(
         lambda ds, config: config.state_dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None,
         lambda *_: f"adagrad_select.state_dtype='int8' needs bitsandbytes, which is not installed. {LOWBIT_REMEDY}, or "
@@ -257,11 +245,6 @@ _RULES: tuple[_Rule, ...] = (
     _split_refused(
         lambda ds, _: ds.autocast_dtype is not None,
         lambda *_: "torch_autocast", "it is not tested", "Set torch_autocast.enabled to false",
-    ),
-    _split_refused(
-        lambda ds, _: ds.offload_optimizer.device == "nvme",
-        lambda *_: "zero_optimization.offload_optimizer.device='nvme'", "states in a file are fp32",
-        "Use 'cpu' or 'none'",
     ),
     _split_refused(
         lambda ds, _: ds.offload_param.is_on,

@@ -125,8 +125,9 @@ def watch_file(case: Case) -> dict[str, Any]:
             plan = engine.selection.plan
             traffic = engine.selection.traffic[-1]
             seen |= {"plan": plan.blocks, "traffic": (traffic.nvme_read_bytes, traffic.nvme_written_bytes)}
-            starts = {start * 4: group for group, start in swapped.layout.starts().items()}
-            sizes = {group: 4 * swapped.layout.padded(group) for group in starts.values()}
+            starts = {start: group for group, start in swapped.layout.starts().items()}
+            layout = swapped.layout
+            sizes = {group: (layout.master_size(group), layout.size(group)) for group in starts.values()}
             seen |= {"group_at": starts, "sizes": sizes, "block_of_group": engine.optimizer._block_of_group}
         return seen
 
@@ -163,9 +164,9 @@ def test_only_selected_states_are_read_and_written_and_reading_starts_with_the_d
                 return dict(found)
 
             read, written = moved("read", during), moved("written", during)
-            assert written == {group: 3 * sizes[group] for group in groups}
+            assert written == {group: sizes[group][1] for group in groups}
             # A block that was never updated has no moments to read.
-            assert read == {group: (3 if group in updated else 1) * sizes[group] for group in groups}
+            assert read == {group: sizes[group][group in updated] for group in groups}
             assert step["traffic"] == (sum(read.values()), sum(written.values()))
             estimated = selective_traffic(
                 model, setup, "host", exact_step(phase, len(every), blocks, every, every), rank
@@ -181,7 +182,7 @@ def test_only_selected_states_are_read_and_written_and_reading_starts_with_the_d
             assert {step["block_of_group"][step["group_at"][at]] for _, at, _ in next_ahead} <= set(planned)
             assert bool(next_ahead) == (step["plan"] is not None)
             ahead = next_ahead
-            held = sum((3 if group in updated else 1) * size for group, size in sizes.items())
+            held = sum(of_group[group in updated] for group, of_group in sizes.items())
             assert held <= step["file_bytes"] <= held + 16 * mmap.ALLOCATIONGRANULARITY  # and the file system's own
 
 

@@ -19,7 +19,12 @@ CASES = [
     Case(stage=2, offload="cpu"),
     Case(stage=3, section=VISITING),
     Case(stage=3, offload="nvme"),
+    Case(stage=3, offload="nvme", section={**SELECT, "state_dtype": "bf16"}),
+    Case(stage=3, offload="nvme", dtype="bf16", section={**SELECT, "master_weights": "split"}),
 ]
+HOMES = [
+    "StatesInPlace", "StatesInPlace", "VisitingStates", "StatesOnNvme", "PackedStatesOnNvme", "SplitStatesOnNvme",
+]  # fmt: skip
 MODES = pytest.mark.parametrize("stage", [2, 3])
 
 
@@ -35,8 +40,7 @@ def home_and_bytes(case: Case) -> tuple[str, int, int]:
 @pytest.mark.parametrize("case", where_it_runs(CASES), ids=case_id)
 def test_each_configuration_has_its_home(workers, case):
     [(name, moments, visiting)] = workers(1).run(home_and_bytes, case)
-    kept = {"nvme": "StatesOnNvme"}.get(case.offload, "StatesInPlace")
-    assert name == ("VisitingStates" if case.section == VISITING else kept)
+    assert name == HOMES[CASES.index(case)]
     assert moments > 0
     assert (visiting > 0) == (name == "VisitingStates")
 

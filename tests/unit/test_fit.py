@@ -181,6 +181,8 @@ def test_what_page_locked_buffers_take_is_counted():
 def test_a_drive_that_is_too_small_is_said():
     axes = {**SMALL, "home": ("nvme",), "offload_param": ("none",)}
     found = search(MODEL, ACTIVATIONS, with_card(8, 32, nvme_bytes=GIB), JOB, axes)
+    assert found.fitting and {candidate.setting.state_dtype for candidate in found.fitting} == {"bf16", "int8"}
+    found = search(MODEL, ACTIVATIONS, with_card(8, 32, nvme_bytes=GIB // 2), JOB, axes)
     assert not found.fitting and set(found.failing[0].over) == {"nvme"}
     assert "GiB more on NVMe" in sentence(found, {"model": "m"})
 

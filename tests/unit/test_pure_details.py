@@ -120,4 +120,4 @@ def test_the_ring_holds_the_largest_blocks_of_a_step() -> None:
 
 
 def test_a_group_may_fill_the_ring() -> None:
-    assert plan_reads([0, 1], FileLayout({0: 4, 1: 4}, 4), 12) == (Read(0, 0, -1), Read(1, 0, 0))
+    assert plan_reads([0, 1], FileLayout({0: {"master": 4}, 1: {"master": 3}}, 4), 4) == (Read(0, 0, -1), Read(1, 0, 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -172,9 +172,10 @@ def form_of(state: Mapping[str, Any]) -> type[MomentForm] | None:
     return next((form for form in FORMS.values() if form is not Fp32Moments and form.found(state) is not None), None)
 
 
-def in_fp32(state: Mapping[str, Any]) -> dict[str, Any]:
+def in_fp32(state: Mapping[str, Any], room: Callable[[int, torch.device], Tensor] | None = None) -> dict[str, Any]:
     """Return an Adam state, loaded in any form, with moments of fp32; a copy of the dict where they are.
 
+    ``room`` makes (numel,) fp32 numbers for a moment; None: in memory.
     Raises CheckpointError where the form's library can't be imported.
     """
     form = form_of(state)
@@ -189,7 +190,8 @@ def in_fp32(state: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
     packed = form.found(state) or {}
     like = next(iter(packed.values()))  # of as many elements as the moments
-    moments = {key: torch.empty(like.shape, dtype=torch.float32, device=like.device) for key in MOMENTS}
+    new = room or (lambda numel, device: torch.empty(numel, dtype=torch.float32, device=device))
+    moments = {key: new(like.numel(), like.device) for key in MOMENTS}
     for key, out in moments.items():
         made.unpack(key, packed, out)
     return {**{key: value for key, value in state.items() if key not in packed}, **moments}

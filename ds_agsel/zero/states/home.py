@@ -16,6 +16,7 @@ home            between steps            during a group's update
                 master weights
 `visiting_      in page-locked memory,   fp32 scratch buffers on the accelerator
 packed`         packed
+`nvme_packed`   in a file, packed        fp32 scratch buffers, from and to a buffer in page-locked memory
 ==============  =======================  ============================================================
 
 [Note: Order of calls] A step calls `prefetch` as soon as its blocks are known, which is before forward, or never on an
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ds_agsel.residency.states import MOMENTS
@@ -183,6 +185,13 @@ class StateHome(ABC):
         return value
 
     # ------------------------------------------------------------------------- memory
+
+    def fp32_room(self, numel: int, device: torch.device) -> Tensor:
+        """Return (numel,) uninitialised fp32 numbers for states that are made of resting ones between steps.
+
+        On ``device``, where they rest; on disk where all states together may be larger than the host's memory.
+        """
+        return torch.empty(numel, dtype=torch.float32, device=device)
 
     def bytes(self) -> StateBytes:
         """Return the bytes of states on this rank once all issued moves are done."""

@@ -11,7 +11,7 @@ that a resumed run draws the same. What is loaded or set between steps is rounde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ class PackedStates(StatesInPlace):
         super().__init__(optimizer, block_of_group)
         self._selection = selection
         self._form = form
-        self._packed: dict[int, dict[str, Tensor]] = {}  # by group, from its first update on
+        self._packed: MutableMapping[int, dict[str, Tensor]] = {}  # by group, from its first update on
         self._loaded: dict[int, dict[str, Tensor]] = {}  # by group: what a load brings in this form
         self._scratch: Tensor | None = None
         self._zero = torch.zeros(1, device=self._masters[0].device)  # [Note: Unpacked]
@@ -130,9 +130,8 @@ class PackedStates(StatesInPlace):
     def _show_moments(self, group: int) -> None:
         """Put the moments of ``group``, which has some, in DeepSpeed's place for them, in new memory."""
         packed, master = self._packed[group], self._masters[group]
-        device = next(iter(packed.values())).device
-        rows = torch.empty(len(MOMENTS), master.numel(), dtype=torch.float32, device=device)
-        self.optimizer.optimizer.state[master].update(self._unpacked(packed, rows))
+        room = self.fp32_room(len(MOMENTS) * master.numel(), next(iter(packed.values())).device)
+        self.optimizer.optimizer.state[master].update(self._unpacked(packed, room.view(len(MOMENTS), -1)))
 
     @contextmanager
     def writable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
@@ -196,11 +195,15 @@ class PackedStates(StatesInPlace):
             if packed is None:
                 continue
             master = self._masters[index]
-            self._loaded[index] = {name: tensor.to(master.device, copy=True) for name, tensor in packed.items()}
+            self._loaded[index] = {name: self._loaded_moment(tensor) for name, tensor in packed.items()}
             base["state"][index] = {
                 **{key: value for key, value in state.items() if key not in packed},
                 **dict.fromkeys(MOMENTS, self._zero.expand(master.numel())),
             }
+
+    def _loaded_moment(self, tensor: Tensor) -> Tensor:
+        """Return what is kept of a packed moment's ``tensor``, of a file, until `adopt`."""
+        return tensor.to(self._masters[0].device, copy=True)
 
     def keep_readable(self, state_dict: dict[str, Any]) -> None:
         """Keep what `as_saved` shows: `_hide` changes the dicts of moments in place."""

@@ -37,8 +37,11 @@ class SplitStates(StatesInPlace):
         self._nothing = torch.zeros(1, device=device)
         self._buffer: Tensor | None = None
         self._low: list[Tensor] = []
+        self._take_all()
+
+    def _take_all(self) -> None:
         for group, master in enumerate(self._masters):  # one after the other: each gives its fp32 memory back
-            self._low.append(torch.empty(master.numel(), dtype=torch.int16, device=device))
+            self._low.append(torch.empty(master.numel(), dtype=torch.int16, device=master.device))
             self._take(group)
 
     # ------------------------------------------------------------------------- a step
@@ -62,6 +65,14 @@ class SplitStates(StatesInPlace):
         """Return the low halves of ``group`` where its update runs."""
         return self._low[group]
 
+    def _resting_half(self, group: int) -> Tensor:
+        """Return the low halves of ``group`` where they rest. Between steps."""
+        return self._low[group]
+
+    def _split_off(self, group: int, master: Tensor) -> None:
+        """Keep the low halves of ``master``, of ``group``, and round it. Between steps."""
+        split(master, self._low[group])
+
     def leave(self, shown: int, group: int) -> None:
         super().leave(shown, group)
         self._put_away(group)
@@ -82,7 +93,7 @@ class SplitStates(StatesInPlace):
     def _take(self, group: int) -> None:
         """Keep the low halves of master weights that DeepSpeed sees, and give the model their rounding."""
         master = self._masters[group].data
-        split(master, self._low[group])
+        self._split_off(group, master)
         compat.partition_weights(self.optimizer, group).copy_(master)
         self._put_away(group)
 
@@ -93,8 +104,8 @@ class SplitStates(StatesInPlace):
         """Inside, the master weights of ``groups`` (None: of all) are whole, in new memory."""
         hidden = [g for g in (range(len(self._masters)) if groups is None else groups) if not self._is_shown(g)]
         for group in hidden:
-            low = self._low[group]
-            self._show(group, group, torch.empty(low.numel(), device=low.device), low)
+            low = self._resting_half(group)
+            self._show(group, group, self.fp32_room(low.numel(), low.device), low)
         try:
             yield
         finally:
