@@ -231,3 +231,24 @@ def test_accessors_answer_in_fp32_and_what_is_set_rests_in_the_form(workers, cas
 
 def test_a_skipped_step_changes_nothing(workers, trained):
     check_a_bad_step(workers, trained, but(BF16, on_reentry="reset"))
+
+
+def replace_a_master(case: Case) -> list[bool]:
+    """Whether a new tensor that a writer puts in a master weight's place, and what it writes to a moment, are kept."""
+    engine = build(case)
+    run_steps(engine, case, 0, 1)
+    home = engine.optimizer.home
+    group = home.groups_of(engine.selection.history[0].blocks)[0]
+    master = compat.masters(engine.optimizer)[group]
+    state = engine.optimizer.optimizer.state[master]
+    with home.writable((group,)):
+        master.data = torch.full((master.numel(),), 0.25)
+        state[STATES[1]] = torch.full((master.numel(),), 0.5)
+    with home.readable((group,)):
+        found = [bool((master == 0.25).all()), bool((state[STATES[1]] == 0.5).all())]
+    engine.destroy()
+    return found
+
+
+def test_new_tensors_in_the_place_of_states_are_kept(workers):
+    assert workers(1).run(replace_a_master, but(NVME, state_dtype="bf16")) == [[True, True]]

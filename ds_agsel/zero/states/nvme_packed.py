@@ -118,9 +118,8 @@ class PackedStatesOnNvme(Swaps, PackedStates):
 
     @contextmanager
     def writable(self, groups: Sequence[int] | None = None) -> Iterator[None]:
-        self.swapped.forget()  # states read ahead for a step would later overwrite the changes made here
         with self._mapped(groups), super().writable(groups):
-            yield
+            yield  # `adopt` stores at least the master weights, and so forgets what was read ahead
 
     def adopt(self, groups: Sequence[int] | None = None) -> None:
         super().adopt(groups)
