@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_fit(
         commands.add_parser("fit", help="settings for a model on a card, predicted; writes the best one's ds_config")
     )
+    _add_universal(commands.add_parser("universal", help="make a universal checkpoint of a tag, in fp32"))
     _add_report(commands.add_parser("report", help="a page of one or several runs"))
     _add_watch(commands.add_parser("watch", help="a run in the terminal, as it goes"))
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -181,6 +182,23 @@ def _stdout_is_ours() -> Iterator[None]:
     """Send what libraries print while they load to stderr, so that a program can read stdout."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def _add_universal(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tag", type=Path, metavar="DIR/TAG", help="folder of a checkpoint that ds_agsel saved")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
+    parser.set_defaults(command=_universal)
+
+
+def _universal(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise DataError(f"--workers={options.workers} is not a number of processes. Use 1 or more.")
+    with _stdout_is_ours():
+        from ds_agsel.zero.universal import to_universal
+
+        to_universal(options.tag, options.output, options.workers)
+    print(f'{options.output} is written. Load it with "checkpoint": {{"load_universal": true}} in the ds_config.')
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -302,7 +302,7 @@ class CheckpointingEngine(compat.DeepSpeedEngine, compat.ChecksOverrides):
             raise CheckpointError(
                 f"checkpoint {files.folder} was saved with zero_optimization.stage={stage}; a run with stage="
                 f"{int(self.zero_optimization_stage())} can't load it as it is. Make a universal checkpoint of it "
-                "(python -m deepspeed.checkpoint.ds_to_universal) and set checkpoint.load_universal=true, or use the "
+                "(ds-agsel universal) and set checkpoint.load_universal=true, or use the "
                 "same stage."
             )
 

@@ -275,7 +275,7 @@ class UniversalFolder:
         if not tag.has("zero/optimizer_state.pt"):
             raise CheckpointError(
                 f"{tag.folder} has no zero/optimizer_state.pt: it is no universal checkpoint. Make one with "
-                "DeepSpeed's ds_to_universal, or set checkpoint.load_universal=false."
+                "ds-agsel universal, or set checkpoint.load_universal=false."
             )
         self._common = tag.load("zero/optimizer_state.pt")
         self._index = {

@@ -42,6 +42,7 @@ ELSEWHERE = {
     "ds-agsel fit": "tests/unit/test_fit_command.py",
     "ds-agsel init": "tests/e2e/test_wheel.py",
     "ds-agsel evaluate": "tests/e2e/test_evaluate.py",
+    "ds-agsel universal": "tests/numerics/test_universal.py",
     "ds-agsel report": "tests/unit/test_report.py",
     "ds-agsel watch": "tests/unit/test_report.py",
 }
