@@ -3,8 +3,8 @@
 [Note: What the converter reads] DeepSpeed's `ds_to_universal` (0.19.8) looks for tensors ``exp_avg`` and ``exp_avg_sq``
 of as many elements as the master weights: it stops at 8-bit moments, and keeps bf16 ones in bf16. It unpickles what it
 reads, and writes to the output folder from the start. Here it reads a folder of links to the tag's files, in which the
-optimizer's files have fp32 moments, inside `restricted_unpickling`; what it has made gets a manifest, and its place
-when it is whole.
+optimizer's files have fp32 moments, once `TagFiles` has read each without running code; what it has made gets a
+manifest, and its place when it is whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ds_agsel.files import write_atomically
 from ds_agsel.zero.compat.converter import convert_to_universal
 from ds_agsel.zero.repartition import sections
 from ds_agsel.zero.states.forms import form_of, in_fp32
-from ds_agsel.zero.tag_files import TagFiles, restricted_unpickling
+from ds_agsel.zero.tag_files import TagFiles
 
 
 def to_universal(folder: Path, output: Path, workers: int = 1) -> None:
@@ -54,12 +54,13 @@ def to_universal(folder: Path, output: Path, workers: int = 1) -> None:
 
 def _in_the_converters_form(tag: TagFiles, target: Path) -> None:
     """Link the files of ``tag`` to ``target``, those of the optimizer written anew where moments are not fp32."""
-    of_optimizer = set(tag.names("*_optim_states.pt"))
+    of_torch, of_optimizer = set(tag.names("*.pt")), set(tag.names("*_optim_states.pt"))
     for path in sorted(tag.folder.iterdir()):
         if not tag.has(path.name):
             continue
-        content: Any = tag.load(path.name) if path.name in of_optimizer else {}
-        states = sections(content[constants.OPTIMIZER_STATE_DICT])[0]["state"] if content else {}
+        content: Any = tag.load(path.name) if path.name in of_torch else None  # raises where it would run code
+        is_state = path.name in of_optimizer
+        states = sections(content[constants.OPTIMIZER_STATE_DICT])[0]["state"] if is_state else {}
         packed = [index for index, state in states.items() if form_of(state) is not None]
         for index in packed:
             states[index] = in_fp32(states[index])
@@ -70,11 +71,10 @@ def _in_the_converters_form(tag: TagFiles, target: Path) -> None:
 
 
 def _convert(source: Path, target: Path, workers: int) -> None:
-    with restricted_unpickling():
-        try:
-            convert_to_universal(source, target, workers)
-        except (AssertionError, KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"DeepSpeed's ds_to_universal stopped ({type(error).__name__}: {error}). Convert a checkpoint that "
-                "ds_agsel saved, by the DeepSpeed that saved it."
-            ) from error
+    try:
+        convert_to_universal(source, target, workers)
+    except (AssertionError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"DeepSpeed's ds_to_universal stopped ({type(error).__name__}: {error}). Convert a checkpoint that "
+            "ds_agsel saved, by the DeepSpeed that saved it."
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_lean_states_become_fp32_by_name(workers, tmp_path, case, other):
             assert (loaded[kind][name] - old).norm() <= 0.03 * old.norm()
 
 
+class RunsCode:
+    """An object whose pickle makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self._folder),)
+
+
 def test_what_cannot_be_converted_is_left_as_it_is(tmp_path, capsys):
     (tmp_path / "tag").mkdir()
     assert cli.main(["universal", str(tmp_path / "tag"), str(tmp_path / "made")]) == 2
@@ -65,6 +76,10 @@ def test_what_cannot_be_converted_is_left_as_it_is(tmp_path, capsys):
     assert cli.main(["universal", str(tmp_path / "tag"), str(tmp_path / "made")]) == 2
     assert "ds_to_universal stopped" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tag"]
+    torch.save({"module": RunsCode(tmp_path / "ran")}, tmp_path / "tag" / "mp_rank_00_model_states.pt")
+    checkpoints.seal(tmp_path / "tag")
+    assert cli.main(["universal", str(tmp_path / "tag"), str(tmp_path / "made")]) == 2
+    assert "mp_rank_00_model_states.pt holds " in capsys.readouterr().err and not (tmp_path / "ran").exists()
     Path(tmp_path, "made").mkdir()
     assert cli.main(["universal", str(tmp_path / "tag"), str(tmp_path / "made")]) == 2
     assert "exists. Name a new folder" in capsys.readouterr().err
