@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_engines import initialize_plain
 from tiny_models import LENGTH, VOCABULARY, TinyNet, tiny_llama
 from torch import Tensor, nn
 from workers import NVME
@@ -210,36 +211,15 @@ def split_by_block(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> lis
 
 def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:
     """The engine: ds_agsel's, or plain DeepSpeed's over per-block groups where the case has no section."""
-    import deepspeed
-
     import ds_agsel
 
-    if case.section is None:
-        mend_plain_0189()
     model = tiny_model(case) if model is None else model
     if "optimizer" not in arguments:
         groups = param_groups(model, case)
         arguments["model_parameters"] = groups if case.section is not None else split_by_block(model, groups)
-    initialize = deepspeed.initialize if case.section is None else ds_agsel.initialize
-    return initialize(model=model, config=ds_config(case), **arguments)[0]
-
-
-@functools.cache
-def mend_plain_0189() -> None:
-    """Let plain DeepSpeed 0.18.7 to 0.18.9 gather weights on two ranks: its flat weights have an autograd history."""
-    from ds_agsel.zero.compat import DeepSpeedZeroOptimizer
-    from ds_agsel.zero.compat.older import without_history_until_0189
-    from ds_agsel.zero.compat.versions import until
-
-    if not until("0.18.9"):
-        return
-    link = DeepSpeedZeroOptimizer._link_all_hp_params
-
-    def mended(zero: Any) -> None:
-        without_history_until_0189(zero)
-        link(zero)
-
-    DeepSpeedZeroOptimizer._link_all_hp_params = mended
+    if case.section is None:
+        return initialize_plain(model=model, config=ds_config(case), **arguments)
+    return ds_agsel.initialize(model=model, config=ds_config(case), **arguments)[0]
 
 
 def forward_backward(engine: Any, case: Case, step: int, micro_step: int) -> Tensor:

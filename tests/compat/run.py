@@ -38,21 +38,25 @@ NUMERICS = [
     f"tests/numerics/test_{name}.py"
     for name in ("plain_deepspeed", "unselected", "overflow", "resume", "accessors", "traffic", "zero3", "nvme")
 ]
-# By column of the table: patterns of the test ids, one test of each kind at two ranks; and with --whole, all.
-PARTS = {
-    "unit": ("test_guard", "tests/unit"),
-    "ZeRO-1/2": (
-        r"test_policy_all_is_plain_deepspeed\[(stage=1,|dtype)((?!cpu).)*bf16.*-2\]",
-        r"numerics/((?!cpu|stage=3|nvme|zero3).)*$",
-    ),
-    "offload": (
-        r"test_policy_all_is_plain_deepspeed\[(stage=1,)?offload=cpu.*bf16.*-2\]",
-        r"numerics/((?!stage=3|nvme|zero3).)*cpu((?!stage=3).)*$",
-    ),
-    "ZeRO-3": (r"test_policy_all_is_plain_deepspeed\[stage=3.*bf16.*-2\]", r"numerics/.*(stage=3|zero3)((?!nvme).)*$"),
-    "skipped steps": (r"test_a_bad_step.*bf16.*-2\]|test_fp16.*2\]", r"test_overflow((?!nvme).)*$"),
-    "NVMe": (None, "nvme"),  # its op takes minutes to build
-    "HF Trainer": (r"test_hf_trainer.*test_selects.*2-cpu-2\]", "test_hf_trainer"),
+# By column of the table: a pattern of the test ids, one test of each kind at two ranks.
+QUICK = {
+    "unit": "test_guard",
+    "ZeRO-1/2": r"test_policy_all_is_plain_deepspeed\[(stage=1,|dtype)((?!cpu).)*bf16.*-2\]",
+    "offload": r"test_policy_all_is_plain_deepspeed\[(stage=1,)?offload=cpu.*bf16.*-2\]",
+    "ZeRO-3": r"test_policy_all_is_plain_deepspeed\[stage=3.*bf16.*-2\]",
+    "skipped steps": r"test_a_bad_step.*bf16.*-2\]|test_fp16.*2\]",
+    "NVMe": "nothing: its op takes minutes to build",
+    "HF Trainer": r"test_hf_trainer.*test_selects.*2-cpu-2\]",
+}
+# With --whole: a test belongs to the first of these that matches.
+WHOLE = {
+    "unit": "tests/unit",
+    "HF Trainer": "test_hf_trainer",
+    "NVMe": "nvme",
+    "skipped steps": "test_overflow",
+    "ZeRO-3": r"stage=3|zero3|\[3-",
+    "offload": "cpu",
+    "ZeRO-1/2": "tests/numerics",
 }
 
 
@@ -83,13 +87,17 @@ def environment(folder: Path) -> dict[str, str]:
 
 def tests_of_parts(whole: bool) -> dict[str, list[str]]:
     """The ids of each part's tests, as this environment collects them."""
-    what = ["tests/unit" if whole else "tests/unit/test_guard.py", *NUMERICS, "tests/frameworks/test_hf_trainer.py"]
+    unit = "tests/unit" if whole else "tests/unit/test_guard.py"
+    what = [*NUMERICS, "tests/frameworks/test_hf_trainer.py"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not slow and not device", *what]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    ids = [line for line in found.splitlines() if "::" in line]
-    patterns = {part: both[whole] for part, both in PARTS.items()}
-    chosen = {part: [name for name in ids if re.search(pattern, name)] for part, pattern in patterns.items() if pattern}
-    return chosen | {"unit": ["tests/unit"] if whole else ["tests/unit/test_guard.py"]}  # its ids differ by release
+    chosen: dict[str, list[str]] = {part: [] for part in QUICK}
+    for name in [line for line in found.splitlines() if "::" in line]:
+        patterns = WHOLE if whole else QUICK
+        part = next((part for part, pattern in patterns.items() if re.search(pattern, name)), None)
+        if part is not None:
+            chosen[part].append(name)
+    return {part: names for part, names in chosen.items() if names} | {"unit": [unit]}  # whose ids differ by release
 
 
 def run_tests(folder: Path, name: str, arguments: list[str]) -> str:
@@ -142,7 +150,7 @@ def try_release(version: str, folder: Path, tests: dict[str, list[str]], commit:
 
 def table(results: dict[str, dict[str, str]], whole: bool) -> str:
     """The results as Markdown."""
-    columns = ["import", *PARTS]
+    columns = ["import", *QUICK]
     lines = [f"| deepspeed | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for version in sorted(results, key=lambda text: [int(part) for part in text.split(".")]):
         lines.append(f"| {version} | {' | '.join(results[version].get(column, '-') for column in columns)} |")

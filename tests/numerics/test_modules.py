@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plain_engines import initialize_plain
 from reference_runs import assert_follows_reference
 from support import (
     ALL,
@@ -118,10 +119,8 @@ def plain_of_the_matrices(case: Case) -> dict[str, Any]:
         for group in param_groups(model, case)
         for names in units.values()
     ]
-    import deepspeed
-
     config, groups = ds_config(case.but(section=None)), [group for group in groups if group["params"]]
-    engine = deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
+    engine = initialize_plain(model=model, model_parameters=groups, config=config)
     return finish(engine, run_steps(engine, case))
 
 

@@ -78,6 +78,7 @@ with imports_of_deepspeed():
         unwritten_messages,
     )
     from ds_agsel.zero.compat.weights import (
+        complete_gathers,
         gather_again,
         gathered_bytes,
         has_leaf_modules,
@@ -107,6 +108,7 @@ __all__ = [
     "at_boundary",
     "attribute",
     "can_swap",
+    "complete_gathers",
     "cpu_adam_op",
     "deepspeed_version",
     "ds_config_problems",

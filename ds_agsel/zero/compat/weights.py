@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import get_z3_leaf_modules
 
+from ds_agsel.zero.compat.versions import until
 from ds_agsel.zero.compat.views import attribute
 
 
@@ -24,6 +26,31 @@ def is_gathered(parameter: Any) -> bool:
 def has_leaf_modules(model: torch.nn.Module) -> bool:
     """Return whether `set_z3_leaf_modules` was called for a part of ``model``."""
     return bool(get_z3_leaf_modules(model))
+
+
+def complete_gathers(parameters: Iterable[Any]) -> None:
+    """Let ZeRO-3's ``parameters`` be whole when DeepSpeed says that they are, on a CPU too.
+
+    Until 0.19.7 a gather of several parameters, as `step` ends with one, waits for the last of its collectives alone
+    (partition_parameters.py:2092). NCCL finishes them in order, gloo does not: two ranks on a CPU go on with weights
+    that have not come. Here such a gather is one of each parameter after the other.
+    """
+    if not until("0.19.7"):
+        return
+    for parameter in parameters:
+        if torch.distributed.get_backend(parameter.ds_process_group) != "nccl":
+            parameter.all_gather = partial(_gather_each, parameter.all_gather, parameter)
+
+
+def _gather_each(
+    gather: Any, parameter: Any, param_list: Sequence[Any] | None = None, async_op: bool = False, hierarchy: int = 0
+) -> Any:
+    asked = [parameter] if param_list is None else param_list
+    if async_op:
+        return gather(asked, async_op=True, hierarchy=hierarchy)  # each has a handle of its own
+    for each in asked:
+        gather([each], hierarchy=hierarchy)
+    return None
 
 
 def gather_again(parameters: Sequence[Any]) -> int:
