@@ -1,9 +1,9 @@
 """`make compat`: the DeepSpeed releases and the ends of the framework versions that we claim, each on its own.
 
 A DeepSpeed release is tried on the packages of the environment that runs this; only deepspeed itself is installed, so
-that it costs seconds, beside the build of CPU Adam. An end of the framework versions is installed whole. What passed is
-kept in the cache by commit: a run that was stopped goes on where it was. Prints both as tables; exits with 1
-where any failed. Standard library only.
+that it costs seconds, beside the build of CPU Adam. An end of the framework versions is installed whole, and so is the
+newest one with another Python. What passed is kept in the cache by commit: a run that was stopped goes on where it
+was. Prints all as tables; exits with 1 where any failed. Standard library only.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def install_release(version: str, folder: Path) -> None:
     (folder / "installed").touch()
 
 
-def try_release(version: str, folder: Path, tests: dict[str, list[str]], commit: str) -> dict[str, str]:
-    """Each part's outcome with deepspeed ``version``, also in ``folder``/results.json."""
-    install_release(version, folder)
+def try_environment(name: str, folder: Path, tests: dict[str, list[str]], commit: str) -> dict[str, str]:
+    """Each part's outcome in the environment ``folder``, also in its results.json. Raises: see `installed_release`."""
+    version = installed_release(folder)
     file = folder / "results.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     results = known.get(commit, {})
@@ -144,27 +144,31 @@ def try_release(version: str, folder: Path, tests: dict[str, list[str]], commit:
             continue
         results[part] = run_tests(folder, part, chosen)
         file.write_text(json.dumps({**known, commit: results}, indent=1))
-        print(f"deepspeed {version:7} {part:14} {results[part]}", flush=True)
+        print(f"{name:12} {part:14} {results[part]}", flush=True)
     return results
+
+
+def installed_release(folder: Path) -> str:
+    """The release of deepspeed in the environment ``folder``. Raises: CalledProcessError where it has none."""
+    code = "import importlib.metadata as m; print(m.version('deepspeed'))"
+    found = subprocess.run([str(folder / "bin" / "python"), "-c", code], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
 
 
 def table(results: dict[str, dict[str, str]], whole: bool) -> str:
     """The results as Markdown."""
     columns = ["import", *QUICK]
     lines = [f"| deepspeed | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for version in sorted(results, key=lambda text: [int(part) for part in text.split(".")]):
-        lines.append(f"| {version} | {' | '.join(results[version].get(column, '-') for column in columns)} |")
+    for name, parts in results.items():
+        lines.append(f"| {name} | {' | '.join(parts.get(column, '-') for column in columns)} |")
     command = "`make compat ARGS=--whole`" if whole else "`make compat`"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return f"{command}, Python {python}, torch {pinned()['torch']}; other Python versions were not tried:\n\n" + (
-        "\n".join(lines)
-    )
+    return f"{command}, torch {pinned()['torch']}, Python {python} where a row names none:\n\n" + "\n".join(lines)
 
 
-def check(end: str, versions: dict[str, str], folder: Path) -> tuple[bool, str]:
-    """Whether the tests pass with an end's ``versions``, and pytest's last line."""
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+def install_end(interpreter: str, versions: dict[str, str], folder: Path) -> None:
+    """An environment of ``interpreter`` with ``versions``, and the torch and deepspeed of constraints.txt."""
+    subprocess.run([interpreter, "-m", "venv", "--clear", str(folder)], check=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     core = {name: pinned()[name] for name in ("torch", "deepspeed")}
@@ -174,8 +178,21 @@ def check(end: str, versions: dict[str, str], folder: Path) -> tuple[bool, str]:
     subprocess.run([*pip, *packages, *tools], check=True)
     subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
     subprocess.run([str(python), "-m", "ds_agsel.zero.build_ops"], cwd=ROOT, env=environment(folder), check=True)
+    (folder / "installed").touch()
+
+
+def install_python(interpreter: str, folder: Path) -> None:
+    """As `install_end`, with the newest packages, unless it is there. Where pip has no CPU torch this takes 3 GB."""
+    if not (folder / "installed").exists():
+        install_end(interpreter, ENDS["newest"], folder)
+
+
+def check(end: str, versions: dict[str, str], folder: Path) -> tuple[bool, str]:
+    """Whether the tests pass with an end's ``versions``, and pytest's last line."""
+    install_end(sys.executable, versions, folder)
     last = run_tests(folder, "pytest", TESTS)
-    frozen = subprocess.run([str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    python = [str(folder / "bin" / "python"), "-m", "pip", "freeze"]
+    frozen = subprocess.run(python, capture_output=True, text=True, check=True).stdout
     wanted = ("torch", "deepspeed", *versions)
     have = [line for line in frozen.splitlines() if line.split("==")[0].lower() in wanted]
     print(f"{end:7} {last}\n        {', '.join(have)}")
@@ -187,6 +204,9 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "ds_agsel" / "compat")
     parser.add_argument("--ends", nargs="*", default=list(ENDS), choices=list(ENDS))
     parser.add_argument("--versions", nargs="*", default=list(known_versions()), metavar="RELEASE")
+    parser.add_argument(
+        "--pythons", nargs="*", default=[], metavar="3.N", help="with the newest packages, each in turn"
+    )
     parser.add_argument("--whole", action="store_true", help="all unit and numerics tests, not one of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="releases tried at once")
     options = parser.parse_args()
@@ -194,13 +214,21 @@ def main() -> int:
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     commit += "-whole" if options.whole else ""
-    tests = tests_of_parts(options.whole) if options.versions else {}
+    tests = tests_of_parts(options.whole) if options.versions or options.pythons else {}
 
-    def one(version: str) -> tuple[str, dict[str, str]]:
-        return version, try_release(version, options.cache / version, tests, commit)
+    def of_release(version: str) -> tuple[str, dict[str, str]]:
+        folder = options.cache / version
+        install_release(version, folder)
+        return version, try_environment(version, folder, tests, commit)
+
+    def of_python(version: str) -> tuple[str, dict[str, str]]:
+        folder = options.cache / f"python{version}"
+        install_python(f"python{version}", folder)
+        name = f"{installed_release(folder)}, Python {version}"
+        return name, try_environment(name, folder, tests, commit)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = dict(pool.map(one, options.versions))
+        results = dict(pool.map(of_release, options.versions)) | dict(pool.map(of_python, options.pythons))
     if results:
         print(table(results, options.whole))
     passed = [not any(cell.startswith("FAILED") for cell in cells.values()) for cells in results.values()]
