@@ -82,6 +82,8 @@ def restrict(
             "given, one per block and hyperparameter set. Give it no param group that it drops or merges."
         )
     compat.swap_class(optimizer, adapter_for(optimizer))
+    if isinstance(optimizer, compat.DeepSpeedZeroOptimizer_Stage3):
+        compat.complete_gathers(optimizer.parameter_offload.module.parameters())
     blocks = blocks_of_groups(optimizer, block_of_group)
     optimizer.attach(selection, blocks, link, home_for(optimizer, blocks, selection, states_visit))
     compat.give_back_page_locked()  # staging and gradients for every group, and fp32 masters where they are split

@@ -59,7 +59,6 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
         self._group_of_param = {number: sub_group for number, (_, sub_group) in enumerate(members)}
         self._attach(selection, block_of_group, link, home)
         self._unreleased = compat.UnreleasedParameters(self.parameter_offload.module)
-        compat.complete_gathers(self.parameter_offload.module.parameters())
         compat.keep_recomputed_weights(self)
         compat.keep_trace(self)
         self._whole_windows, self._goes_through_all = 0, False
