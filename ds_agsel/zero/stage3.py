@@ -62,6 +62,7 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
         compat.keep_recomputed_weights(self)
         compat.keep_trace(self)
         self._whole_windows, self._goes_through_all = 0, False
+        self._numel_on_its_way = 0  # of gradients that went to their partition: [Note: One rank]
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._gradients = Zero3GradientBuffers(self)
@@ -143,6 +144,20 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
             self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
         with accelerator.stream(self.reduce_and_partition_stream):
             self.partition_grads([param], [param.grad.reshape(-1)])
+            self._numel_on_its_way += param.ds_numel
+            if self._numel_on_its_way >= self.reduce_bucket_size and not accelerator.handles_memory_backpressure():
+                self._numel_on_its_way = 0
+                self._bound_what_is_on_its_way()
+
+    def _bound_what_is_on_its_way(self) -> None:
+        """Let backward be no more buckets ahead of the copies than plain DeepSpeed does (stage3.py:1663, 1697)."""
+        events = self.param_reduce_events
+        while events and events[0].query():
+            events.popleft()
+        if len(events) > self.max_param_reduce_events:
+            events.popleft().synchronize()
+        events.append(get_accelerator().Event())
+        events[-1].record()
 
     def _make_bucket(self, dtype: torch.dtype) -> None:
         bucket = self.ipg_buckets[dtype]

@@ -195,6 +195,23 @@ def test_waits_left_out_of_zero3_are_noticed(simulated_workers: Callable[[int], 
         assert waits and hazards, function
 
 
+def events_of_backward(case: Case) -> int:
+    """How many buckets of gradients backward may be ahead by, as plain DeepSpeed bounds it."""
+    accelerator = simulated(seed=0, strict=False)
+    engine = build(case)
+    run_steps(engine, case)
+    left = len(engine.optimizer.param_reduce_events)
+    engine.destroy()
+    accelerator.queue.finish()
+    return left
+
+
+def test_backward_of_one_rank_is_not_far_ahead_of_its_copies(simulated_workers: Callable[[int], Workers]) -> None:
+    case = ON_DEVICE.but(stage=3, section={**SELECT, **VISIT}, accumulation=3, steps=3)
+    [left] = simulated_workers(1).run(events_of_backward, case)
+    assert 1 <= left <= 3
+
+
 @pytest.mark.parametrize(
     "case, function",
     [
