@@ -10,6 +10,10 @@ activations, which the estimate leaves out, are small.
 make_reduction), on CUDA inside the kernel (ForeachReduceOp.cu). The estimate is of a card; here the copy of the largest
 gradient whose norm is taken is added: 8 bytes for each of its elements. With offload, and on explore steps, that is in
 backward, else before the update. With ZeRO-2 and offload an explore step's gradients go to the host after that.
+
+[Note: One form at a time] With ZeRO-1 and offload all gradients are whole on the card when backward has ended, and then
+go to the host in fp32, one after the other. Each of the two memories has room for all; in a memory that is both, a
+gradient is there in one form, and beside all in fp32 there is one in the model's dtype. The others are left out here.
 """
 
 from __future__ import annotations
@@ -125,6 +129,9 @@ def _estimates(shape: Any, setup: Any, selection: Any, fields: Mapping[str, Any]
             if moment == "backward":
                 later = memory.host.gradients if step.streams and setup.stage < 3 else 0
                 more = max(0, norms - later) if in_backward else 0
+                if setup.stage == 1 and stepping == "host":  # [Note: One form at a time]
+                    numels = [sum(group) for group, block in zip(shape.groups, shape.block_of_group) if block in copied]
+                    more -= (sum(numels) - max(numels)) * setup.item_bytes
             else:  # before an update nothing of its own has been made
                 more = 0 if in_backward else max(0, norms - memory.accelerator.staging)
             yield memory.accelerator.total + memory.host.total + more

@@ -15,7 +15,7 @@ import test_split
 import torch
 from support import STATES, Case, assert_identical, build, case_id, finish, needs_nvme, run_steps, train
 from test_estimator import described
-from test_nvme import NVME, SELECTED, SLOW, kept, on_host, resume_all, save_all
+from test_nvme import NVME, SELECTED, SLOW, kept, on_host, resume_all, save_all, weights_on_nvme
 from test_overflow import check_a_bad_step
 from test_travel import full_state, load, save
 
@@ -68,6 +68,17 @@ def train_both(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_the_bits_are_those_of_the_same_states_on_the_host(workers, case, ranks):
     for swapped, held in workers(ranks).run(train_both, case):
         assert_identical(kept(held, *SELECTED), kept(swapped, *SELECTED))
+
+
+@SLOW
+def test_model_weights_on_nvme_too(workers, tmp_path):
+    case = but(weights_on_nvme(740), state_dtype="bf16")
+    (swapped,) = workers(1).run(train, case)
+    (held,) = workers(1).run(train, on_host(case).but(zero={}))
+    assert_identical(kept(held, *SELECTED), kept(swapped, *SELECTED))
+    saved = workers(1).run(save, case.but(steps=5), tmp_path)
+    (loaded,) = workers(1).run(load, case.but(steps=5), tmp_path)
+    assert_identical(full_state(saved), full_state([loaded["loaded"]]))
 
 
 def watch_bytes(case: Case) -> dict[str, Any]:
