@@ -38,9 +38,11 @@ NUMERICS = [
     f"tests/numerics/test_{name}.py"
     for name in ("plain_deepspeed", "unselected", "overflow", "resume", "accessors", "traffic", "zero3", "nvme")
 ]
+# The other unit tests have no need of DeepSpeed, or hold the words and fields of the newest one.
+GUARD = "tests/unit/test_guard.py"
 # By column of the table: a pattern of the test ids, one test of each kind at two ranks.
 QUICK = {
-    "unit": "test_guard",
+    "unit": GUARD,
     "ZeRO-1/2": r"test_policy_all_is_plain_deepspeed\[(stage=1,|dtype)((?!cpu).)*bf16.*-2\]",
     "offload": r"test_policy_all_is_plain_deepspeed\[(stage=1,)?offload=cpu.*bf16.*-2\]",
     "ZeRO-3": r"test_policy_all_is_plain_deepspeed\[stage=3.*bf16.*-2\]",
@@ -50,7 +52,7 @@ QUICK = {
 }
 # With --whole: a test belongs to the first of these that matches.
 WHOLE = {
-    "unit": "tests/unit",
+    "unit": GUARD,
     "HF Trainer": "test_hf_trainer",
     "NVMe": "nvme",
     "skipped steps": "test_overflow",
@@ -82,12 +84,13 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         # Its own: ops built for another environment are built again for this one, and then again for that one.
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+        # DeepSpeed until 0.19.7 imports distutils before setuptools, which replaces it: the NVMe op is not found then.
+        "SETUPTOOLS_USE_DISTUTILS": "stdlib" if next(folder.glob("lib/python3.11"), None) else "local",
     }
 
 
 def tests_of_parts(whole: bool) -> dict[str, list[str]]:
-    """The ids of each part's tests, as this environment collects them."""
-    unit = "tests/unit" if whole else "tests/unit/test_guard.py"
+    """The ids of each part's tests, as this environment collects them; of the unit tests the guard's, in any case."""
     what = [*NUMERICS, "tests/frameworks/test_hf_trainer.py"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not slow and not device", *what]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -97,7 +100,7 @@ def tests_of_parts(whole: bool) -> dict[str, list[str]]:
         part = next((part for part, pattern in patterns.items() if re.search(pattern, name)), None)
         if part is not None:
             chosen[part].append(name)
-    return {part: names for part, names in chosen.items() if names} | {"unit": [unit]}  # whose ids differ by release
+    return {part: names for part, names in chosen.items() if names} | {"unit": [GUARD]}  # whose ids differ by release
 
 
 def run_tests(folder: Path, name: str, arguments: list[str]) -> str:
@@ -207,7 +210,7 @@ def main() -> int:
     parser.add_argument(
         "--pythons", nargs="*", default=[], metavar="3.N", help="with the newest packages, each in turn"
     )
-    parser.add_argument("--whole", action="store_true", help="all unit and numerics tests, not one of each kind")
+    parser.add_argument("--whole", action="store_true", help="all tests of the numerics files, not one of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="releases tried at once")
     options = parser.parse_args()
     began = time.monotonic()
