@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+UNPINNED = (
+    "DeepSpeed until 0.18.9 swaps what is 1 MiB or larger from page-locked memory alone, which no CPU has"
+)
 LOST = "plain DeepSpeed until 0.18.9 loses the gradients between the first and the last micro-step"
 
 
@@ -44,3 +47,10 @@ def loses_gradients(case: Any) -> bool:
     from ds_agsel.zero.compat.versions import until
 
     return until("0.18.9") and case.stage == 2 and case.offload == "cpu" and case.accumulation > 2
+
+
+def swaps_page_locked_memory_alone() -> bool:
+    """Whether DeepSpeed ends as NVMe offload of large tensors is made on a CPU, as `UNPINNED` says: an assertion."""
+    from ds_agsel.zero.compat.versions import until
+
+    return until("0.18.9")

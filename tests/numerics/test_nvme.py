@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_engines import UNPINNED, swaps_page_locked_memory_alone
 from reference_runs import assert_follows_reference
 from support import (
     ALL,
@@ -85,6 +86,8 @@ def test_policy_all_is_plain_deepspeed_on_nvme(workers, ranks):
     The gains are in groups of their own. With one before a layer's weight, that weight's gradient is at no multiple of
     512 bytes in its sub-group, where direct I/O reads nothing, and plain DeepSpeed 0.19.8 trains on what is in memory.
     """
+    if swaps_page_locked_memory_alone():
+        pytest.skip(UNPINNED)
     case = NVME.but(model="net740", steps=3, section=ALL, clip=0.3, decay_groups=True)
     for selective, plain in workers(ranks).run(train_all, [case, case.but(section=None)]):
         assert_identical(kept(plain), kept(selective))
@@ -252,6 +255,8 @@ def train_noting_written_weights(case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("ranks", "width"), [(1, 740), pytest.param(2, 1080, marks=SLOW)])
 def test_model_weights_on_nvme_too(workers, tmp_path, ranks, width):
+    if swaps_page_locked_memory_alone():
+        pytest.skip(UNPINNED)
     group = workers(ranks)
     case = weights_on_nvme(width)
     every = weights_on_nvme(width, section=ALL, steps=2)
