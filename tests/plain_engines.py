@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-UNPINNED = (
-    "DeepSpeed until 0.18.9 swaps what is 1 MiB or larger from page-locked memory alone, which no CPU has"
-)
+UNPINNED = "DeepSpeed until 0.18.9 swaps what is 1 MiB or larger from page-locked memory alone, which no CPU has"
 LOST = "plain DeepSpeed until 0.18.9 loses the gradients between the first and the last micro-step"
 
 
