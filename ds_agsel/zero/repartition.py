@@ -87,9 +87,9 @@ def sections(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor
     return state_dict[base], state_dict[masters]
 
 
-def set_masters(state_dict: dict[str, Any], masters: list[Tensor]) -> None:
-    """Put ``masters`` into a ZeRO optimizer's state_dict of any stage."""
-    state_dict[_section_keys(state_dict)[1]] = masters
+def detach_masters(state_dict: dict[str, Any]) -> None:
+    """Let the master weights in a ZeRO optimizer's state_dict of any stage outlive a change of the partitions' data."""
+    state_dict[_section_keys(state_dict)[1]] = [master.detach() for master in sections(state_dict)[1]]
 
 
 def add_empty_states(state_dict: Mapping[str, Any]) -> None:

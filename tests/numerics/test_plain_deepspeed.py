@@ -65,6 +65,8 @@ VARIANTS = [
              config={"data_types": {"grad_accum_dtype": "fp32"}})
         for stage, offload in ((2, "none"), (2, "cpu"), (1, "cpu"))
     ),
+    # A reduction that rounds: on one rank, too, it is not left out.
+    *(Case(stage=stage, steps=3, section=ALL, config={"communication_data_type": "bf16"}) for stage in (2, 3)),
     Case(steps=4, section=ALL, optimizer="Adam", offload="cpu"),
     Case(steps=5, section=ALL, config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}}),
     Case(steps=4, section=ALL, zero={"reduce_scatter": False}),

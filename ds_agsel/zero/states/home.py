@@ -93,6 +93,10 @@ class StateHome(ABC):
         wanted = set(blocks)
         return [group for group, block in enumerate(self.block_of_group) if block in wanted]
 
+    def _all_or(self, groups: Sequence[int] | None) -> Sequence[int]:
+        """Return ``groups``, or all if it is None."""
+        return range(len(self._masters)) if groups is None else groups
+
     # -------------------------------------------------------------------------- a step
 
     @abstractmethod

@@ -17,7 +17,7 @@ from ds_agsel.residency.rooms import moment_rooms
 from ds_agsel.residency.states import MASTER, MOMENTS
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.repartition import sections, set_masters
+from ds_agsel.zero.repartition import detach_masters, sections
 from ds_agsel.zero.states.home import StateBytes
 from ds_agsel.zero.states.swaps import Swaps
 
@@ -97,15 +97,12 @@ class StatesOnNvme(Swaps):
                 self.swapped.drop(group)
             self.swapped.store(group, {MASTER: self._masters[group].detach(), **moments})
 
-    def _all_or(self, groups: Sequence[int] | None) -> Sequence[int]:
-        return range(len(self._masters)) if groups is None else groups
-
     def keep_readable(self, state_dict: dict[str, Any]) -> None:
         """Keep the tensors valid after `readable`: they are parts of the mapped file, read when they are used."""
-        base, masters = sections(state_dict)
+        base, _ = sections(state_dict)
         # `_hide` changes the partitions and the dicts of moments in place.
         base["state"] = {index: dict(state) for index, state in base["state"].items()}
-        set_masters(state_dict, [master.detach() for master in masters])
+        detach_masters(state_dict)
 
     # ------------------------------------------------------------------------- memory
 

@@ -18,7 +18,7 @@ from ds_agsel.residency.states import MASTER
 from ds_agsel.residency.swap import SwappedStates
 from ds_agsel.selection import Selection
 from ds_agsel.zero import compat
-from ds_agsel.zero.repartition import sections, set_masters
+from ds_agsel.zero.repartition import detach_masters
 from ds_agsel.zero.states.forms import MomentForm
 from ds_agsel.zero.states.halves import split
 from ds_agsel.zero.states.home import StateBytes
@@ -137,7 +137,7 @@ class PackedStatesOnNvme(Swaps, PackedStates):
 
     def keep_readable(self, state_dict: dict[str, Any]) -> None:
         super().keep_readable(state_dict)
-        set_masters(state_dict, [master.detach() for master in sections(state_dict)[1]])
+        detach_masters(state_dict)
 
     def _loaded_moment(self, tensor: Tensor) -> Tensor:
         return tensor  # it stays in the checkpoint's file until it is copied to this one

@@ -167,9 +167,6 @@ class PackedStates(StatesInPlace):
             )
         return packed
 
-    def _all_or(self, groups: Sequence[int] | None) -> Sequence[int]:
-        return range(len(self._masters)) if groups is None else groups
-
     # --------------------------------------------------------------------- checkpoints
 
     @contextmanager

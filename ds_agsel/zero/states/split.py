@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_agsel.zero import compat
-from ds_agsel.zero.repartition import sections, set_masters
+from ds_agsel.zero.repartition import detach_masters
 from ds_agsel.zero.states.halves import join, rounded, split
 from ds_agsel.zero.states.in_place import StatesInPlace
 from ds_agsel.zero.states.packed import PackedStates
@@ -102,7 +102,7 @@ class SplitStates(StatesInPlace):
     @contextmanager
     def _shown(self, groups: Sequence[int] | None) -> Iterator[None]:
         """Inside, the master weights of ``groups`` (None: of all) are whole, in new memory."""
-        hidden = [g for g in (range(len(self._masters)) if groups is None else groups) if not self._is_shown(g)]
+        hidden = [g for g in self._all_or(groups) if not self._is_shown(g)]
         for group in hidden:
             low = self._resting_half(group)
             self._show(group, group, self.fp32_room(low.numel(), low.device), low)
@@ -127,7 +127,7 @@ class SplitStates(StatesInPlace):
 
     def adopt(self, groups: Sequence[int] | None = None) -> None:
         super().adopt(groups)
-        shown = [g for g in (range(len(self._masters)) if groups is None else groups) if self._is_shown(g)]
+        shown = [g for g in self._all_or(groups) if self._is_shown(g)]
         for group in shown:
             self._take(group)
         if shown and groups is None:
@@ -143,7 +143,7 @@ class SplitStates(StatesInPlace):
     def keep_readable(self, state_dict: dict[str, Any]) -> None:
         """Keep the tensors that `as_saved` shows: the partitions themselves are put away."""
         super().keep_readable(state_dict)
-        set_masters(state_dict, [master.detach() for master in sections(state_dict)[1]])
+        detach_masters(state_dict)
 
     def as_weight(self, value: Tensor) -> Tensor:
         return rounded(value)
