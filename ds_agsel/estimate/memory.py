@@ -411,7 +411,7 @@ class _Ledger:
         numel = Fraction(setup.reduce_bucket_numel)
         if self._features is not None:
             if setup.stage > 1 and setup.ranks == 1:
-                return Fraction(0)  # nobody to reduce with: [Note: One rank] in zero/one_rank.py and zero/stage3.py
+                return Fraction(0)  # nobody to reduce with: zero/one_rank.py, [Note: One rank]
             numel = min(numel, reduced_numel)
         width = setup.accumulation_bytes if setup.stage == 1 and setup.keeps_fp32_partitions else self._item
         return numel * width * (2 if setup.overlap_comm and setup.stage < 3 else 1)

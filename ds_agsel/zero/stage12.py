@@ -27,13 +27,13 @@ from ds_agsel.zero.gradient_buffers import spare_buffers
 from ds_agsel.zero.gradient_norms import BlockScores, l2_norms
 from ds_agsel.zero.gradient_places import AcceleratorGradients, HostGradients
 from ds_agsel.zero.one_pass import OnePass
-from ds_agsel.zero.one_rank import OneRankReduction
+from ds_agsel.zero.one_rank import Zero12OneRank
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
 from ds_agsel.zero.traffic import Zero12Traffic
 
 
-class SelectiveZeroOptimizer(OnePass, Zero12Accessors, Zero12Traffic, OneRankReduction):
+class SelectiveZeroOptimizer(OnePass, Zero12Accessors, Zero12Traffic, Zero12OneRank):
     """A `DeepSpeedZeroOptimizer` whose step updates the selected blocks' groups. Made by `adapters.restrict`."""
 
     grads_in_partition: Tensor | None

@@ -10,9 +10,6 @@ numbers of an earlier step where this window brought it none; stock ZeRO-3 appli
 (stage3.py:1456). Here a selected parameter without a gradient in the window has gradient 0: its moments decay and its
 weight decay applies, as in an expert that got no token. Buffers exist only for the blocks that this step needs.
 
-[Note: One rank] Where one rank is all there is, its partition of a gradient is the whole: the trip through the bucket
-(a copy in, a second into one flat tensor, a division by 1, a collective of one) changes no bit and is left out.
-
 [Note: First backward] Every selection prefetches by one record of a whole backward ([Note: Trace] in compat/trace).
 Until there is one, backward goes through all blocks, and the gradients of what was not selected are dropped on arrival.
 """
@@ -35,6 +32,7 @@ from ds_agsel.zero.accessors import Zero3Accessors, ZeroParameter
 from ds_agsel.zero.gradient_buffers import Zero3GradientBuffers, spare_buffers
 from ds_agsel.zero.gradient_norms import BlockScores, l2_norms
 from ds_agsel.zero.one_pass import OnePass
+from ds_agsel.zero.one_rank import Zero3OneRank
 from ds_agsel.zero.repartition import Layout, Slice
 from ds_agsel.zero.states.home import StateHome
 from ds_agsel.zero.storage import storage_bytes
@@ -43,7 +41,7 @@ from ds_agsel.zero.traffic import Zero3Traffic
 MOST_WHOLE_WINDOWS = 3  # of [Note: First backward], for models of which no record lasts
 
 
-class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
+class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic, Zero3OneRank):
     """A `DeepSpeedZeroOptimizer_Stage3` whose step updates the selected blocks. Made by `adapters.restrict`."""
 
     reduce_bucket_size: int
@@ -62,7 +60,6 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
         compat.keep_recomputed_weights(self)
         compat.keep_trace(self)
         self._whole_windows, self._goes_through_all = 0, False
-        self._numel_on_its_way = 0  # of gradients that went to their partition: [Note: One rank]
         self._received: set[int] = set()  # ds_ids of the parameters that got a gradient in this window
         self._stock_bucket_size = self.reduce_bucket_size
         self._gradients = Zero3GradientBuffers(self)
@@ -119,45 +116,13 @@ class SelectiveZero3Optimizer(OnePass, Zero3Accessors, Zero3Traffic):
         if param.ds_id not in compat.gradient_partitions(self):
             self._gradients.add(self._groups_of((block,)))
         comm_dtype = self.get_param_comm_dtype(param)
-        if self._has_nobody_to_reduce_with(param, comm_dtype):
+        if self._has_nobody_to_reduce_with(param, comm_dtype):  # [Note: One rank] in one_rank
             self._take_gradient(param)
         else:
             self._make_bucket(comm_dtype)
             super().reduce_ready_partitions_and_remove_grads(param)
         if stream is not None and is_streamed and compat.is_in_bucket(param):
             stream.take(block, param)
-
-    def _has_nobody_to_reduce_with(self, param: ZeroParameter, comm_dtype: torch.dtype) -> bool:
-        """Return whether [Note: One rank] applies: not if a communication dtype narrower than the gradients' rounds."""
-        return (
-            dist.get_world_size() == 1
-            and torch.promote_types(comm_dtype, self.dtype) == comm_dtype
-            and self.gradient_predivide_factor == 1.0
-            and compat.is_in_bucket(param)
-            and not compat.is_coalescing(self)
-        )
-
-    def _take_gradient(self, param: ZeroParameter) -> None:
-        """Give the gradient of ``param`` to its partition, which is the whole, on the stream where plain reduces it."""
-        accelerator = get_accelerator()
-        if not accelerator.resolves_data_dependency():
-            self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
-        with accelerator.stream(self.reduce_and_partition_stream):
-            self.partition_grads([param], [param.grad.reshape(-1)])
-            self._numel_on_its_way += param.ds_numel
-            if self._numel_on_its_way >= self.reduce_bucket_size and not accelerator.handles_memory_backpressure():
-                self._numel_on_its_way = 0
-                self._bound_what_is_on_its_way()
-
-    def _bound_what_is_on_its_way(self) -> None:
-        """Let backward be no more buckets ahead of the copies than plain DeepSpeed does (stage3.py:1663, 1697)."""
-        events = self.param_reduce_events
-        while events and events[0].query():
-            events.popleft()
-        if len(events) > self.max_param_reduce_events:
-            events.popleft().synchronize()
-        events.append(get_accelerator().Event())
-        events[-1].record()
 
     def _make_bucket(self, dtype: torch.dtype) -> None:
         bucket = self.ipg_buckets[dtype]
