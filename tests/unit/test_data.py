@@ -230,6 +230,9 @@ def test_tokens_come_from_the_cache_the_second_time(
     assert second.rows["input_ids"] == first.rows["input_ids"]
     with pytest.raises(AssertionError, match="tokenised again"):
         encoding.encode("train", part, encoder(tokenizer, max_tokens=63), workers=2, drop_long_prompts=False)
+    tokenizer.eos_token = "e"  # another end of text, in the same vocabulary
+    with pytest.raises(AssertionError, match="tokenised again"):
+        encoding.encode("train", part, encoder(tokenizer), workers=2, drop_long_prompts=False)
 
 
 # -- batching
