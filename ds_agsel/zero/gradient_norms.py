@@ -112,6 +112,7 @@ class GradientNorms(compat.ZeROOptimizer):
         """Take the norm anew for clipping: gradients are not those that were scored."""
         self._squares_hold = False
         self._norm: Tensor | None = None
+        self._host_norm: Tensor | None = None
         self._scale: tuple[Tensor | None, Tensor | float | None] | None = None
 
     # --------------------------------------------------- what each stage does its way
@@ -210,6 +211,8 @@ class GradientNorms(compat.ZeROOptimizer):
 
         On the accelerator, so that nothing waits, or on the host where it is known there. Taken once a step.
         """
+        if self._host_norm is not None:
+            return self._host_norm
         if self._norm is None:
             norms = self._group_norms()
             norm = torch.linalg.vector_norm(norms)
@@ -218,7 +221,7 @@ class GradientNorms(compat.ZeROOptimizer):
 
     def _take_norms(self, groups: Sequence[int]) -> None:
         """Take the norms of the gradients that the step will apply, before DeepSpeed is shown ``groups`` alone."""
-        self._norm = self._scale = None
+        self._norm = self._host_norm = self._scale = None
         self._local_norms = None
         is_known = self._squares_hold and all(key_of_group(group) in self._squares for group in groups)
         if self._needs_norm() and not is_known:
@@ -257,13 +260,14 @@ class GradientNorms(compat.ZeROOptimizer):
 
     def _is_overflow(self) -> bool:
         """Return whether a shown gradient is not finite, on any rank. Collective. The host waits, once a step."""
-        norm = self._norm = self._global_norm().cpu()
-        return not math.isfinite(float(norm))
+        self._host_norm = self._global_norm().cpu()
+        return not math.isfinite(float(self._host_norm))
 
     def _clip_factor(self, total_norm: Tensor | None) -> Tensor | float | None:
         """Return what gradients are multiplied by to remove the loss scale and to clip; None where that is 1.
 
-        DeepSpeed's arithmetic (stage_1_and_2.py:3193), once a step instead of once a group.
+        DeepSpeed's arithmetic (stage_1_and_2.py:3193), once a step instead of once a group, and on the device on which
+        DeepSpeed does it: CUDA divides by a number by multiplying with its reciprocal, which may be off by a bit.
         """
         if self._scale is None or self._scale[0] is not total_norm:
             self._scale = total_norm, self._combined_factor(total_norm)
@@ -272,6 +276,8 @@ class GradientNorms(compat.ZeROOptimizer):
     def _combined_factor(self, total_norm: Tensor | None) -> Tensor | float | None:
         if self.clip_grad <= 0.0 or total_norm is None:
             return 1.0 / self.loss_scale if self.loss_scale != 1.0 else None
+        if total_norm is self._host_norm and self._norm is not None and not self._updates_on_host():
+            total_norm = self._norm
         clip = torch.clamp(((total_norm / self.loss_scale) + 1e-6) / self.clip_grad, min=1.0)
         factor = 1.0 / (clip * self.loss_scale)
         if not self._updates_on_host():

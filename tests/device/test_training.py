@@ -23,6 +23,7 @@ from support import (
     VISIT,
     WEIGHT_DECAY,
     Case,
+    assemble,
     assert_identical,
     build,
     case_id,
@@ -78,6 +79,14 @@ SLOW_CASES = [
     ON_DEVICE.but(stage=3, section=None, zero={"overlap_comm": True, **GATHERING}, steps=3),
     ON_DEVICE.but(stage=3, section={**SELECT, **NARROW}, decay_groups=True, accumulation=2, zero=GATHERING),
     ON_HOST.but(stage=3, section=TOPK, dtype="bf16", zero={**PINNED, "overlap_comm": True}, steps=3),
+]
+# Clipped at a number whose reciprocal is rounded.
+PLAIN = [
+    ON_DEVICE.but(section=None, clip=0.3),
+    ON_DEVICE.but(section=None, clip=0.3, dtype="bf16", steps=12),
+    ON_DEVICE.but(section=None, clip=0.3, stage=3),
+    ON_HOST.but(section=None, clip=0.3),
+    ON_HOST.but(section=None, clip=0.3, stage=3),
 ]
 
 
@@ -249,6 +258,25 @@ def test_waits_left_out_of_visiting_states_are_noticed(
         waits = [site for site in sites if site.function == function]
         ((_, hazards, _),) = simulated_workers(1).run(train_simulated, case, 0, waits)
         assert waits and hazards, function
+
+
+def train_dividing_as_cuda(case: Case) -> dict[str, Any]:
+    accelerator = simulated(divides_as_cuda=True)
+    try:
+        return train(case)
+    finally:
+        accelerator.queue.finish()
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=case_id)
+def test_all_blocks_are_plain_deepspeed_bit_for_bit(case: Case, simulated_workers: Callable[[int], Workers]) -> None:
+    """Where arithmetic runs matters to a bit: see [Note: Division] in tests/simulator/operators.py."""
+    expected, found = (
+        simulated_workers(1).run(train_dividing_as_cuda, run) for run in (case, case.but(section={"policy": "all"}))
+    )
+    for what in ("losses", "norms", "weights"):
+        assert_identical(expected[0][what], found[0][what])
+    assert_identical(assemble(expected)["masters"], assemble(found)["masters"])
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ def simulated(
     strict: bool = True,
     allowed: Callable[[Report], bool] = lambda report: False,
     without: Collection[Site] = (),
+    divides_as_cuda: bool = False,
 ) -> Any:
     """This process's `SimulatedAccelerator`, as DeepSpeed's accelerator too; the arguments are `configure`'s."""
     global _accelerator
@@ -34,7 +35,7 @@ def simulated(
     if _accelerator is None:
         _accelerator = SimulatedAccelerator()
         set_accelerator(_accelerator)
-    _accelerator.configure(budget_bytes, seed, strict, allowed, without)
+    _accelerator.configure(budget_bytes, seed, strict, allowed, without, divides_as_cuda)
     return _accelerator
 
 

@@ -76,6 +76,7 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
         strict: bool,
         allowed: Callable[[Report], bool],
         without: Collection[Site],
+        divides_as_cuda: bool,
     ) -> None:
         """Start afresh, on device 0, after what is queued has run.
 
@@ -85,7 +86,9 @@ class SimulatedAccelerator(DeepSpeedAccelerator):
             allowed: which hazards are known faults of others (see `Detector`).
             without: drop the waits that these lines declare, to see that they are missed. ``queue.declared_waits``
                 of an earlier run has the lines there are.
+            divides_as_cuda: [Note: Division] in operators.py.
         """
+        self.operators.divides_as_cuda = divides_as_cuda
         self.queue.reseed(seed, without)
         self.detector.strict, self.detector.allowed = strict, allowed
         self.detector.found.clear()

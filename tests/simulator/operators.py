@@ -6,6 +6,9 @@ data, or the host is given a number, the call waits for its stream, as on CUDA.
 [Note: Copies] As torch's CUDA copy does it: host to device is asynchronous from pinned memory of the same dtype and
 layout, and otherwise takes the host's bytes before it returns; device to host is asynchronous only into contiguous
 pinned memory; whatever is not ``non_blocking`` waits for its stream.
+
+[Note: Division] CUDA divides by a number of the host by multiplying with its reciprocal (`div_true_kernel_cuda`), which
+may be off by a bit from the host's division. Asked to, `Operators.divides_as_cuda`, the kernels here do, too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from simulator.queue import Queue
 
 DEVICE = "sim"
 
+_MULTIPLIES = {
+    torch.ops.aten.div.Tensor: torch.ops.aten.mul.Tensor,
+    torch.ops.aten.div_.Tensor: torch.ops.aten.mul_.Tensor,
+    torch.ops.aten.div.out: torch.ops.aten.mul.out,
+}
 # Their host operands may be indices or values of any size; CUDA moves them to the device, and so waits.
 TAKE_HOST_OPERANDS = ("aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::index_put_")
 
@@ -94,6 +102,7 @@ class Operators:
         self._backend = backend
         self._queue = queue
         self._next_seed = next_seed
+        self.divides_as_cuda = False  # [Note: Division]
         self._predictions: dict[Any, Any] = {}
         self._library = torch.library.Library("_", "IMPL")
         self._library.fallback(self._call, "PrivateUse1")
@@ -137,6 +146,9 @@ class Operators:
 
         self._size_empty_outputs(op, plan, args, kwargs)
         args = tuple(_as_tensor(op, position, value) for position, value in enumerate(args))
+        if self.divides_as_cuda and op in _MULTIPLIES and args[1].device.type == "cpu" and args[0].is_floating_point():
+            of_kernel = torch.float64 if args[0].dtype is torch.float64 else torch.float32
+            op, args = _MULTIPLIES[op], (args[0], args[1].to(of_kernel).reciprocal())
         lowered = [lower(value, position in plan.written_positions) for position, value in enumerate(args)]
         named = {name: lower(value, name in plan.written_names) for name, value in kwargs.items()}
         if len(indices) > 1:
