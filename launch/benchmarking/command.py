@@ -9,15 +9,15 @@
     python launch/benchmark.py --rows exploit-20 all sparse-20 sparse-all                      # SparseGrad
 
 Rows: `plain` DeepSpeed; `exploit-P` and `explore-P`, ds_agsel's two kinds of steps at P %; `visit-20`, exploit steps
-whose states visit the accelerator (ZeRO-2 without offload); `all`, ds_agsel with every block selected; `floor-20`, a
-hand-written PyTorch loop on the blocks that `exploit-20` drew. `modules-3` are exploit steps at 3 % of the matrices;
-`layers-20` and `matrices-20` update the same random layers, as blocks and matrix by matrix; these three are measured
-where they are named, and with ``--bars``, which measures what a bar of the optimizer's phase hangs on, on few tokens,
-so that fixed costs weigh most: ten minutes or more on two cores. `random-20` and `align-20` are `exploit-20` learning
-from half of the batch's rows, drawn at random and by GAST's alignment, `random-all` and `align-all` are `all`; they are
-measured where they are named. All rows take their steps in turn, one at a time: a round is one step of each on the same
-batch, and every second round goes through them backwards. Ratios are taken within a round and their median over the
-rounds is reported, so that the machine's noise cancels.
+whose states visit the accelerator (ZeRO-2 without offload), while those of all other rows stay where they are; `all`,
+ds_agsel with every block selected; `floor-20`, a hand-written PyTorch loop on the blocks that `exploit-20` drew.
+`modules-3` are exploit steps at 3 % of the matrices; `layers-20` and `matrices-20` update the same random layers, as
+blocks and matrix by matrix; these three are measured where they are named, and with ``--bars``, which measures what a
+bar of the optimizer's phase hangs on, on few tokens, so that fixed costs weigh most: ten minutes or more on two cores.
+`random-20` and `align-20` are `exploit-20` learning from half of the batch's rows, drawn at random and by GAST's
+alignment, `random-all` and `align-all` are `all`; they are measured where they are named. All rows take their steps in
+turn, one at a time: a round is one step of each on the same batch, and every second round goes through them backwards.
+Ratios are taken within a round and their median over the rounds is reported, so that the machine's noise cancels.
 
 Each row lives in a process of its own, whose peak of memory is the row's. But equal work takes up to a third longer in
 one process than in another. With ``--together``, which ``--bars`` implies, the rows that are measured together live in

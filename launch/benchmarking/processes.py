@@ -40,6 +40,7 @@ RESET = "reset"  # the command that ends the warm-up: it resets the peak of memo
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.01
 CLIPPING = 1.0
+_STATE_BYTES = 16  # of a parameter, at most: master weight and moments in fp32, and what each block is padded by
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -181,6 +182,15 @@ class Trainer(Protocol):
         """End the warm-up."""
 
 
+def with_room_for_all(section: dict[str, Any], numel: int) -> dict[str, Any]:
+    """Return ``section`` with room for the states of all ``numel`` parameters, unless it says where they are updated.
+
+    On an accelerator without offload states visit by default. Rows that do not name that are about the rest of a
+    step, and are compared with `FloorTrainer`, whose states stay.
+    """
+    return section if "step_device" in section else {**section, "state_budget_bytes": _STATE_BYTES * numel}
+
+
 class DeepSpeedTrainer:
     """DeepSpeed, plain or with ds_agsel."""
 
@@ -194,7 +204,9 @@ class DeepSpeedTrainer:
         ]
         config = workload.ds_config()
         if section is not None:
-            config["adagrad_select"] = section
+            visit = workload.offload == "none" and get_accelerator().device_name() != "cpu"
+            numel = sum(block.numel for block in self.blocks)
+            config["adagrad_select"] = with_room_for_all(section, numel) if visit else section
         self._engine, self._optimizer, _, _ = ds_agsel.initialize(
             model=model, model_parameters=model.parameters(), config=config
         )

@@ -140,7 +140,7 @@ def transfers(size: Size) -> tuple[str, ...]:
 def _benchmark(size: Size, output: Path) -> tuple[str, ...]:
     return (
         sys.executable, "launch/benchmark.py", "--stage", "2", "--offload", "none", "--precision", "bf16",
-        "--rows", "plain", "exploit-20", "floor-20", "--steps", str(size.steps), *size.shape,
+        "--rows", "plain", "exploit-20", "visit-20", "floor-20", "--steps", str(size.steps), *size.shape,
         "--micro-batch", str(size.micro_batch), "--sequence-length", str(size.sequence_length),
         "--output", str(output / "benchmark"),
     )  # fmt: skip
