@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_ELEMENTS = 512  # looked at of each parameter; in bf16 a small step leaves many as they are
+_ELEMENTS = 512  # looked at of each parameter
+_EXPECTED_CHANGES = 20  # of the elements looked at, in a step of which none changes: once in e**20 steps
 
 
 class FaultWatch:
@@ -45,26 +46,38 @@ class FaultWatch:
         """Compare the parameters with `before_step`'s.
 
         ``record`` is the step's in metrics.jsonl; ``trained`` names the parameters that it should change, None: those
-        that require gradients. A step that was skipped, or has lr 0, need not change anything.
+        that require gradients. A step that was skipped, or whose lr is 0 or so small that rounding hides it, as at the
+        end of a schedule in bf16, need not change anything.
         """
         step = record["step"]
         self._steps += 1
         if not math.isfinite(record["loss"]):
             self._nonfinite.append(step)
             return
+        if trained is None:
+            trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         drift, changed = {}, False
         for name, parameter in self._parameters.items():
             before, after = self._before[name], _sample(parameter)
             if before.shape != after.shape or torch.equal(before, after):
                 continue
             changed = True
-            if not (parameter.requires_grad if trained is None else name in trained):
+            if name not in trained:
                 drift[name] = float((after.float() - before.float()).abs().mean())
         if drift:
             name = max(drift, key=drift.__getitem__)
             self._moved[step] = (drift[name], name)
-        if not changed and record["lr"] > 0 and record["phase"] != "skipped":
+        if not changed and record["phase"] != "skipped" and self._expected(record["lr"], trained) >= _EXPECTED_CHANGES:
             self._idle.append(step)
+
+    def _expected(self, lr: float, trained: Collection[str]) -> float:
+        """Return how many of the elements looked at change in a step of about ``lr`` each, as Adam's is."""
+        expected = 0.0
+        for name in self._before.keys() & trained:
+            before = self._before[name]
+            spacing = before.abs().double() * torch.finfo(before.dtype).eps
+            expected += float((lr / spacing).clamp(max=1.0).nan_to_num(0.0).sum())
+        return expected
 
     def sentences(self) -> list[str]:
         """Return the faults found, a sentence each."""

@@ -152,6 +152,15 @@ def test_faults_are_said_and_sound_training_has_none() -> None:
     ]
 
 
+def test_a_step_too_small_for_bf16_is_no_fault() -> None:
+    module = nn.Linear(64, 64).bfloat16()  # weights up to 1/8, which lie 2**-11 apart there
+    watch = FaultWatch(module)
+    for number, lr in enumerate((4e-8, 3e-4)):
+        watch.before_step()
+        watch.after_step({**RECORD, "step": number, "lr": lr}, None)
+    assert watch.sentences() == ["No weight changed in 1 of 2 steps (1)."]
+
+
 def test_an_engine_that_changes_the_weights_it_was_given_is_named() -> None:
     module = net()
     watch = FaultWatch(module)
