@@ -2,7 +2,7 @@
 
     python launch/reproduce.py --scale tiny             # all of it, small: SmolLM2-135M, built-in data, a CPU
     python launch/reproduce.py --scale small            # evidence: three seeds, differences with intervals, hours
-    python launch/reproduce.py --scale gsm8k            # the leading methods on GSM8K, longer: for one GPU, --jobs 12
+    python launch/reproduce.py --scale gsm8k            # the leading methods on GSM8K, longer: for one GPU, --jobs 8
     python launch/reproduce.py --scale sparse           # a few entries of each matrix, against as many parameters
     python launch/reproduce.py --scale gast             # rows of a batch chosen, with wrong answers among them
     python launch/reproduce.py --scale full --cost      # what the paper's own scale would take on one GPU

@@ -214,6 +214,8 @@ def read(path: Path) -> SweepPlan:
 def _first_message(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":  # its input is all that is around it
+        return f"{where} is missing. Add it, as configs/paper/tiny.yaml has it."
     text = first["msg"].removeprefix("Value error, ")
     return f"{where}={first['input']!r}: {text}. Correct it." if where else text
 

@@ -123,6 +123,7 @@ def test_a_model_s_variation_of_a_method_counts_most() -> None:
         ({"options": {"lr": 0.1}}, "The option lr is set by launch/reproduce.py"),
         ({"optoins": {}}, "optoins={}: Extra inputs are not permitted"),
         ({"models": {"a/b": {"model": "x"}}}, "'a/b' is no name"),
+        ({"models": {"a": {}}}, "plan.yaml: models.a.model is missing. Add it, as configs/paper/tiny.yaml has it."),
     ],
 )
 def test_a_plan_that_can_t_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
