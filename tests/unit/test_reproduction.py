@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_agsel.errors import ConfigError
 from ds_agsel.estimate.models import known_models
 from launch.methods import lora
-from launch.reproduction import command, cost, figures, plan, results, running, tables
+from launch.reproduction import command, comparisons, cost, figures, plan, results, running, tables
 from launch.reproduction.results import Accuracy, CellResult, Point
 from launch.reproduction.running import Sweep
 
@@ -426,3 +426,11 @@ def test_cost_of_full_scale() -> None:
 def test_a_plan_without_assumptions_has_no_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--scale", "tiny", "--cost"]) == command.REFUSED
     assert "tiny has no section cost" in capsys.readouterr().err
+
+
+def test_the_docs_have_the_paper_s_differences() -> None:
+    page = (CONFIGS.parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = [line for line in comparisons.published_lines(PUBLISHED) if line.startswith(("| gsm8k |", "| math |"))]
+    assert len(rows) == 6
+    for row in rows:
+        assert row.split("|", 3)[3] in page, row
