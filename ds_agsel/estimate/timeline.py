@@ -175,7 +175,7 @@ def timeline_of(model: ModelShape, setup: Setup, card: Card, num_selected: int) 
 
 @dataclass(frozen=True)
 class Exposure:
-    """Simulated seconds that a step waits for states, and takes in all: means over the steps of one phase."""
+    """Simulated seconds that a step waits for states, takes in all, and the bytes that come: means over the steps."""
 
     exposed_seconds: float
     step_seconds: float
@@ -189,21 +189,24 @@ class Exposure:
 
 
 def simulate(
-    model: ModelShape, setup: Setup, card: Card, num_selected: int, tokens: int, phase: Phase, steps: int = 64,
-    seed: int = 0,
+    model: ModelShape, setup: Setup, card: Card, num_selected: int, tokens: int, phase: Phase, select_every: int = 1,
+    rounds: int = 64, seed: int = 0,
 ) -> Exposure:  # fmt: skip
-    """Simulate ``steps`` steps of ``phase``, each on blocks drawn uniformly.
+    """Simulate ``rounds`` rounds of ``select_every`` steps, each on blocks drawn uniformly.
 
-    The first step, for which nothing is resident, is left out. Uniform draws repeat least and so move most; the
-    policy's own draws grow more alike as training goes on.
+    ``phase`` is that of a round's first step; the others are exploit steps on the same blocks, [Note: Rounds] in
+    selection.py, and the means are over all of them. The first round, for which nothing is resident, is left out.
+    Uniform draws repeat least and so move most; the policy's own draws grow more alike as training goes on.
     """
     timeline = timeline_of(model, setup, card, num_selected)
     generator = random.Random(seed)
+    phases: tuple[Phase, ...] = (phase, *("exploit" for _ in range(select_every - 1)))
     timings = []
-    for _ in range(steps + 1):
+    for _ in range(rounds + 1):
         selected = generator.sample(range(len(model.blocks)), num_selected)
-        timings.append(timeline.step(work_of(model, setup, card, tokens, phase, selected)))
-    timings = timings[1:]
+        works = {kind: work_of(model, setup, card, tokens, kind, selected) for kind in set(phases)}
+        timings += [timeline.step(works[kind]) for kind in phases]
+    timings = timings[select_every:]
     return Exposure(
         exposed_seconds=_mean([timing.exposed_seconds for timing in timings]),
         step_seconds=_mean([timing.seconds for timing in timings]),

@@ -12,9 +12,11 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ds_agsel.config import SelectionConfig
 from ds_agsel.estimate.cards import CARDS, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Card
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape, read_shape
+from ds_agsel.estimate.table import estimate
 from ds_agsel.estimate.timeline import Exposure, hiding_tokens, simulate, timeline_of
 from ds_agsel.policies import num_selected
 
@@ -28,6 +30,7 @@ ROOMS: tuple[tuple[str, dict[str, str], float | None], ...] = (
 )  # fmt: skip
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-4-mini")
 PERCENTAGES = (10, 20, 30)
+SELECT_EVERY = (1, 5, 20)
 BATCH, SEQUENCE = 8, 512
 TOKENS = BATCH * SEQUENCE
 
@@ -103,6 +106,8 @@ def page(models: Sequence[str], percentages: Sequence[float], batch: int, sequen
             "",
             *_rooms(models, tokens),
             "",
+            *_rounds(models, tokens),
+            "",
         ]
     )
 
@@ -155,6 +160,40 @@ def _room_row(
     room = {None: "one step's and two blocks'", 0.5: "half", 1.0: "all"}[share]
     cells = (shape.name, card.name, form, room, f"{budget / 2**30:.1f} GiB", *moved)
     return f"| {' | '.join(cells)} |"
+
+
+def _rounds(models: Sequence[str], tokens: int) -> Iterator[str]:
+    """Yield the section on `select_every`."""
+    yield "## With selections that stand for several steps"
+    yield ""
+    text = (
+        f"As in the first table, at {ROOM_PERCENT} %. With `select_every` = n a selection stands for n steps, a round, "
+        "and states that stay selected do not move: the first step of a round brings what the round before did not "
+        "have, the others bring nothing, and bytes a step fall by the factor n. All columns are means over the steps "
+        'of 64 rounds. *Explore round* is one whose first step explores; its others are exploit steps. "Estimate" is '
+        "what `ds-agsel estimate` says of the expected exploit step, a mean over all draws, not over 64. For the "
+        "blocks that a run chose, the engine's counters (`h2d_bytes`, `d2h_bytes`) are the estimate's to the byte."
+    )
+    yield from textwrap.wrap(text, 118)
+    yield ""
+    yield "| model | card | select_every | estimate | moved in | exploit step | exposed | explore round | exposed |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for shape in map(read_shape, models):
+        for card in CARDS:
+            yield from (_round_row(shape, card, tokens, select_every) for select_every in SELECT_EVERY)
+
+
+def _round_row(shape: ModelShape, card: Card, tokens: int, select_every: int) -> str:
+    setup, k = Setup(), num_selected(ROOM_PERCENT, len(shape.blocks))
+    rows = estimate(shape, setup, SelectionConfig(select_every=select_every), (ROOM_PERCENT,)).rows
+    wanted = ("accelerator", "exploit", "expected")
+    (expected,) = (row.traffic.h2d for row in rows if (row.stepping, row.phase, row.which) == wanted)
+    exploit, explore = (
+        simulate(shape, setup, card, k, tokens, phase, select_every) for phase in ("exploit", "explore")
+    )
+    moved = [f"{size / 2**20:,.0f} MiB" for size in (expected, exploit.h2d_bytes)]
+    times = [cell for each in (exploit, explore) for cell in (f"{each.step_seconds * 1e3:.1f} ms", _exposed(each))]
+    return f"| {' | '.join((shape.name, card.name, str(select_every), *moved, *times))} |"
 
 
 def _line(model: ModelShape, card: Card, percent: float, tokens: int) -> Line:

@@ -18,6 +18,7 @@ from ds_agsel.estimate.memory import Memory, full_memory, selective_memory
 from ds_agsel.estimate.setup import Setup, read_setup
 from ds_agsel.estimate.shapes import ModelShape, shape_of
 from ds_agsel.estimate.steps import Step, exact_step
+from ds_agsel.estimate.table import estimate
 from ds_agsel.estimate.traffic import selective_traffic
 
 HAS_LOWBIT = importlib.util.find_spec("bitsandbytes") is not None
@@ -73,7 +74,14 @@ VISITING = [
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "keep_master": "accelerator"}),
     Case(model="net", stage=3, dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator"}),
     Case(dtype="bf16", steps=6, section={**SHORT, "step_device": "accelerator", "on_reentry": "reset"}),
+    Case(steps=7, section={**SHORT, "step_device": "accelerator", "select_every": 3}),
+    Case(
+        model="net", stage=3, dtype="bf16", steps=7, section={**SHORT, "step_device": "accelerator", "select_every": 3}
+    ),
 ]
+IN_TURN = {  # the four layers, of equal size
+    "policy": "cyclic", "select_percent": 25, "never_select": ["embedding", "final_norm"], "step_device": "accelerator",
+}  # fmt: skip
 SPARSE = {**SHORT, "sparse_grad": {"entries_percent": 5.0, "calibration_steps": 1, "refresh_steps": 3}}
 WITH_MATRICES = [
     Case(dtype="bf16", steps=5, section=SPARSE),
@@ -297,6 +305,22 @@ def test_what_visits_the_accelerator_is_what_an_engine_brings(measured, case, ra
             if set(selected) - set(resident) <= before:  # a first visit brings no moments
                 assert moved.h2d == seen["traffic"]["h2d_bytes"]
             resident, before = selected, updated
+
+
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_of_rounds_states_travel_as_the_table_says(measured, stage, ranks):
+    """Layers in turn never repeat, and uniform draws, which the table is of, do so with a chance of 1/4."""
+    for length in (1, 2):
+        case = Case(stage=stage, steps=8 * length, section={**IN_TURN, "select_every": length})
+        model, setup = described(case, ranks)
+        rows = estimate(model, setup, parse_section(case.section), (25,)).rows
+        wanted = ("accelerator", "exploit", "expected")
+        (expected,) = (row.traffic for row in rows if (row.stepping, row.phase, row.which) == wanted)
+        for run in measured(case, ranks):
+            traffic = [seen["traffic"] for seen in measured_steps(run)][4 * length :]  # after all first visits
+            for counted, told in (("h2d_bytes", expected.h2d), ("d2h_bytes", expected.d2h)):
+                assert sum(step[counted] for step in traffic) * 3 / 4 == len(traffic) * told > 0
 
 
 @pytest.mark.parametrize("ranks", MOSTLY_TWO)

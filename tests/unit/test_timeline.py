@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from test_estimate import model_of
 
 from ds_agsel.blocks import Block
+from ds_agsel.config import SelectionConfig
 from ds_agsel.estimate.cards import CARDS, Card
 from ds_agsel.estimate.setup import Setup
 from ds_agsel.estimate.shapes import ModelShape
+from ds_agsel.estimate.table import estimate
 from ds_agsel.estimate.timeline import Links, StepWork, Timeline, hiding_tokens, simulate, timeline_of, work_of
 from ds_agsel.lottery import Bound
 from ds_agsel.residency.plan import default_budget_bytes
@@ -179,6 +181,29 @@ def test_exploit_steps_hide_from_the_stated_tokens_on_and_not_before(card):
     assert simulate(model, Setup(), card, 2, least, "exploit").is_hidden
     assert not simulate(model, Setup(), card, 2, least - 1, "exploit").is_hidden
     assert not simulate(model, Setup(), card, 2, least, "explore").is_hidden
+
+
+@pytest.mark.parametrize("phase", ["exploit", "explore"])
+def test_a_round_moves_what_one_step_of_it_moves(phase):
+    """Of 400 rounds: by the factor `select_every` fewer bytes a step, near the estimate's mean over all draws."""
+    model, card = model_of(*((1_000_000,) for _ in range(8))), CARDS[0]
+    single, held = (simulate(model, Setup(), card, 2, 100, phase, length, rounds=400) for length in (1, 5))
+    assert held.h2d_bytes == single.h2d_bytes / 5 > 0
+    assert held.exposed_seconds < single.exposed_seconds / 2
+    rows = estimate(model, Setup(), SelectionConfig(select_every=5), (25,)).rows
+    wanted = ("accelerator", "exploit", "expected")
+    (expected,) = (row.traffic.h2d for row in rows if (row.stepping, row.phase, row.which) == wanted)
+    # Of a step's two blocks 1.5 ± 0.57 are new: 400 rounds, four standard errors.
+    assert held.h2d_bytes == pytest.approx(expected, rel=4 * 0.57 / 1.5 / 20)
+
+
+def test_only_the_first_step_of_a_round_explores():
+    model, card = model_of(*((1_000_000,) for _ in range(8))), replace(CARDS[0], link_bytes=1e30, latency_seconds=0.0)
+    single, exploit, held = (
+        simulate(model, Setup(), card, 2, 100, phase, length).step_seconds
+        for phase, length in (("explore", 1), ("exploit", 1), ("explore", 5))
+    )
+    assert held == pytest.approx((single + 4 * exploit) / 5)
 
 
 def test_a_link_that_is_too_slow_never_hides():
