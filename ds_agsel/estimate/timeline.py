@@ -200,7 +200,8 @@ def simulate(
     """
     timeline = timeline_of(model, setup, card, num_selected)
     generator = random.Random(seed)
-    phases: tuple[Phase, ...] = (phase, *("exploit" for _ in range(select_every - 1)))
+    held: Phase = "exploit"
+    phases = (phase, *[held] * (select_every - 1))
     timings = []
     for _ in range(rounds + 1):
         selected = generator.sample(range(len(model.blocks)), num_selected)
