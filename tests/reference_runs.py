@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from reference import AdamW, Reference
@@ -22,11 +22,18 @@ from support import (
     batch,
     decays,
     is_matrix,
+    model_blocks,
+    model_units,
     relative_error,
     tiny_model,
-    units_of,
 )
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ds_agsel.config import SelectionConfig
+
+
+History = Sequence[tuple[int, str, tuple[int, ...]]]
 
 
 class Fixed:
@@ -48,14 +55,32 @@ class Fixed:
         pass
 
 
-def chooser(case: Case, drawn: Mapping[str, int]) -> Any:
+class Recorded:
+    """A chooser that takes, of the blocks ``drawn``, those that another run has updated."""
+
+    def __init__(self, history: History, drawn: Sequence[int]):
+        self.phases = [phase for _, phase, _ in history]
+        self.blocks = [tuple(drawn.index(block) for block in blocks if block in drawn) for _, _, blocks in history]
+
+    def plan(self, step: int, update_counts: Sequence[int]) -> tuple[int, ...] | None:
+        return None if self.phases[step] == "explore" else self.blocks[step]
+
+    def choose(self, step: int, scores: Sequence[float]) -> tuple[int, ...]:
+        return self.blocks[step]
+
+    def selects_nothing(self, step: int) -> bool:
+        return not self.blocks[step]
+
+    def observe(self, step: int, units: Sequence[int], scores: Sequence[float]) -> None:
+        pass
+
+
+def chooser(case: Case, config: SelectionConfig, drawn: Mapping[str, int]) -> Any:
     """ds_agsel's policy for the blocks ``drawn``, with their elements; every block where the case has no section."""
     from ds_agsel import policies
-    from ds_agsel.config import parse_section
 
     if case.section is None:
         return Fixed(range(len(drawn)))
-    config = parse_section(case.section)
     k, share = max(1, math.floor(config.select_percent * len(drawn) / 100)), None
     if config.granularity == "module":
         share = policies.Quota(tuple(drawn.values()), math.floor(config.select_percent * sum(drawn.values()) / 100))
@@ -72,26 +97,45 @@ def chooser(case: Case, drawn: Mapping[str, int]) -> Any:
     )
 
 
+def outside(config: SelectionConfig, blocks: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The indices of the blocks that are updated at every step, and of those that are at none."""
+    always, never = (
+        # A preset knows no model: it may name a head that is tied to the embedding.
+        [blocks.index(name) for name in getattr(config, field) if name in blocks or not config.is_preset(field)]
+        for field in ("always_select", "never_select")
+    )
+    if config.granularity == "module":
+        never += [index for index, name in enumerate(blocks) if not is_matrix(name) and index not in (*always, *never)]
+    return always, never
+
+
 def reference_run(
-    case: Case, world_size: int, schedule: Callable[[int], float] = lambda step: 1.0, decoupled: bool = True
+    case: Case,
+    world_size: int,
+    schedule: Callable[[int], float] = lambda step: 1.0,
+    decoupled: bool = True,
+    history: History | None = None,
 ) -> tuple[Reference, list[dict[str, dict[str, Tensor]]]]:
-    """The reference after ``case``, and its weights, masters and moments before the first and after each step."""
+    """The reference after ``case``, and its weights, masters and moments before the first and after each step.
+
+    Its blocks are those of ``history``, where that is given; else its policy's.
+    """
+    from ds_agsel.config import parse_section
+
+    config = parse_section(case.section or {})  # with what a preset fills in
     model = tiny_model(case)
     for parameter in model.parameters():
         # Not `model.to(dtype)`: DeepSpeed leaves the buffers as they are, and rotary frequencies in bf16 are others.
         parameter.data = parameter.data.to(DTYPES[case.dtype])
-    blocks = units_of(case, model)
-    section = case.section or {}
-    always = [list(blocks).index(name) for name in section.get("always_select", ())]
-    never = [list(blocks).index(name) for name in section.get("never_select", ())]
-    if section.get("granularity") == "module":
-        never += [index for index, name in enumerate(blocks) if not is_matrix(name) and index not in always]
+    blocks = (model_units if config.granularity == "module" else model_blocks)(model)
+    always, never = outside(config, list(blocks))
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     drawn = {
-        block: sum(numels[name] for name in names)
+        index: (block, sum(numels[name] for name in names))
         for index, (block, names) in enumerate(blocks.items())
         if index not in (*always, *never)
     }
+    chooses = chooser(case, config, dict(drawn.values())) if history is None else Recorded(history, list(drawn))
     adam = AdamW(
         lr=LEARNING_RATE,
         betas=BETAS,
@@ -101,9 +145,8 @@ def reference_run(
         schedule=schedule,
     )
     reference = Reference(
-        model, list(blocks.values()), chooser(case, drawn), adam, case.clip, always, never, case.stage >= 2,
-        section.get("explore_on") == "first_micro_batch", section.get("score", "sum"),
-        section.get("select_every", 1), section.get("on_reentry", "keep"),
+        model, list(blocks.values()), chooses, adam, case.clip, always, never, case.stage >= 2,
+        config.explore_on == "first_micro_batch", config.score, config.select_every, config.on_reentry,
     )  # fmt: skip
     states = [reference_state(reference)]
     for step in range(case.steps):

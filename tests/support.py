@@ -115,10 +115,6 @@ def is_matrix(unit: str) -> bool:
     return "layers." in unit and not unit.endswith((".norms", ".vectors"))
 
 
-def units_of(case: Case, model: nn.Module) -> dict[str, list[str]]:
-    return model_units(model) if (case.section or {}).get("granularity") == "module" else model_blocks(model)
-
-
 def batch(case: Case, step: int, micro_step: int, rank: int) -> dict[str, Tensor]:
     """Token ids and labels, int64, (BATCH, LENGTH), another for each argument."""
     generator = torch.Generator().manual_seed(1_000_000 * case.seed + 10_000 * step + 100 * micro_step + rank)

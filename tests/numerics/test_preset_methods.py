@@ -1,4 +1,7 @@
-"""The presets LISA and BAdam train as a few lines of plain PyTorch do, which know nothing of this package."""
+"""The presets LISA and BAdam train as a few lines of plain PyTorch do, which know nothing of this package.
+
+MISA and GRASS, whose choices have few-line versions in test_scoring_policies, train as the reference does.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from reference_runs import assert_follows_reference
 from support import (
     BETAS,
     EPS,
@@ -17,9 +21,11 @@ from support import (
     Case,
     batch,
     case_id,
+    is_matrix,
     relative_error,
     tiny_model,
 )
+from test_reentry import steps_missed
 from test_reference import FP32
 from torch import Tensor, nn
 
@@ -103,3 +109,28 @@ def test_a_preset_trains_as_its_few_lines_of_plain_pytorch(trained, case, ranks)
             assert relative_error(weight, run["weights"][name], start[name]) <= FP32["masters"], name
             is_trained = case.section["preset"] == "lisa" or layer_of(name) is not None
             assert torch.equal(run["weights"][name], start[name]) is not is_trained, name
+
+
+# Some fourteen of 28 matrices, and two of four layers: every unit once, or probed, and rounds that are drawn by scores.
+MISA = {"preset": "misa", "select_percent": 50, "select_every": 2}
+GRASS = {"preset": "grass", "select_percent": 50, "select_every": 3, "probe_steps": 2, "temperature": 0.05}
+BY_DEFAULT = [(MISA, 1, "cpu"), (MISA, 2, "none"), (MISA, 3, "cpu"), (GRASS, 2, "cpu"), (GRASS, 3, "none")]
+SCORING = [
+    pytest.param(
+        Case(section=section, stage=stage, offload=offload, steps=10),
+        marks=[] if (section, stage, offload) in BY_DEFAULT else pytest.mark.slow,
+    )
+    for section, stage, offload in product((MISA, GRASS), (1, 2, 3), ("none", "cpu"))
+]
+
+
+@pytest.mark.parametrize("ranks", MOSTLY_TWO)
+@pytest.mark.parametrize("case", SCORING, ids=case_id)
+def test_a_preset_that_scores_trains_as_the_reference(trained, case, ranks):
+    runs = trained(case, ranks)
+    assert_follows_reference(case, runs, FP32)
+    history, probes = runs[0]["history"], case.section.get("probe_steps", 0)
+    assert [(phase, blocks) for _, phase, blocks in history[:probes]] == [("explore", ())] * probes
+    rounds = [blocks for _, _, blocks in history[probes :: case.section["select_every"]]]
+    assert min(map(len, rounds)) > 1 and len(set(rounds)) > 1 and any(steps_missed(history))
+    assert all(is_matrix(list(runs[0]["blocks"])[block]) for block in set().union(*rounds))

@@ -45,6 +45,7 @@ CASES = [
     Case(offload="cpu", section=DECAY, clip=0.3),
     Case(section={**DECAY, **VISIT}),
 ]
+IN_PLACE = [CASES[0], Case(stage=1, section=RESET), Case(stage=3, section=RESET)]
 WIDE = [
     Case(stage=stage, offload=offload, accumulation=accumulation, section=section)
     for stage, offload, accumulation, section in product((1, 2, 3), ("none", "cpu"), (1, 3), (RESET, DECAY))
@@ -61,8 +62,8 @@ SWEEP = [
     *(pytest.param(case, marks=SLOW if index in (0, 2, 5) else []) for index, case in enumerate(CASES)),
     *(pytest.param(case, marks=SLOW) for case in WIDE if case not in CASES),
 ]
-# In place, visiting with little room; on the host with stage 3.
-HOMES = [CASES[0], CASES[3], pytest.param(CASES[2], marks=SLOW)]
+# Visiting with little room; in place, in every stage; on the host with stage 3.
+HOMES = [CASES[3], *IN_PLACE, pytest.param(CASES[2], marks=SLOW)]
 MOSTLY_TWO = [pytest.param(1, marks=SLOW), 2]
 
 
@@ -84,7 +85,13 @@ def test_follows_the_reference(trained, case, ranks):
     assert_follows_reference(case, runs, FP32)
 
 
-@pytest.mark.parametrize("case", [pytest.param(CASES[0], marks=SLOW), CASES[3], CASES[6]], ids=case_id)
+FROZEN = [
+    CASES[3], CASES[6], CASES[1], CASES[4],
+    *(pytest.param(case, marks=SLOW) for case in (*IN_PLACE, CASES[2], CASES[5], Case(stage=3, section=DECAY))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FROZEN, ids=case_id)
 def test_unselected_blocks_are_as_they_were_but_for_what_is_given_back(trained, case):
     resets = case.section["on_reentry"] == "reset"
     for run in trained(case, 2):

@@ -97,13 +97,21 @@ def test_misa_chooses_as_its_few_line_version(k, eta):
             assert max(np.diff([*used, len(rounds)])) <= UNITS
 
 
-def test_misa_clips_what_it_draws_by():
-    policy = make(3, 2, policy="misa")
-    for step in range(3):
-        policy.observe(step, (step,), [(1.0, 100.0, 1e6)[step]])
-    drawn = Counter(unit for step in range(3, 3003) for unit in policy.plan(step, [0] * 3) if unit)
-    # Unit 0 is the oldest and always there; the second is drawn of all by exp(5): units 1 and 2 equally often.
-    assert abs(drawn[1] - drawn[2]) <= SIGMAS * math.sqrt(3000)
+@pytest.mark.parametrize(("k", "oldest"), [(1, 0), (3, 2)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_misa_draws_in_proportion_to_its_clipped_importance(temperature, k, oldest):
+    scores, draws = np.array([0.5, 1.2, 0.0, 1.8, 1.5, 3.5, 1e6]), 8000
+    policy = make(7, k, policy="misa", temperature=temperature)
+    for unit, score in enumerate(scores):
+        policy.observe(unit, (unit,), [score])
+    p = np.exp(np.minimum(5.0, scores**2 / temperature))  # of units 5 and 6 the clip
+    p[:oldest] = 0  # they come first, whatever their scores
+    expected = draws * p / p.sum()
+    plans = [policy.plan(step, [0] * 7) for step in range(7, 7 + draws)]
+    assert all(len(plan) == k and set(range(oldest)) <= set(plan) for plan in plans)
+    drawn = Counter(unit for plan in plans for unit in plan if unit >= oldest)
+    chi_square = sum((drawn[unit] - expected[unit]) ** 2 / expected[unit] for unit in range(oldest, 7))
+    assert chi_square < {6: 22.5, 4: 18.5}[6 - oldest]  # degrees of freedom, 0.1 %
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
