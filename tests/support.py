@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -203,6 +204,13 @@ def split_by_block(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> lis
             if members:
                 split.append({**group, "params": members})
     return split
+
+
+def fp16_allowed() -> contextlib.AbstractContextManager[Any]:
+    """Inside, fp16 is trained: DeepSpeed refuses it on most processors, being slow there; torch computes it on all."""
+    from deepspeed.accelerator import get_accelerator
+
+    return mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
 def build(case: Case, model: nn.Module | None = None, **arguments: Any) -> Any:

@@ -77,10 +77,36 @@ def test_what_is_not_held_is_bit_identical(trained, case):
     check_unselected(trained(case, 2))
 
 
-@pytest.mark.parametrize("case", last_by_default([HELD[0], HELD[1].but(dtype="bf16")]), ids=case_id)
-def test_a_resume_in_the_middle_of_a_round_is_bit_identical(workers, other_workers, tmp_path, case):
+MISA_PRESET = {"preset": "misa", "select_percent": 50, "select_every": 3}  # modules, and reset
+IN_A_ROUND = [
+    (HELD[1].but(dtype="bf16"), 2),
+    (Case(section=MISA_PRESET, stage=1, offload="cpu", steps=10), 1),
+    (Case(section={**SELECT, "select_every": 3, "on_reentry": "decay"}, stage=3, offload="cpu", steps=10), 2),
+]
+IN_A_ROUND_WIDE = [
+    (HELD[0], 2),
+    *(
+        (Case(section={**section, "select_every": 3}, stage=stage, offload=offload, steps=10), ranks)
+        for section, stage, offload, ranks in product(
+            (
+                {**SELECT, "granularity": "module", "on_reentry": "reset"}, {**SELECT, "on_reentry": "reset", **VISIT},
+                {**SELECT, "on_reentry": "decay"}, MISA_PRESET,
+            ),
+            (1, 2, 3), ("none", "cpu"), (1, 2),
+        )
+        if "step_device" not in section or offload == "none"
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [*IN_A_ROUND, *(pytest.param(*each, marks=pytest.mark.slow) for each in IN_A_ROUND_WIDE if each not in IN_A_ROUND)],
+    ids=case_id,
+)
+def test_a_resume_in_the_middle_of_a_round_is_bit_identical(workers, other_workers, tmp_path, case, ranks):
     assert SAVED_AT % 3 == 1  # the round began a step before
-    check_resume(workers, other_workers, tmp_path, case, KINDS[case.stage == 3], ranks=2)
+    check_resume(workers, other_workers, tmp_path, case, KINDS[(case.stage + ranks) % 2], ranks)
 
 
 # Steep enough for the scores to decide; the first two steps probe.
@@ -172,6 +198,31 @@ def test_ranks_measure_the_same_times_and_choose_alike(workers, stage):
     times = state["arrivals"]
     assert times == sorted(times, reverse=True) and times[-1] > 0  # backward comes to the embedding last
     assert choices[:2] == [(), ()] and all(choices[2:])
+
+
+COST_CASES = [
+    Case(section={**COST_AWARE, **extra}, stage=stage, offload=offload, clip=clip)
+    for extra, stage, offload, clip in (
+        ({}, 1, "none", 0.3), ({}, 1, "cpu", 0.0), ({}, 2, "none", 0.0), (VISIT, 3, "none", 0.3),
+        ({}, 3, "none", 0.0), ({"always_select": ["embedding"]}, 2, "cpu", 0.3), ({}, 3, "cpu", 0.3),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [
+        pytest.param(case, ranks, marks=[] if ranks == 2 and case in COST_CASES[-2:] else pytest.mark.slow)
+        for case, ranks in product(COST_CASES, (1, 2))
+    ],
+    ids=case_id,
+)
+def test_what_cost_aware_has_chosen_is_updated_as_by_the_reference(trained, case, ranks):
+    """Its choices hang on measured times: the reference takes them from the run. Rounds are its own."""
+    runs = trained(case, ranks)
+    history = runs[0]["history"]
+    assert [phase for _, phase, _ in history] == ["explore"] * 2 + ["exploit"] * (case.steps - 2)
+    assert_follows_reference(case, runs, FP32, history=history)
 
 
 @pytest.mark.parametrize("stage", last_by_default([2, 3]))

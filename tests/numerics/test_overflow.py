@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from support import (
     case_id,
     finish,
     forward_backward,
+    fp16_allowed,
     observe_state,
     run_steps,
     train,
@@ -130,10 +130,7 @@ def test_overflow_in_an_accumulation_window_leaves_no_gradient_behind(workers, t
 
 
 def train_in_fp16(cases: list[Case]) -> list[dict[str, Any]]:
-    """DeepSpeed refuses fp16 on most processors, being slow there; torch computes it on all."""
-    from deepspeed.accelerator import get_accelerator
-
-    with mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True):
+    with fp16_allowed():
         return train_all(cases)
 
 

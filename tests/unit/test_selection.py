@@ -275,6 +275,18 @@ def test_a_policy_sees_all_scores_of_an_explore_step_and_those_of_what_an_exploi
     assert selection.policy.seen == [[0, [0, 1, 2], [5.0, 4.0, 3.0]], [1, [0], [6.0]]]
 
 
+def test_a_policy_sees_a_score_of_0_for_a_block_that_was_left_out():
+    selection = watched(Lottery((1, 3, 4), always=(0,), never=(2,)))
+    selection.choose([1.0, 5.0, 2.0, 4.0, 0.0])
+    selection.leave_out([3])  # chosen, and took no part in forward
+    selection.commit()
+    assert selection.policy.seen.pop()[1:] == [[0, 1, 2], [5.0, 4.0, 0.0]]
+    selection.leave_out([1])  # planned, with 3: its score is not asked for
+    selection.take_scores(selection.selected_blocks, [7.0, 6.0, 0.0, 2.0, 0.0])
+    selection.commit()
+    assert selection.policy.seen == [[1, [0, 1], [0.0, 2.0]]]
+
+
 def test_a_policy_that_does_not_observe_wants_no_scores():
     selection = make(policy="random")
     assert not selection.wants_scores
