@@ -12,11 +12,21 @@ import pytest
 import torch
 from support import SELECT, TOPK, Case, case_id, train
 
+MODULE = {**SELECT, "granularity": "module", "select_percent": 15}
+MISA = {"policy": "misa", "granularity": "module", "select_percent": 15, "score": "norm", "select_every": 2}
+GRASS = {"policy": "grass", "select_percent": 34, "score": "rms", "probe_steps": 2, "select_every": 2}
 ASKED = ("item", "tolist", "__bool__", "__float__", "__int__")
 CASES = [
     Case(stage=stage, offload=offload, dtype="bf16", clip=0.5, steps=5)
     for stage, offload in product((1, 2, 3), ("none", "cpu"))
 ]
+OF_MODULES, OBSERVING, PROBING = (
+    [
+        pytest.param(case.but(section=section), marks=() if place % 3 == number else pytest.mark.slow)
+        for place, case in enumerate(CASES)
+    ]
+    for number, section in enumerate((MODULE, MISA, GRASS))
+)
 
 
 class StepWatch:
@@ -67,19 +77,24 @@ def watched(case: Case) -> list[tuple[str, dict[str, Any]]]:
     return list(zip(phases, run["observed"], strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [*CASES, *OF_MODULES, *OBSERVING, *PROBING], ids=case_id)
 def test_all_norms_of_a_step_take_one_all_reduce(workers, case):
-    """Of an explore step they are those of its scores, which ZeRO-2 and 3 take in backward."""
+    """Of an explore step they are those of its scores, which ZeRO-2 and 3 take in backward.
+
+    A policy that observes has them from the same one.
+    """
+    phases = {"exploit"} if case.section == MISA else {"explore", "exploit"}
     for steps in workers(2).run(watched, case):
-        assert {phase for phase, _ in steps} == {"explore", "exploit"}
+        assert {phase for phase, _ in steps} == phases
         for phase, seen in steps:
             in_step = 0 if phase == "explore" and case.stage > 1 else 1
             assert seen["reductions"].pop("flags", 0) <= 1  # which blocks ran
             assert seen["reductions"] == ({"float": in_step} if in_step else {})
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [*CASES, *OF_MODULES], ids=case_id)
 def test_an_exploit_step_asks_tensors_no_more_than_a_plain_one(workers, case):
+    """What policies that observe ask besides is of tensors on the host: see tests/device/test_waits.py."""
     [ours], [plain] = (workers(1).run(watched, each) for each in (case, case.but(section=None)))
     least = min(seen["asked"] for _, seen in plain)
     assert all(seen["asked"] <= least for phase, seen in ours if phase == "exploit")
