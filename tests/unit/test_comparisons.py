@@ -122,11 +122,21 @@ def test_the_small_scale_compares_all_axes_with_three_seeds_and_pairs():
     assert {config.score for config in ours} == {"sum", "rms"}
     shares = {(config.granularity, config.select_percent) for config in ours}
     assert shares == {("module", 5), ("module", 20), ("block", 10), ("block", 20), ("block", 30)}
-    assert {config.policy for config in axes.values()} >= {"random", "cyclic", "gradient_topk", "cost_aware"}
+    for policy in ("random", "cyclic", "gradient_topk", "cost_aware"):
+        assert [config.select_percent for config in axes.values() if config.policy == policy and not config.preset] == [
+            20
+        ]
+    others = {(m.method, m.method_options.get("rank")) for m in SMALL.methods.values() if m.method != "adagrad_select"}
+    assert others == {("full", None), ("lora", 64), ("lora", 256)}
     assert all(method.seeds is None for method in SMALL.methods.values()) and len(SMALL.seeds) == 3
     assert all(len(family.learning_rates) == 4 for family in SMALL.families.values())
     assert SMALL.steps >= 150 and SMALL.options["validation-rows"] >= 256 and SMALL.options["test-rows"] >= 200
     assert SMALL.compare_with == ("random_20", "full")
+
+
+def test_the_small_scale_is_expected_to_take_less_than_three_hours():
+    seconds = plan.expected_seconds(SMALL, [*plan.search_cells(SMALL), *plan.final_cells(SMALL)])
+    assert seconds is not None and seconds < 3 * 3600
 
 
 def test_the_section_of_the_command_line_is_a_json_object(capsys):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from ds_agsel.errors import ConfigError
 from ds_agsel.lottery import build_lottery
 from ds_agsel.presets import PRESETS
 
+DOCS = Path(__file__).parents[2] / "docs"
 SOUND = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 2},
@@ -45,6 +48,51 @@ def test_a_preset_is_its_fields_and_the_defaults_of_the_others(name: str) -> Non
     assert config == spelt_out.model_copy(update={"preset": name})
     assert parse_section(config.model_dump(mode="json")) == config  # as a checkpoint keeps it
     assert problems_of({**SOUND, "adagrad_select": {"preset": name}}) == []
+
+
+_DOCUMENTED = {  # preset -> cells of docs/policies.md's table
+    cells[0].split("`")[1]: cells[1:]
+    for cells in (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "policies.md").read_text().partition("\n## Presets\n")[2].partition("\n## ")[0].splitlines()
+        if line.startswith("| `")
+    )
+}
+_OUTSIDE = "embedding, final norm and head "  # always or never
+
+
+def fields_of(cells: list[str]) -> dict[str, object]:
+    """The fields that a row of docs/policies.md's table stands for."""
+    policy, unit, share, stands_for, on_reentry, others = cells
+    fields: dict[str, object] = {
+        "policy": policy.strip("`"),
+        "granularity": unit,
+        "select_percent": float(share.split(" %")[0]),
+        "select_every": int(stands_for.split(" step")[0]),
+        "on_reentry": on_reentry,
+    }
+    for other in re.split("; |, (?=`)", others.split(": ")[0]):
+        if other.startswith(_OUTSIDE):
+            fields[f"{other.removeprefix(_OUTSIDE)}_select"] = ("embedding", "final_norm", "head")
+        else:
+            name, value = other.removeprefix("`").split("` ")
+            fields[name] = float(value) if value[0].isdigit() else value
+    return fields
+
+
+def test_the_documents_have_every_preset() -> None:
+    assert list(_DOCUMENTED) == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_its_documented_row_says(name: str) -> None:
+    assert fields_of(_DOCUMENTED[name]) == PRESETS[name]
+
+
+@pytest.mark.parametrize(("name", "layers", "drawn"), [("badam", 22, 1), ("lisa", 25, 2), ("lisa", 37, 2)])
+def test_a_share_is_of_the_layers_that_the_documents_say(name: str, layers: int, drawn: int) -> None:
+    assert {"badam": "one layer", "lisa": "two of 25 to 37 layers"}[name] in _DOCUMENTED[name][2]
+    assert build_lottery(blocks_of(layers, False), parse_section({"preset": name})).num_selected == drawn
 
 
 def test_the_adagrad_select_preset_is_the_default_section() -> None:

@@ -16,7 +16,7 @@ from ds_agsel import policies
 from ds_agsel.config import SelectionConfig
 from ds_agsel.errors import TrainingError
 from ds_agsel.lottery import Bound, Lottery
-from ds_agsel.policies import Policy, PolicyContext, Quota, checked_plan
+from ds_agsel.policies import Policy, PolicyContext, Quota, checked_plan, registry
 from ds_agsel.policies.quota import RunningAdmission
 from ds_agsel.policies.sampling import descending, generator, gumbel_order
 
@@ -107,18 +107,35 @@ def test_a_share_that_does_not_fit_the_context_is_refused(num_selected: int, cos
         PolicyContext(SelectionConfig(), 3, num_selected, ("a", "b", "c"), 10, share=Quota(costs, len(costs)))
 
 
-@pytest.mark.parametrize("policy", ["adagrad_select", "gradient_topk", "random", "cyclic"])
+OF_THE_PACKAGE = {name: cls for name, cls in registry._POLICIES.items() if cls.__module__.startswith("ds_agsel.")}
+KEEP_TO_THE_SHARE = [name for name, cls in OF_THE_PACKAGE.items() if cls.max_selected is Policy.max_selected]
+
+
+def test_the_policies_that_do_not_keep_to_the_share_follow_a_list() -> None:
+    assert set(OF_THE_PACKAGE) - set(KEEP_TO_THE_SHARE) == {"all", "fixed", "replay"}
+
+
+@pytest.mark.parametrize("policy", KEEP_TO_THE_SHARE)
 @given(costs=st.lists(st.integers(1, 9), min_size=2, max_size=8), seed=st.integers(0, 99), data=st.data())
 def test_every_policy_keeps_to_the_share(policy: str, costs: list[int], seed: int, data: st.DataObject) -> None:
-    run = of_share(tuple(costs), data.draw(st.integers(1, sum(costs))), policy=policy, seed=seed)
+    """Asked as the controller asks: each observes the scores of what it chose, or of all units where it explores."""
+    run, units = (
+        of_share(tuple(costs), data.draw(st.integers(1, sum(costs))), policy=policy, seed=seed),
+        range(len(costs)),
+    )
     chooser = policies.create(run)
     for step in range(12):
+        scores = data.draw(st.lists(st.integers(0, 3), min_size=len(costs), max_size=len(costs)))
+        probes = chooser.selects_nothing(step)
         blocks = chooser.plan(step, [0] * len(costs))
+        scored = tuple(units) if blocks is None else blocks
         if blocks is None:
-            scores = data.draw(st.lists(st.integers(0, 3), min_size=len(costs), max_size=len(costs)))
-            blocks = chooser.choose(step, scores)
-        assert 1 <= len(blocks) <= chooser.max_selected
-        assert sum(costs[block] for block in blocks) <= run.quota.limit or len(blocks) == 1
+            chooser.observe_times([float(len(costs) - unit) for unit in units], 0.0)
+            blocks = () if probes else chooser.choose(step, scores)
+        chooser.observe(step, scored, [scores[unit] for unit in scored])
+        if not probes:
+            assert 1 <= len(blocks) <= chooser.max_selected
+            assert sum(costs[block] for block in blocks) <= run.quota.limit or len(blocks) == 1
 
 
 @given(st.data())
