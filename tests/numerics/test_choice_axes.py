@@ -256,14 +256,16 @@ def test_held_states_travel_once_a_round(workers):
     assert in_out == {length: (12 // length * layer_bytes,) * 2 for length in (1, 2, 3)}
 
 
-def test_a_replayed_run_of_rounds_is_the_same_run(workers, tmp_path):
-    case = Case(section={**SELECT, "select_every": 3})
-    (whole,) = workers(1).run(train, case)
-    lines = [{"step": step, "phase": phase, "blocks": blocks} for step, phase, blocks in whole["history"]]
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (3, 2)])
+def test_a_replayed_run_of_rounds_is_the_same_run(workers, tmp_path, stage, ranks):
+    case = Case(section={**SELECT, "select_every": 3}, stage=stage)
+    whole = workers(ranks).run(train, case)
+    lines = [{"step": step, "phase": phase, "blocks": blocks} for step, phase, blocks in whole[0]["history"]]
     file = tmp_path / "selection.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    (again,) = workers(1).run(train, case.but(section={"policy": "replay", "replay_file": str(file)}, steps=7))
-    (short,) = workers(1).run(train, case.but(steps=7))
-    assert_identical(
-        {key: short[key] for key in ("weights", "partitions")}, {key: again[key] for key in ("weights", "partitions")}
-    )
+    replayed = workers(ranks).run(train, case.but(section={"policy": "replay", "replay_file": str(file)}, steps=7))
+    for short, again in zip(workers(ranks).run(train, case.but(steps=7)), replayed, strict=True):
+        assert_identical(
+            {key: short[key] for key in ("weights", "partitions")},
+            {key: again[key] for key in ("weights", "partitions")},
+        )
