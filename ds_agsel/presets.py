@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 _OUTSIDE_LAYERS = ("embedding", "final_norm", "head")
-_ADAGRAD_SELECT: Mapping[str, Any] = {
-    "policy": "adagrad_select", "granularity": "block", "select_percent": 20.0, "select_every": 1, "score": "sum",
-    "on_reentry": "keep",
-}  # fmt: skip
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "recommended": _ADAGRAD_SELECT,  # docs/results.md
-    "adagrad_select": _ADAGRAD_SELECT,
+    "recommended": {  # docs/results.md
+        "policy": "adagrad_select", "granularity": "block", "select_percent": 20.0, "select_every": 1, "score": "sum",
+        "on_reentry": "decay",
+    },
+    "adagrad_select": {
+        "policy": "adagrad_select", "granularity": "block", "select_percent": 20.0, "select_every": 1, "score": "sum",
+        "on_reentry": "keep",
+    },
     "badam": {
         "policy": "cyclic", "granularity": "block", "select_percent": 1.0, "select_every": 50, "on_reentry": "reset",
         "never_select": _OUTSIDE_LAYERS,
