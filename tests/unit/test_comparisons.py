@@ -123,9 +123,10 @@ def test_the_small_scale_compares_all_axes_with_three_seeds_and_pairs():
     shares = {(config.granularity, config.select_percent) for config in ours}
     assert shares == {("module", 5), ("module", 20), ("block", 10), ("block", 20), ("block", 30)}
     for policy in ("random", "cyclic", "gradient_topk", "cost_aware"):
-        assert [config.select_percent for config in axes.values() if config.policy == policy and not config.preset] == [
-            20
-        ]
+        of_policy = [config for config in axes.values() if config.policy == policy and not config.preset]
+        assert {config.select_percent for config in of_policy} == {20}
+    controls = {config.on_reentry for config in axes.values() if config.policy == "random" and not config.preset}
+    assert controls == {"keep", "decay"}  # what is the choice's, and what the decay's
     others = {(m.method, m.method_options.get("rank")) for m in SMALL.methods.values() if m.method != "adagrad_select"}
     assert others == {("full", None), ("lora", 64), ("lora", 256)}
     assert all(method.seeds is None for method in SMALL.methods.values()) and len(SMALL.seeds) == 3
