@@ -204,9 +204,9 @@ class DeepSpeedTrainer:
         ]
         config = workload.ds_config()
         if section is not None:
-            visit = workload.offload == "none" and get_accelerator().device_name() != "cpu"
+            states_visit = workload.offload == "none" and get_accelerator().device_name() != "cpu"
             numel = sum(block.numel for block in self.blocks)
-            config["adagrad_select"] = with_room_for_all(section, numel) if visit else section
+            config["adagrad_select"] = with_room_for_all(section, numel) if states_visit else section
         self._engine, self._optimizer, _, _ = ds_agsel.initialize(
             model=model, model_parameters=model.parameters(), config=config
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 _ELEMENTS = 512  # looked at of each parameter
-_EXPECTED_CHANGES = 20  # of the elements looked at, in a step of which none changes: once in e**20 steps
+_EXPECTED_CHANGES = 20  # of these elements; where so many are expected, none changes once in e**20 steps
 
 
 class FaultWatch:
