@@ -33,6 +33,10 @@ VISIT = {"step_device": "accelerator"}  # on a CPU: the same moves, within one m
 NARROW = {**VISIT, "state_budget_bytes": 12 * 1900}
 TOPK = {**SELECT, "policy": "gradient_topk"}
 FIRST = {**SELECT, "explore_on": "first_micro_batch"}
+MODULE = {**SELECT, "granularity": "module", "select_percent": 15}
+# Policies that observe what is updated.
+MISA = {"policy": "misa", "granularity": "module", "select_percent": 15, "score": "norm", "select_every": 2}
+GRASS = {"policy": "grass", "select_percent": 34, "score": "rms", "probe_steps": 2, "select_every": 2}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from ds_agsel.config import SelectionConfig
 from ds_agsel.estimate.cards import CARDS, LINK_SHARE, MATMUL_SHARE, MEMORY_SHARE, Card
@@ -130,21 +131,21 @@ def as_table(lines: Sequence[Line]) -> list[str]:
 
 def _rooms(models: Sequence[str], tokens: int) -> Iterator[str]:
     """Yield the section on `state_budget_bytes` as a cache, and on leaner states."""
-    yield "## With more room, and with leaner states"
-    yield ""
-    text = (
+    return _section(
+        "With more room, and with leaner states",
         f"As above, at {ROOM_PERCENT} %. A `state_budget_bytes` is a cache: states that are not selected any more stay "
         'until their room is needed. "Half" and "all" are the share of all states that has room; each block\'s first '
         'visit is among the 64 steps. `"master_weights": "split"` with `"state_dtype": "int8"` moves 4 bytes an '
-        "element instead of 12; what unpacking them takes is not counted."
+        "element instead of 12; what unpacking them takes is not counted.",
+        "| model | card | states | room | budget | moved in, exploit | exposed | moved in, explore | exposed |",
+        (_room_row(shape, card, tokens, *room) for shape, card, room in product(map(read_shape, models), CARDS, ROOMS)),
     )
-    yield from textwrap.wrap(text, 118)
-    yield ""
-    yield "| model | card | states | room | budget | moved in, exploit | exposed | moved in, explore | exposed |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for shape in map(read_shape, models):
-        for card in CARDS:
-            yield from (_room_row(shape, card, tokens, *room) for room in ROOMS)
+
+
+def _section(title: str, text: str, head: str, rows: Iterable[str]) -> Iterator[str]:
+    """Yield a section: its title, a paragraph, and a table of ``rows`` under ``head``."""
+    yield from (f"## {title}", "", *textwrap.wrap(text, 118), "")
+    yield from (head, "|---" * (head.count("|") - 1) + "|", *rows)
 
 
 def _room_row(
@@ -164,23 +165,20 @@ def _room_row(
 
 def _rounds(models: Sequence[str], tokens: int) -> Iterator[str]:
     """Yield the section on `select_every`."""
-    yield "## With selections that stand for several steps"
-    yield ""
-    text = (
+    return _section(
+        "With selections that stand for several steps",
         f"As in the first table, at {ROOM_PERCENT} %. With `select_every` = n a selection stands for n steps, a round, "
         "and states that stay selected do not move: the first step of a round brings what the round before did not "
         "have, the others bring nothing, and bytes a step fall by the factor n. All columns are means over the steps "
         'of 64 rounds. *Explore round* is one whose first step explores; its others are exploit steps. "Estimate" is '
         "what `ds-agsel estimate` says of the expected exploit step, a mean over all draws, not over 64. For the "
-        "blocks that a run chose, the engine's counters (`h2d_bytes`, `d2h_bytes`) are the estimate's to the byte."
+        "blocks that a run chose, the engine's counters (`h2d_bytes`, `d2h_bytes`) are the estimate's to the byte.",
+        "| model | card | select_every | estimate | moved in | exploit step | exposed | explore round | exposed |",
+        (
+            _round_row(shape, card, tokens, select_every)
+            for shape, card, select_every in product(map(read_shape, models), CARDS, SELECT_EVERY)
+        ),
     )
-    yield from textwrap.wrap(text, 118)
-    yield ""
-    yield "| model | card | select_every | estimate | moved in | exploit step | exposed | explore round | exposed |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for shape in map(read_shape, models):
-        for card in CARDS:
-            yield from (_round_row(shape, card, tokens, select_every) for select_every in SELECT_EVERY)
 
 
 def _round_row(shape: ModelShape, card: Card, tokens: int, select_every: int) -> str:

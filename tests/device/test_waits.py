@@ -11,16 +11,13 @@ import pytest
 import torch
 from simulator import Counts, simulated
 from simulator.counters import table
-from support import BETAS, EPS, LEARNING_RATE, SELECT, WEIGHT_DECAY, Case, case_id, train
+from support import BETAS, EPS, GRASS, LEARNING_RATE, MISA, MODULE, WEIGHT_DECAY, Case, case_id, train
 from workers import Workers
 
 UNTIMED = {"timers": {"throughput": {"enabled": False}}}  # the timer synchronizes the device at every step
 PARAMS = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 ADAM = {"optimizer": {"type": "AdamW", "params": {**PARAMS, "torch_adam": True}}}
 PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-MODULE = {**SELECT, "granularity": "module", "select_percent": 15}
-MISA = {"policy": "misa", "granularity": "module", "select_percent": 15, "score": "norm", "select_every": 2}
-GRASS = {"policy": "grass", "select_percent": 34, "score": "rms", "probe_steps": 2, "select_every": 2}
 CASES = [
     Case(
         stage=stage, offload=offload, dtype="bf16", clip=0.5, steps=6,

@@ -10,11 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-from support import SELECT, TOPK, Case, case_id, train
+from support import GRASS, MISA, MODULE, SELECT, TOPK, Case, case_id, train
 
-MODULE = {**SELECT, "granularity": "module", "select_percent": 15}
-MISA = {"policy": "misa", "granularity": "module", "select_percent": 15, "score": "norm", "select_every": 2}
-GRASS = {"policy": "grass", "select_percent": 34, "score": "rms", "probe_steps": 2, "select_every": 2}
 ASKED = ("item", "tolist", "__bool__", "__float__", "__int__")
 CASES = [
     Case(stage=stage, offload=offload, dtype="bf16", clip=0.5, steps=5)

@@ -119,11 +119,8 @@ def test_the_policies_that_do_not_keep_to_the_share_follow_a_list() -> None:
 @given(costs=st.lists(st.integers(1, 9), min_size=2, max_size=8), seed=st.integers(0, 99), data=st.data())
 def test_every_policy_keeps_to_the_share(policy: str, costs: list[int], seed: int, data: st.DataObject) -> None:
     """Asked as the controller asks: each observes the scores of what it chose, or of all units where it explores."""
-    run, units = (
-        of_share(tuple(costs), data.draw(st.integers(1, sum(costs))), policy=policy, seed=seed),
-        range(len(costs)),
-    )
-    chooser = policies.create(run)
+    run = of_share(tuple(costs), data.draw(st.integers(1, sum(costs))), policy=policy, seed=seed)
+    chooser, units = policies.create(run), range(len(costs))
     for step in range(12):
         scores = data.draw(st.lists(st.integers(0, 3), min_size=len(costs), max_size=len(costs)))
         probes = chooser.selects_nothing(step)
